@@ -1,0 +1,35 @@
+"""Adversarial evaluation of dynamic, batch-dependent defences by the Mixed Surrogate Attack.
+
+Start with `evaluate`; `HPM` and `finetune` are the reference defence.
+"""
+
+from msa_eval.architectures import Blueprint, Classifier
+from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
+from msa_eval.data import Samples, load_samples
+from msa_eval.defense import Defense, WholeModel, as_defense
+from msa_eval.finetune import FinetuneSettings, finetune
+from msa_eval.hpm import HPM, Variant
+
+__version__ = "0.1.0"
+
+from msa_eval.protocols import Results, evaluate
+
+__all__ = [
+    "HPM",
+    "Blueprint",
+    "Checkpoint",
+    "Classifier",
+    "Defense",
+    "FinetuneSettings",
+    "Results",
+    "Samples",
+    "Variant",
+    "WholeModel",
+    "as_defense",
+    "evaluate",
+    "finetune",
+    "load_bare_classifier",
+    "load_checkpoint",
+    "load_samples",
+    "save_checkpoint",
+]

@@ -1,0 +1,7 @@
+"""Attacks: searches inside the perturbation ball that propose adversarial batches and never judge themselves."""
+
+from msa_eval.attacks.apgd import Found, apgd
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.square import Queries, square
+
+__all__ = ["Ball", "Found", "Queries", "apgd", "square"]

@@ -1,0 +1,122 @@
+"""Auto-PGD.
+
+References:
+    Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks
+    (Croce & Hein, 2020), arXiv:2003.01690, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import Loss
+
+
+class Found(NamedTuple):
+    """Where a search ended.
+
+    Attributes:
+        x: the point of highest loss of every sample ``(B, ...)``, fooled or not.
+        loss: that loss ``(B,)``.
+    """
+
+    x: Tensor
+    loss: Tensor
+
+
+def apgd(
+    logits: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss,
+    ball: Ball,
+    steps: int,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    rho: float = 0.75,
+    momentum: float = 0.75,
+) -> Found:
+    """Raise a loss inside the ball around each image of a batch.
+
+    Unlike AutoAttack's, the returned point is the best for *every* sample: clean inputs where the attacked model was
+    not fooled would make a transfer to another model vacuous. One thing follows AutoAttack's code rather than the
+    paper: the first window's first comparison is with a loss of 0, where the paper has the starting point's.
+
+    Args:
+        logits: a differentiable map of the whole batch ``(B, ...)`` to logits ``(B, k)``; it is called
+            ``steps + 1`` times, the last time without gradient.
+        x: images ``(B, C, H, W)`` in [0, 1].
+        y: labels ``(B,)``.
+        loss: what to raise.
+        ball: the perturbation set.
+        steps: gradient steps, at least 1.
+        generator: draws the starting point.
+        start: a starting point ``(B, C, H, W)`` instead of a random one; it is clipped to [0, 1].
+        rho: the share of improving steps below which a sample's step size is halved.
+        momentum: the weight of the new step against the last move.
+
+    Raises:
+        ValueError: when ``steps`` is less than 1.
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least 1 step, but got {steps}")
+    per_sample = (-1, *[1] * (x.ndim - 1))
+    point = (ball.random(x, generator) if start is None else start).clamp(0, 1)
+    value, gradient = _value_and_gradient(logits, point, y, loss)
+    best = Found(point, value)
+    best_gradient = gradient
+    step = torch.full_like(value, 2 * ball.eps)
+    last = point
+    improved = torch.zeros_like(value)
+    previous = torch.zeros_like(value)
+    halved_before = torch.ones_like(value, dtype=torch.bool)
+    best_at_check = value
+    window, shortest, shrink = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    since_check = 0
+
+    for i in range(steps):
+        size = step.view(per_sample)
+        weight = momentum if i else 1.0
+        move = ball.project(point + size * ball.ascent(gradient), x) - point
+        last, point = point, ball.project(point + weight * move + (1 - weight) * (point - last), x)
+
+        if i + 1 < steps:
+            value, gradient = _value_and_gradient(logits, point, y, loss)
+        else:
+            with torch.no_grad():
+                value = loss(logits(point), y)
+        better = value > best.loss
+        at = better.view(per_sample)
+        best = Found(torch.where(at, point, best.x), torch.where(better, value, best.loss))
+        best_gradient = torch.where(at, gradient, best_gradient)
+        improved = improved + (value > previous)
+        previous = value
+        since_check += 1
+
+        if since_check == window:
+            stalled = ~halved_before & (best_at_check >= best.loss)
+            halve = (improved <= rho * window) | stalled
+            step = torch.where(halve, step / 2, step)
+            at = halve.view(per_sample)
+            point, gradient = torch.where(at, best.x, point), torch.where(at, best_gradient, gradient)
+            halved_before, best_at_check = halve, best.loss
+            improved = torch.zeros_like(improved)
+            window, since_check = max(window - shrink, shortest), 0
+    return best
+
+
+def _value_and_gradient(
+    logits: Callable[[Tensor], Tensor], point: Tensor, y: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sample and the gradient of their sum: in a batch-dependent model, companions count."""
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(logits(point), y)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    return value.detach(), gradient

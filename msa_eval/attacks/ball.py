@@ -1,0 +1,94 @@
+"""The perturbation set: a norm ball around each image, cut with the [0, 1] box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["Linf", "L2"]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All perturbations an attacker may use.
+
+    Args:
+        norm: ``Linf`` or ``L2``.
+        eps: the radius, in [0, 1] pixel units (for L2, of the whole image).
+
+    Raises:
+        ValueError: when the norm is unknown or the radius is not a finite, non-negative number.
+    """
+
+    norm: Norm
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, but got {self.norm!r}")
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"expected eps to be a non-negative number, but got {self.eps}")
+
+    def size(self, delta: Tensor) -> Tensor:
+        """The norm of each perturbation ``(B, ...)``: ``(B,)``.
+
+        >>> Ball("L2", 1.0).size(torch.tensor([[3.0, 4.0]]))
+        tensor([5.])
+        """
+        flat = delta.flatten(1)
+        return flat.abs().amax(dim=1) if self.norm == "Linf" else flat.norm(dim=1)
+
+    def unit(self, delta: Tensor) -> Tensor:
+        """Scale each perturbation ``(B, ...)`` to norm 1 (zero stays zero)."""
+        return delta / (_like(self.size(delta), delta) + 1e-12)
+
+    def ascent(self, gradient: Tensor) -> Tensor:
+        """The direction of norm 1 that raises a loss of this gradient ``(B, ...)`` fastest."""
+        return gradient.sign() if self.norm == "Linf" else self.unit(gradient)
+
+    def project(self, points: Tensor, x: Tensor) -> Tensor:
+        """Bring points ``(B, ...)`` back into the ball around ``x`` and into [0, 1].
+
+        Clipping to the box moves towards ``x``, which lies in it, so it never leaves the ball again.
+
+        >>> Ball("Linf", 0.25).project(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
+        tensor([[0.7500]])
+        """
+        if self.norm == "Linf":
+            inside = torch.minimum(torch.maximum(points, x - self.eps), x + self.eps)
+        else:
+            delta = points - x
+            inside = x + self.unit(delta) * _like(self.size(delta).clamp(max=self.eps), delta)
+        return inside.clamp(0, 1)
+
+    def random(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Random points on the ball's surface around ``x`` ``(B, ...)``, clipped to [0, 1].
+
+        As in AutoAttack, Linf noise is uniform and then scaled so that its largest entry reaches the surface.
+        """
+        shape = x.shape
+        if self.norm == "Linf":
+            noise = 2 * torch.rand(shape, generator=generator, device=generator.device) - 1
+        else:
+            noise = torch.randn(shape, generator=generator, device=generator.device)
+        return (x + self.eps * self.unit(noise.to(x))).clamp(0, 1)
+
+    def excess(self, points: Tensor, x: Tensor) -> Tensor:
+        """How far each point ``(B, ...)`` lies outside the ball or the box, in pixel units: ``(B,)``; 0 inside.
+
+        What rounding in float32 can cause is not counted; a NaN is infinitely far outside.
+        """
+        tolerance = 1e-6 + 1e-5 * (self.eps if self.norm == "L2" else 0.0)
+        ball = self.size(points - x) - self.eps - tolerance
+        flat = points.flatten(1)
+        box = torch.maximum(-flat.amin(dim=1), flat.amax(dim=1) - 1)
+        worst: Tensor = torch.maximum(ball, box).nan_to_num(nan=float("inf"))
+        return worst.clamp(min=0)
+
+
+def _like(values: Tensor, images: Tensor) -> Tensor:
+    """Shape one value a sample ``(B,)`` so that it broadcasts over images ``(B, ...)``."""
+    return values.view(-1, *[1] * (images.ndim - 1))

@@ -1,0 +1,92 @@
+"""Losses that an attack raises: one value a sample, from logits and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``(logits (B, k), labels (B,)) -> (B,)``, higher where the sample is closer to being misclassified."""
+
+
+def ce(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy.
+
+    >>> ce(torch.zeros(1, 2), torch.tensor([0]))
+    tensor([0.6931])
+    """
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Highest other logit minus the label's: positive where the label has lost.
+
+    >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+    tensor([-1.])
+    """
+    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.amax(dim=1) - own
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio: the margin over the gap between first and third (Croce & Hein 2020, Eq. 6).
+
+    Raises:
+        ValueError: when there are fewer than 3 classes.
+
+    >>> dlr(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+    tensor([-0.5000])
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"the dlr loss needs at least 3 classes, but the model has {logits.shape[1]}; use ce or margin")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(target: Tensor) -> Loss:
+    """Targeted difference of logits ratio (Croce & Hein 2020, Eq. 7).
+
+    Args:
+        target: the class ``(B,)`` that each sample is pushed towards.
+
+    Returns:
+        a loss that raises ValueError when there are fewer than 4 classes.
+
+    >>> targeted_dlr(torch.tensor([1]))(torch.tensor([[4.0, 1.0, 2.0, 2.0]]), torch.tensor([0]))
+    tensor([-1.5000])
+    """
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        if logits.shape[1] < 4:
+            raise ValueError(
+                f"the dlr-targeted loss needs at least 4 classes, but the model has {logits.shape[1]}; use ce or margin"
+            )
+        top = logits.topk(4, dim=1).values
+        own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+        wanted = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+        return (wanted - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+    return loss
+
+
+LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin}
+"""The untargeted losses by name."""
+
+TARGETED = "dlr-targeted"
+
+MIN_CLASSES: Mapping[str, int] = {"ce": 2, "margin": 2, "dlr": 3, TARGETED: 4}
+"""How many classes each loss needs."""
+
+
+def most_likely_others(logits: Tensor, y: Tensor, rank: int) -> Tensor:
+    """The class ``(B,)`` in place ``rank`` (from 0) among all but the label, by logits ``(B, k)``.
+
+    >>> most_likely_others(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]), 0)
+    tensor([2])
+    """
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.argsort(dim=1, descending=True, stable=True)[:, rank]

@@ -1,0 +1,180 @@
+"""Square Attack: gradient-free random search with square-shaped changes.
+
+References:
+    Square Attack: a query-efficient black-box adversarial attack via random search
+    (Andriushchenko, Croce, Flammarion & Hein, 2020), arXiv:1912.00049.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import margin
+
+
+class Queries(Protocol):
+    """A batch under a query attack: it remembers the points kept so far, first the clean images."""
+
+    def propose(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
+        ...
+
+    def accept(self, rows: Tensor) -> Tensor:
+        """Keep these rows of the last proposal; logits ``(B, k)`` of the mixed batch that results."""
+        ...
+
+
+def square(
+    target: Queries,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attacked: Tensor,
+    ball: Ball,
+    queries: int,
+    generator: torch.Generator,
+    p_init: float = 0.8,
+) -> Tensor:
+    """Lower the margin of the samples of a batch by random search.
+
+    A proposal is made for all samples that are still right at once, and those that lower their own margin are kept.
+    Where the decision looks at the whole batch, the mixed batch of kept and new points was never asked about, so it
+    is decided again before its margins are believed. A sample whose companions make it right again is searched again.
+
+    Within a query all samples share the position of the square and draw their own signs.
+
+    Args:
+        target: the batch under attack, its kept points the clean images.
+        x: images ``(B, C, H, W)`` in [0, 1].
+        y: labels ``(B,)``.
+        attacked: the samples to search for, a mask ``(B,)``; the others stay as they are.
+        ball: the perturbation set.
+        queries: how many proposals, at least 1; the first is the starting pattern.
+        generator: draws the proposals.
+        p_init: the share of pixels changed at first.
+
+    Returns:
+        the kept points ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: when ``queries`` is less than 1 or ``p_init`` is outside (0, 1].
+    """
+    if queries < 1 or not 0 < p_init <= 1:
+        raise ValueError(f"expected queries >= 1 and p_init in (0, 1], but got {queries} and {p_init}")
+    start, propose = (_stripes, _squares) if ball.norm == "Linf" else (_tiles, _moved_mass)
+    if not bool(attacked.any()):
+        return x
+    first = torch.where(_per_image(attacked), start(x, ball, generator), x)
+    target.propose(first, attacked)
+    logits, best = target.accept(attacked), first
+    for query in range(1, queries):
+        now = margin(logits, y)
+        rows = attacked & (logits.argmax(dim=1) == y)
+        if not bool(rows.any()):
+            break
+        side = _side(p_init, query, queries, x.shape)
+        points = best.clone()
+        points[rows] = propose(best[rows], x[rows], side, ball, generator)
+        proposed = target.propose(points, rows)
+        better = rows & ((margin(proposed, y) > now) | (proposed.argmax(dim=1) != y))
+        best = torch.where(_per_image(better), points, best)
+        logits = target.accept(better)
+    return best
+
+
+def _per_image(mask: Tensor) -> Tensor:
+    return mask.view(-1, 1, 1, 1)
+
+
+def _side(p_init: float, query: int, queries: int, shape: torch.Size) -> int:
+    """Side of the square: the share of changed pixels halves at fixed points of a budget of 10,000 (section 3)."""
+    at = int(query / queries * 10_000)
+    halvings = sum(at > bound for bound in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+    height, width = shape[2:]
+    side = round(math.sqrt(p_init / 2**halvings * height * width))
+    return min(max(side, 1), height, width)
+
+
+def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(0, 2, shape, generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(like)
+
+
+def _corner(shape: torch.Size, side: int, generator: torch.Generator) -> tuple[slice, slice]:
+    """A window of the given side, anywhere in the image."""
+    top, left = (
+        int(torch.randint(0, length - side + 1, (), generator=generator, device=generator.device))
+        for length in shape[2:]
+    )
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Linf start: vertical stripes of ±ε."""
+    batch, channels, _, width = x.shape
+    return (x + ball.eps * _signs((batch, channels, 1, width), x, generator)).clamp(0, 1)
+
+
+def _squares(best: Tensor, x: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Linf proposal: one square of ±ε, a sign a channel (Algorithm 2)."""
+    rows, columns = _corner(x.shape, side, generator)
+    signs = _signs((*x.shape[:2], 1, 1), x, generator)
+    points = best.clone()
+    points[:, :, rows, columns] = (x[:, :, rows, columns] + ball.eps * signs).clamp(0, 1)
+    return points
+
+
+def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """L2 start: a grid of tiles of equal norm, the whole scaled to ε."""
+    batch, channels, height, width = x.shape
+    side = max(min(height, width) // 5, 1)
+    delta = torch.zeros_like(x)
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            tile = _bump(side, x, generator) * _signs((batch, channels, 1, 1), x, generator)
+            delta[:, :, top : top + side, left : left + side] = tile
+    return (x + ball.eps * ball.unit(delta)).clamp(0, 1)
+
+
+def _moved_mass(best: Tensor, x: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
+    """L2 proposal: the norm of one window is moved to another, with what the budget still allows (Algorithm 3)."""
+    odd = max(side, 3)
+    odd = min(odd + 1 - odd % 2, *x.shape[2:])
+    delta = best - x
+    to, source = _corner(x.shape, odd, generator), _corner(x.shape, odd, generator)
+    touched = torch.zeros(x.shape[2:], dtype=torch.bool, device=x.device)
+    touched[to] = touched[source] = True
+
+    unused = (ball.eps**2 - delta.pow(2).sum(dim=(1, 2, 3), keepdim=True)).clamp(min=0)
+    mass = (delta.pow(2) * touched).sum(dim=(2, 3), keepdim=True) + unused / x.shape[1]
+    here = delta[:, :, to[0], to[1]]
+    shape = _bump(odd, x, generator) * _signs((*x.shape[:2], 1, 1), x, generator)
+    shape = shape + here / (here.pow(2).sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12)
+    delta[:, :, source[0], source[1]] = 0
+    unit = shape / (shape.pow(2).sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12)
+    delta[:, :, to[0], to[1]] = unit * mass.sqrt()
+    return ball.project(x + ball.eps * ball.unit(delta), x)
+
+
+def _bump(side: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Two pyramids of opposite sign side by side, ``(side, side)``, of norm 1 (section 3.3)."""
+    half = side // 2
+    bump = torch.cat([_pyramid(half, side, like), -_pyramid(side - half, side, like)]) if half else like.new_ones(1, 1)
+    bump = bump / bump.norm()
+    flip = bool(torch.randint(0, 2, (), generator=generator, device=generator.device))
+    return bump.T if flip else bump
+
+
+def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
+    """Nested rectangles of falling weight around the centre, of norm 1."""
+    rows = (torch.arange(height) - height // 2).abs()
+    columns = (torch.arange(width) - width // 2).abs()
+    rings = torch.maximum(rows.unsqueeze(1), columns.unsqueeze(0))
+    weights = 1 / torch.arange(1, max(height, width) // 2 + 2).float() ** 2
+    pyramid = weights.flip(0).cumsum(0).flip(0)[rings]
+    return (pyramid / pyramid.norm()).to(like)

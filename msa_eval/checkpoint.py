@@ -1,0 +1,197 @@
+"""Checkpoints: one safetensors file that carries all an evaluation needs.
+
+The tensors are a model's ``state_dict``. The file's metadata holds the format and its version, the kind of model,
+its blueprint and, for HPM, its momentum and variant. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from msa_eval.architectures import Blueprint, Classifier
+from msa_eval.hpm import HPM, Variant
+
+FORMAT = "msa-eval"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: in evaluation mode, without weight gradients.
+        blueprint: its architecture.
+        history: what made it, as written by its maker.
+    """
+
+    model: HPM | Classifier
+    blueprint: Blueprint
+    history: Mapping[str, Any]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a model's parameters and buffers.
+
+    >>> weights_hash(nn.Identity())[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: str | Path, model: HPM | Classifier, blueprint: Blueprint, *, history: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model and all that is needed to rebuild it to one safetensors file.
+
+    Args:
+        path: the file to write; it appears whole or not at all.
+        model: an `HPM` or `Classifier` that was built from ``blueprint``.
+        blueprint: its architecture.
+        history: JSON-like notes on how it was made.
+
+    Raises:
+        OSError: when the file can't be written.
+    """
+    path = Path(path)
+    about: dict[str, Any] = {"kind": "classifier", "blueprint": asdict(blueprint), "history": dict(history or {})}
+    if isinstance(model, HPM):
+        about |= {"kind": "hpm", "momentum": model.momentum, "variant": asdict(model.variant)}
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": json.dumps(about, sort_keys=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    partial = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, partial, metadata=header)
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint written by `save_checkpoint`.
+
+    Raises:
+        ValueError: when the file is missing, is no such checkpoint, is of a newer format or doesn't fit its own
+            description.
+    """
+    path = Path(path)
+    header, tensors = read_safetensors(path)
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file but no msa-eval checkpoint; turn a bare classifier into one with "
+            f"'msa-eval finetune {path} --architecture ...'"
+        )
+    if header.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has checkpoint format version {header.get('format_version')}, but this release reads version "
+            f"{FORMAT_VERSION}; use the release of msa-eval that wrote it"
+        )
+    try:
+        about = json.loads(header["about"])
+        blueprint = Blueprint(**about["blueprint"])
+        model = _build(about, blueprint)
+        _check_tensors(model, tensors)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit its own description: {error}") from error
+    return Checkpoint(model.eval().requires_grad_(False), blueprint, about.get("history", {}))
+
+
+def load_bare_classifier(
+    path: str | Path,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    *,
+    normalization: Mapping[str, Any] | None = None,
+    head: str = "fc",
+) -> Checkpoint:
+    """Read a bare classifier: a safetensors file that holds only a state dict, trunk and head side by side.
+
+    Args:
+        path: the file; names that begin with ``module.`` (data parallel) lose that prefix.
+        architecture: the trunk's name.
+        arguments: the trunk's arguments.
+        normalization: ``{"mean": [...], "std": [...]}``, where the classifier expects normalised images.
+        head: the name of the fully connected layer in the file; its rows tell the number of classes.
+
+    Raises:
+        ValueError: when the file can't be read or its tensors don't fit the architecture.
+    """
+    path = Path(path)
+    _, tensors = read_safetensors(path)
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    weight = tensors.get(f"{head}.weight")
+    if weight is None or weight.ndim != 2:
+        raise ValueError(f"{path} has no fully connected layer {head!r}; name it with --head")
+    blueprint = Blueprint(architecture, arguments, num_classes=len(weight), normalization=normalization)
+    inner = "trunk." if normalization is None else "trunk.1."
+    renamed = {
+        "fc." + name.removeprefix(head + ".") if name.startswith(head + ".") else inner + name: value
+        for name, value in tensors.items()
+    }
+    model = blueprint.build()
+    try:
+        _check_tensors(model, renamed)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {architecture} {dict(arguments)}: {error}") from error
+    model.load_state_dict(renamed)
+    return Checkpoint(model.eval().requires_grad_(False), blueprint, {"file": path.name})
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: when the file is missing or is no safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            header = dict(opened.metadata() or {})
+            return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); pickles are never loaded") from error
+
+
+def _build(about: Mapping[str, Any], blueprint: Blueprint) -> HPM | Classifier:
+    classifier = blueprint.build()
+    if about["kind"] == "classifier":
+        return classifier
+    if about["kind"] != "hpm":
+        raise ValueError(f"unknown kind of model {about['kind']!r}; available: classifier, hpm")
+    return HPM(classifier.trunk, classifier.fc, momentum=about["momentum"], variant=Variant(**about["variant"]))
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and values before loading, so that one line tells what is wrong."""
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is not part of the model" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if expected[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+        elif not bool(torch.isfinite(tensors[name]).all()):
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(sorted(problems)[:3]) + more)

@@ -1,0 +1,51 @@
+"""The command line: one file a command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from msa_eval import __version__
+from msa_eval.cli.demo import demo
+from msa_eval.cli.evaluate import evaluate
+from msa_eval.cli.finetune import finetune
+from msa_eval.cli.protocols import protocols
+from msa_eval.protocols import AttackError
+
+
+class _Group(click.Group):
+    """Prints a user's mistake in one line: exit status 2 for bad input, 1 for a failure, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        if ctx.params.get("debug"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            self._stop(str(error), 2)
+        except (AttackError, OSError, MemoryError) as error:
+            self._stop(str(error) or type(error).__name__, 1)
+        except KeyboardInterrupt:
+            self._stop("interrupted; nothing was written, and no earlier results were changed", 130)
+
+    @staticmethod
+    def _stop(message: str, status: int) -> None:
+        click.echo("Error: " + " ".join(message.split()), err=True)
+        sys.exit(status)
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__, prog_name="msa-eval")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Find out how robust a dynamic, batch-dependent classifier really is."""
+    del debug
+
+
+main.add_command(demo)
+main.add_command(evaluate)
+main.add_command(finetune)
+main.add_command(protocols)

@@ -1,0 +1,38 @@
+"""``msa-eval demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from msa_eval.cli import options
+from msa_eval.cli.evaluate import run
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("results/demo"),
+    show_default=True,
+    help="Folder for the results.",
+)
+@options.quiet
+def demo(out: Path, quiet: bool) -> None:
+    """Evaluate the packaged digits defence on 600 real test digits, offline."""
+    from msa_eval.references import reference_path
+
+    checkpoint = reference_path("digits")
+    run(
+        checkpoint,
+        "digits",
+        "digits",
+        out,
+        overrides={},
+        seed=0,
+        device="cpu",
+        data_root="data",
+        force=False,
+        quiet=quiet,
+    )

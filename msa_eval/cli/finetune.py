@@ -1,0 +1,97 @@
+"""``msa-eval finetune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from msa_eval.cli import options
+
+if TYPE_CHECKING:
+    from msa_eval.architectures import Blueprint, Classifier
+
+
+@click.command()
+@click.argument("classifier", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
+@click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn.")
+@click.option(
+    "--argument", "arguments", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Of the architecture."
+)
+@click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel.")
+@click.option("--std", type=float, multiple=True, help="Likewise.")
+@click.option("--head", default="fc", show_default=True, help="Name of the fully connected layer of a bare state dict.")
+@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--lr", type=options.NUMBER, default=5e-5, show_default=True)
+@click.option("--momentum", type=options.NUMBER, default=0.98, show_default=True, help="Of the prototypes (λ).")
+@click.option("--eps", type=options.NUMBER, default="8/255", show_default=True, help="Linf radius in pixel units.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of the inner maximisation.")
+@click.option("--step-size", type=options.NUMBER, default=0.003, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples, uniformly drawn.")
+@options.seed
+@options.device
+@options.data_root
+@options.force
+@options.quiet
+def finetune(
+    classifier: Path,
+    data: str,
+    out: Path,
+    architecture: str | None,
+    arguments: tuple[tuple[str, Any], ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    head: str,
+    limit: int | None,
+    device: str,
+    data_root: str,
+    force: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Put an HPM head on CLASSIFIER and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
+
+    CLASSIFIER is a checkpoint of msa-eval, or a safetensors file with a bare state dict and --architecture.
+    """
+    import torch
+
+    from msa_eval.checkpoint import save_checkpoint
+    from msa_eval.data import Samples, load_samples
+    from msa_eval.finetune import FinetuneSettings, history
+    from msa_eval.finetune import finetune as finetune_classifier
+
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists; choose another file, or replace it with --force")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    chosen = FinetuneSettings(**settings)
+    normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
+    model, blueprint = _load(classifier, architecture, dict(arguments), normalization, head)
+    samples = load_samples(data, split="train", root=data_root)
+    if limit is not None and limit < len(samples):
+        index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(chosen.seed))[:limit]
+        samples = Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")
+    hpm = finetune_classifier(model, samples, settings=chosen, device=device, progress=options.bars(quiet))
+    save_checkpoint(out, hpm, blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
+    click.echo(f"fine-tuned on {len(samples)} samples of {samples.name}; HPM checkpoint in {out}")
+
+
+def _load(
+    path: Path,
+    architecture: str | None,
+    arguments: dict[str, Any],
+    normalization: dict[str, list[float]] | None,
+    head: str,
+) -> tuple[Classifier, Blueprint]:
+    from msa_eval.checkpoint import load_bare_classifier, load_checkpoint
+    from msa_eval.hpm import HPM
+
+    if architecture is None:
+        loaded = load_checkpoint(path)
+    else:
+        loaded = load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)
+    model = loaded.model.fc_target if isinstance(loaded.model, HPM) else loaded.model
+    return model, loaded.blueprint

@@ -1,0 +1,185 @@
+"""Images and labels, from the places people keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Split = Literal["train", "test"]
+
+DIGITS_TEST = 600
+"""Size of the test split of scikit-learn's 1,797 digits; the split is stratified and fixed."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images and labels.
+
+    Attributes:
+        x: ``(N, C, H, W)``, either uint8 or float32 in [0, 1].
+        y: labels ``(N,)``, int64, from 0.
+        name: where they come from.
+    """
+
+    x: Tensor
+    y: Tensor
+    name: str = "memory"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "y", self.y.long())
+        if self.x.ndim != 4 or self.x.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{self.name}: expected images of shape (N, C, H, W) with 1 or 3 channels, "
+                f"but got {tuple(self.x.shape)}"
+            )
+        if self.y.shape != self.x.shape[:1]:
+            raise ValueError(
+                f"{self.name}: expected one label an image, but got {len(self.x)} images "
+                f"and labels of shape {tuple(self.y.shape)}"
+            )
+        if not len(self.x):
+            raise ValueError(f"{self.name}: there are no images")
+        if int(self.y.min()) < 0:
+            raise ValueError(f"{self.name}: labels must not be negative, but the lowest is {int(self.y.min())}")
+        if self.x.dtype == torch.uint8:
+            return
+        object.__setattr__(self, "x", self.x.float())
+        if not bool(torch.isfinite(self.x).all()):
+            raise ValueError(f"{self.name}: the images hold NaN or infinite values")
+        low, high = float(self.x.min()), float(self.x.max())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{self.name}: expected images in [0, 1] (or uint8), but they range from {low:.4g} to {high:.4g}; "
+                f"put any normalisation inside the model"
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def images(self, index: Tensor) -> Tensor:
+        """Float images ``(B, C, H, W)`` in [0, 1] of the given indices ``(B,)``."""
+        x = self.x[index]
+        return x.float() / 255 if x.dtype == torch.uint8 else x
+
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        digest = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype}".encode())
+        digest.update(self.x.cpu().contiguous().numpy().tobytes())
+        digest.update(self.y.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_samples(source: str, *, split: Split = "test", root: str | Path = "data") -> Samples:
+    """Read images and labels.
+
+    Args:
+        source: ``digits`` (scikit-learn's), ``cifar10`` or ``cifar100`` (by torchvision), an ``.npz`` file with ``x``
+            and ``y``, or a folder with one subfolder of images a class.
+        split: which part of a named data set; files and folders are taken whole.
+        root: the folder in which torchvision looks for its data sets.
+
+    Raises:
+        ValueError: when the source can't be read or holds no valid images.
+
+    >>> len(load_samples("digits")), tuple(load_samples("digits").x.shape[1:])
+    (600, (1, 8, 8))
+    """
+    if source == "digits":
+        return _digits(split)
+    if source in ("cifar10", "cifar100"):
+        return _torchvision(source, split, root)
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    raise ValueError(
+        f"there is no data {source!r}; expected digits, cifar10, cifar100, an .npz file or a folder of class folders"
+    )
+
+
+def _digits(split: Split) -> Samples:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=DIGITS_TEST, random_state=0, stratify=labels)
+    chosen = np.sort(train if split == "train" else test)
+    x = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16
+    return Samples(x, torch.from_numpy(labels[chosen]), f"digits ({split})")
+
+
+def _torchvision(source: str, split: Split, root: str | Path) -> Samples:
+    try:
+        from torchvision import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ValueError(f"{source} is read by torchvision; install it, or give an .npz file with x and y") from error
+    kind = datasets.CIFAR10 if source == "cifar10" else datasets.CIFAR100
+    try:
+        found = kind(root, train=split == "train", download=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source} is not in {root}: {error}") from error
+    x = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return Samples(x, torch.tensor(found.targets), f"{source} ({split})")
+
+
+def _npz(path: Path) -> Samples:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in ("x", "y") if name not in archive]
+            if missing:
+                raise ValueError(f"{path} holds {', '.join(archive.files)} but no {' and no '.join(missing)}")
+            x, y = archive["x"], archive["y"]
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"{path}: expected integer labels, but got {y.dtype}")
+    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"{path}: expected images as uint8 or float, but got {x.dtype}")
+    return Samples(_channels_first(torch.from_numpy(x)), torch.from_numpy(y.astype(np.int64)), path.name)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """Bring ``(N, H, W)`` and ``(N, H, W, C)`` to ``(N, C, H, W)``."""
+    if x.ndim == 3:
+        return x.unsqueeze(1)
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x
+
+
+def _folder(path: Path) -> Samples:
+    from PIL import Image, UnidentifiedImageError
+
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{path} has no subfolders; expected one folder of images a class")
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for label, folder in enumerate(classes):
+        for file in sorted(folder.iterdir()):
+            try:
+                with Image.open(file) as opened:
+                    mode = "L" if opened.mode in ("1", "L", "I;16") else "RGB"
+                    pixels = torch.from_numpy(np.array(opened.convert(mode)))
+            except (UnidentifiedImageError, OSError) as error:
+                raise ValueError(f"{file} is not a readable image: {error}") from error
+            images.append(pixels.unsqueeze(0) if mode == "L" else pixels.permute(2, 0, 1))
+            labels.append(label)
+            if images[0].shape != images[-1].shape:
+                raise ValueError(
+                    f"{file} is {tuple(images[-1].shape)} where the first image is {tuple(images[0].shape)}; "
+                    f"bring all images to one size and colour mode first"
+                )
+    if not images:
+        raise ValueError(f"{path}: the class folders hold no images")
+    return Samples(torch.stack(images), torch.tensor(labels), path.name)

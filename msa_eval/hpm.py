@@ -1,0 +1,261 @@
+"""HPM, the reference defence: a distance-based re-classifier with hybrid prototypes.
+
+References:
+    Sensitivity as a Double-Edged Sword (Wang, 2026), arXiv:2606.01746, section 3.6, Eqs. 14-18.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msa_eval.architectures import Classifier
+
+Assignment = Literal["ste", "soft", "frozen"]
+"""How features are assigned to classes: the hard forward with its straight-through gradient, the softmax in
+both directions, or the hard forward held constant."""
+
+EPSILON = 1e-6
+"""ε of Eq. 16."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which parts of HPM are in place; the defaults are the paper's defence, the others its ablations (section 4.4).
+
+    Attributes:
+        prototypes: ``hybrid`` mixes dataset and batch prototypes. ``batch`` has no dataset prototypes (the paper's
+            CEst removed); the batch prototypes take their place in the mixer, which the paper leaves open.
+            ``global`` classifies by the dataset prototypes alone, without a mixer (a plain class-mean head).
+        mixer: ``linear`` is Eq. 17, ``average`` the plain mean of both prototypes (PMixer removed).
+        similarity: ``l2`` is Eq. 18, ``inner`` the inner product (DistDeci removed), ``cosine`` the inner product of
+            normalised vectors (DNC with one centroid a class, when ``prototypes`` is ``global``).
+    """
+
+    prototypes: Literal["hybrid", "batch", "global"] = "hybrid"
+    mixer: Literal["linear", "average"] = "linear"
+    similarity: Literal["l2", "inner", "cosine"] = "l2"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("prototypes", ("hybrid", "batch", "global")),
+            ("mixer", ("linear", "average")),
+            ("similarity", ("l2", "inner", "cosine")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"expected {name} to be one of {', '.join(choices)}, but got {getattr(self, name)!r}")
+
+
+def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.0) -> Tensor:
+    """Assign each row to the classes (Eq. 15).
+
+    The straight-through form is written ``P_hard + (P_soft - stopgrad(P_soft))`` rather than the paper's
+    ``P_soft + stopgrad(P_hard - P_soft)``: the gradient is the same, and the forward value is exactly ``P_hard``,
+    where the paper's order rounds.
+
+    Args:
+        fc_logits: ``(B, k)``.
+        assignment: see `Assignment`.
+        temperature: divides the logits of the softmax; 1 in the paper.
+
+    Returns:
+        ``(B, k)``, rows summing to 1.
+
+    Raises:
+        ValueError: when the assignment is unknown.
+
+    >>> assign(torch.tensor([[0.0, 3.0]]), "ste")
+    tensor([[0., 1.]])
+    """
+    if assignment not in get_args(Assignment):
+        raise ValueError(f"expected assignment to be one of {', '.join(get_args(Assignment))}, but got {assignment!r}")
+    soft = torch.softmax(fc_logits / temperature, dim=1)
+    if assignment == "soft":
+        return soft
+    hard = F.one_hot(fc_logits.argmax(dim=1), fc_logits.shape[1]).to(soft)
+    return hard if assignment == "frozen" else hard + (soft - soft.detach())
+
+
+def similarity(z: Tensor, prototypes: Tensor, kind: str = "l2") -> Tensor:
+    """Compare features with prototypes (Eq. 18).
+
+    Args:
+        z: features ``(B, d)``.
+        prototypes: ``(k, d)``.
+        kind: ``l2`` (the negative distance, with gradient 0 at distance 0), ``inner`` or ``cosine``.
+
+    Returns:
+        logits ``(B, k)``.
+
+    >>> similarity(torch.tensor([[3.0, 4.0]]), torch.zeros(2, 2))
+    tensor([[-5., -5.]])
+    """
+    if kind == "inner":
+        return z @ prototypes.T
+    if kind == "cosine":
+        return F.normalize(z, dim=1) @ F.normalize(prototypes, dim=1).T
+    # The matrix-product form loses half the digits where a feature lies close to its prototype.
+    return -torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class HPM(nn.Module):
+    """Hybrid Prototype Mixing around any trunk (paper, section 3.6).
+
+    As a *defence* it is ``features`` followed by ``logits``, and ``logits`` looks at the whole batch.
+
+    The paper sets "λ1 = λ2 = 0.98" but defines one λ: ``momentum`` is λ1, and λ2 is left undefined. The mixer starts
+    at ``W_m = [I/2; I/2], b_m = 0``, on which the paper is silent.
+
+    Args:
+        trunk: maps images ``(B, C, H, W)`` in [0, 1] to features ``(B, d)``.
+        fc: the trained head, ``d`` to ``k``. It is copied twice: one copy is fine-tuned and assigns features to
+            classes, the other stays as it is and makes up the ``fc`` target.
+        momentum: λ of Eq. 14, in [0, 1].
+        variant: the ablation switches.
+
+    Raises:
+        ValueError: when ``momentum`` is outside [0, 1].
+    """
+
+    batch_dependent = True
+
+    def __init__(
+        self, trunk: nn.Module, fc: nn.Linear, *, momentum: float = 0.98, variant: Variant | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"expected momentum in [0, 1], but got {momentum}")
+        self.momentum = momentum
+        self.variant = variant or Variant()
+        self.batch_dependent = self.variant.prototypes != "global"
+        self.trunk = trunk
+        self.fc = copy.deepcopy(fc)
+        self.fc_original = copy.deepcopy(fc).requires_grad_(False)
+        dim = fc.in_features
+        self.mixer = nn.Linear(2 * dim, dim, device=fc.weight.device)
+        with torch.no_grad():
+            self.mixer.weight.copy_(torch.eye(dim).repeat(1, 2) / 2)
+            self.mixer.bias.zero_()
+        self.prototypes: Tensor
+        self.register_buffer("prototypes", torch.zeros_like(fc.weight, requires_grad=False))
+
+    @property
+    def fc_target(self) -> Classifier:
+        """The classifier the defence was built on, as it was before fine-tuning."""
+        target = Classifier(self.trunk, self.fc_original)
+        target.training = self.training
+        return target
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` in [0, 1] to features ``(B, d)``."""
+        z: Tensor = self.trunk(x)
+        return z
+
+    def fc_logits(self, z: Tensor) -> Tensor:
+        """Map features ``(B, d)`` to the logits ``(B, k)`` of the fine-tuned FC head, which assigns the classes."""
+        out: Tensor = self.fc(z)
+        return out
+
+    def batch_prototypes(self, z: Tensor, p: Tensor) -> Tensor:
+        """Assigned class means of a batch (Eq. 16).
+
+        Args:
+            z: features ``(B, d)``.
+            p: assignment ``(B, k)``.
+
+        Returns:
+            ``(k, d)``; the zero row for a class that nobody is assigned to.
+        """
+        return (p.T @ z) / (p.sum(dim=0) + EPSILON).unsqueeze(1)
+
+    def mix(self, batch_prototypes: Tensor) -> Tensor:
+        """Fuse dataset and batch prototypes ``(k, d)`` into the hybrid ones (Eq. 17)."""
+        anchor = batch_prototypes if self.variant.prototypes == "batch" else self.prototypes
+        if self.variant.mixer == "average":
+            return (anchor + batch_prototypes) / 2
+        mixed: Tensor = self.mixer(torch.cat([anchor, batch_prototypes], dim=1))
+        return mixed
+
+    def hybrid_prototypes(self, z: Tensor, assignment: Assignment = "ste", *, temperature: float = 1.0) -> Tensor:
+        """The prototypes ``(k, d)`` that a batch of features ``(B, d)`` is compared with (Eqs. 15-17)."""
+        if self.variant.prototypes == "global":
+            return self.prototypes
+        return self.mix(self.batch_prototypes(z, assign(self.fc_logits(z), assignment, temperature=temperature)))
+
+    def compare(self, z: Tensor, prototypes: Tensor) -> Tensor:
+        """Logits ``(B, k)`` of features ``(B, d)`` against prototypes ``(k, d)`` (Eq. 18)."""
+        return similarity(z, prototypes, self.variant.similarity)
+
+    def logits(self, z: Tensor, assignment: Assignment = "ste", *, temperature: float = 1.0) -> Tensor:
+        """Decide a batch (Eqs. 15-18).
+
+        Args:
+            z: features ``(B, d)`` of the whole batch.
+            assignment: ``ste`` and ``frozen`` have the defence's hard forward value, ``soft`` is the paper's
+                Surrogate 2.
+            temperature: of the softmax in the assignment.
+
+        Returns:
+            logits ``(B, k)``.
+        """
+        return self.compare(z, self.hybrid_prototypes(z, assignment, temperature=temperature))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map a batch of images to logits ``(B, k)``; in training mode labels also move the dataset prototypes.
+
+        Args:
+            x: images ``(B, C, H, W)`` in [0, 1].
+            y: labels ``(B,)``, used in training mode only.
+        """
+        z = self.features(x)
+        if self.training and y is not None:
+            self.update_prototypes(z.detach(), y)
+        return self.logits(z)
+
+    @torch.no_grad()
+    def update_prototypes(self, z: Tensor, y: Tensor) -> None:
+        """Move the dataset prototypes of the classes present towards the batch's labelled class means (Eq. 14).
+
+        The paper is silent on absent classes; their prototypes stay, where a decay towards zero would be a bug.
+
+        Args:
+            z: features ``(B, d)``.
+            y: labels ``(B,)``.
+        """
+        means, present = class_means(z, y, self.prototypes.shape[0])
+        moved = self.momentum * self.prototypes + (1 - self.momentum) * means
+        self.prototypes.copy_(torch.where(present.unsqueeze(1), moved, self.prototypes))
+
+    @torch.no_grad()
+    def start_prototypes(self, z: Tensor, y: Tensor) -> None:
+        """Set the dataset prototypes to class means (the paper doesn't say where they start).
+
+        Args:
+            z: clean features ``(N, d)`` of the training set.
+            y: labels ``(N,)``.
+
+        Raises:
+            ValueError: when a class has no sample.
+        """
+        means, present = class_means(z, y, self.prototypes.shape[0])
+        if not bool(present.all()):
+            absent = ", ".join(str(c) for c in (~present).nonzero().flatten().tolist()[:10])
+            raise ValueError(f"expected training samples of every class, but there are none of class {absent}")
+        self.prototypes.copy_(means)
+
+
+def class_means(z: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Labelled class means ``(k, d)`` of features ``(B, d)``, and which classes are present ``(k,)``.
+
+    >>> class_means(torch.tensor([[2.0], [4.0]]), torch.tensor([1, 1]), 2)
+    (tensor([[0.],
+            [3.]]), tensor([False,  True]))
+    """
+    one_hot = F.one_hot(y, num_classes).to(z)
+    count = one_hot.sum(dim=0)
+    return (one_hot.T @ z) / count.clamp(min=1).unsqueeze(1), count > 0

@@ -1,0 +1,308 @@
+"""Evidence: the per-sample record as tables, and on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from msa_eval.protocols import metrics
+
+SCHEMA_VERSION = 1
+TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
+
+    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches.
+    """
+
+    name: str
+    surrogate: str
+    attack: str
+    loss: str
+    restart: int
+    surrogate_fooled: npt.NDArray[np.bool_]
+    final_broken: npt.NDArray[np.bool_]
+    any_broken: npt.NDArray[np.bool_]
+    first_iterate: npt.NDArray[np.int64]
+    min_margin: npt.NDArray[np.float32]
+    perturbation: npt.NDArray[np.float32]
+    forwards: int
+    backwards: int
+    decisions: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """One target in one context; arrays are ``(N,)``.
+
+    Attributes:
+        target: ``defense`` or ``fc``.
+        context: what the attacker controls.
+        index: places in the data set, ascending.
+        label: of each sample.
+        batch: the batch each sits in.
+        position: its place there.
+        clean_prediction: the target's answer on the clean batch.
+        clean_margin: its logit lead there.
+        committed: right on the one adversarial batch that leaves the fewest of its batch right.
+        runs: in the order they were made.
+    """
+
+    target: str
+    context: str
+    index: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    batch: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+    clean_prediction: npt.NDArray[np.int64]
+    clean_margin: npt.NDArray[np.float32]
+    committed: npt.NDArray[np.bool_]
+    runs: Sequence[RunRecord]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Right on the clean batch."""
+        correct: npt.NDArray[np.bool_] = self.clean_prediction == self.label
+        return correct
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found, as pandas tables (their columns are described in the README).
+
+    Attributes:
+        summary: a row a target, context and number.
+        attacks: a row a run.
+        samples: a row a sample, target and context.
+        outcomes: a row a sample and run.
+        batches: a row a sample's place.
+        run: protocol, seed, hashes, versions and all else that says how the tables were made.
+    """
+
+    summary: pd.DataFrame
+    attacks: pd.DataFrame
+    samples: pd.DataFrame
+    outcomes: pd.DataFrame
+    batches: pd.DataFrame
+    run: Mapping[str, Any]
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the five tables as CSV and ``run.json``, which comes last and so marks a complete folder.
+
+        Args:
+            folder: made if need be.
+            force: write over other results.
+
+        Raises:
+            ValueError: when the folder holds something else.
+            OSError: when it can't be written.
+        """
+        folder = Path(folder)
+        claim_folder(folder, self.run["key"], force=force)
+        (folder / "run.json").unlink(missing_ok=True)
+        for name in TABLES:
+            table: pd.DataFrame = getattr(self, name)
+            _write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        _write(folder / "run.json", json.dumps(dict(self.run), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: when the folder holds no complete results of this schema.
+        """
+        folder = Path(folder)
+        run = _read_run(folder)
+        if run is None:
+            raise ValueError(f"{folder} holds no complete results: there is no run.json")
+        if run.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder} has schema version {run.get('schema_version')}, but this release reads {SCHEMA_VERSION}"
+            )
+        try:
+            tables = {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no complete results: {error}") from error
+        return cls(**tables, run=run)
+
+
+def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
+    """Make a results folder, or check that the one there may be written.
+
+    Args:
+        folder: the folder.
+        key: what the results depend on; results of the same key are the same results and may be replaced.
+        force: allow other results to be replaced.
+
+    Raises:
+        ValueError: when the folder holds other results, or other files.
+        OSError: when it can't be made or written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose a folder for the results")
+    run = _read_run(folder)
+    if not force and run is not None and run.get("key") != key:
+        raise ValueError(
+            f"{folder} holds the results of another evaluation ({run.get('protocol', {}).get('name')}, seed "
+            f"{run.get('seed')}); choose another folder, or replace them with --force"
+        )
+    if not force and run is None and folder.is_dir() and _others(folder):
+        raise ValueError(f"{folder} is not empty ({_others(folder)[0]}); choose another folder, or use --force")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _others(folder: Path) -> list[str]:
+    """Files that an evaluation did not write."""
+    ours = {"run.json", *(f"{name}.csv" for name in TABLES)}
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+
+
+def _read_run(folder: Path) -> dict[str, Any] | None:
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} is not the run.json of an evaluation")
+    return run
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(path)
+    except OSError as error:
+        hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def tabulate(records: Sequence[TargetRecord], run: Mapping[str, Any]) -> Results:
+    """Make the tables from the records of all targets and contexts."""
+    first = records[0]
+    seats = pd.DataFrame({"batch": first.batch, "position": first.position, "index": first.index})
+    return Results(
+        summary=pd.concat([_summary(record) for record in records], ignore_index=True),
+        attacks=pd.concat([_attacks(record) for record in records], ignore_index=True),
+        samples=pd.concat([_samples(record) for record in records], ignore_index=True),
+        outcomes=pd.concat([_outcomes(record) for record in records], ignore_index=True),
+        batches=seats.sort_values(["batch", "position"], ignore_index=True),
+        run=run,
+    )
+
+
+def _stack(record: TargetRecord, name: str) -> Any:
+    return np.stack([getattr(run, name) for run in record.runs])
+
+
+def _summary(record: TargetRecord) -> pd.DataFrame:
+    rates = {
+        "clean": metrics.clean(record.correct),
+        "paper": metrics.paper(record.correct, _stack(record, "final_broken")),
+        "realised": metrics.realised(record.committed),
+        "worst_case": metrics.worst_case(record.correct, _stack(record, "any_broken")),
+    }
+    about = {"target": record.target, "context": record.context}
+    return pd.DataFrame([about | {"metric": name} | rate._asdict() for name, rate in rates.items()])
+
+
+def _attacks(record: TargetRecord) -> pd.DataFrame:
+    rows = []
+    standing = record.correct
+    for run in record.runs:
+        newly = standing & run.any_broken
+        standing = standing & ~run.any_broken
+        rows.append(
+            {
+                "target": record.target,
+                "context": record.context,
+                "run": run.name,
+                "surrogate": run.surrogate,
+                "attack": run.attack,
+                "loss": run.loss,
+                "restart": run.restart,
+                "surrogate_accuracy": float((~run.surrogate_fooled).mean()),
+                "final": float((record.correct & ~run.final_broken).mean()),
+                "any": float((record.correct & ~run.any_broken).mean()),
+                "newly_broken": int(newly.sum()),
+                "forwards": run.forwards,
+                "backwards": run.backwards,
+                "decisions": run.decisions,
+                "seconds": round(run.seconds, 3),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _samples(record: TargetRecord) -> pd.DataFrame:
+    broken = _stack(record, "any_broken")
+    names = np.array([run.name for run in record.runs])
+    first_run = broken.argmax(axis=0)
+    hit = broken.any(axis=0)
+    iterate = _stack(record, "first_iterate")[first_run, np.arange(len(hit))]
+    right = record.correct
+    broken_by = np.where(~right, "clean", np.where(hit, names[first_run], ""))
+    return pd.DataFrame(
+        {
+            "target": record.target,
+            "context": record.context,
+            "index": record.index,
+            "label": record.label,
+            "batch": record.batch,
+            "position": record.position,
+            "clean_prediction": record.clean_prediction,
+            "clean_correct": right,
+            "robust": right & ~hit,
+            "broken_by": pd.Series(broken_by).replace("", None),
+            "broken_at": pd.Series(np.where(right & hit, iterate, -1)).astype("Int64").replace(-1, pd.NA),
+            "min_margin": np.minimum(record.clean_margin, _stack(record, "min_margin").min(axis=0)),
+            "committed_right": record.committed,
+        }
+    )
+
+
+def _outcomes(record: TargetRecord) -> pd.DataFrame:
+    frames = [
+        pd.DataFrame(
+            {
+                "target": record.target,
+                "context": record.context,
+                "run": run.name,
+                "index": record.index,
+                "surrogate_fooled": run.surrogate_fooled,
+                "final_broken": run.final_broken,
+                "any_broken": run.any_broken,
+                "first_iterate": pd.Series(run.first_iterate).astype("Int64").replace(-1, pd.NA),
+                "min_margin": run.min_margin,
+                "perturbation": run.perturbation,
+            }
+        )
+        for run in record.runs
+    ]
+    return pd.concat(frames, ignore_index=True)

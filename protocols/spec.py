@@ -1,0 +1,311 @@
+"""A protocol: which surrogates, losses and budget, on which samples, in which batches, in which contexts.
+
+A protocol is a TOML file. Every key is known by its dotted name, which is also how the command line overrides it; all
+mistakes of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from msa_eval.attacks.ball import Ball, Norm
+from msa_eval.attacks.losses import MIN_CLASSES
+
+T = TypeVar("T", "ApgdBudget", "SquareBudget")
+
+SCHEMA = 1
+CONTEXTS = ("joint",)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text")
+    return value
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return str(value)
+
+    return check
+
+
+def _texts(choices: tuple[str, ...] | None = None) -> Callable[[Any], tuple[str, ...]]:
+    def check(value: Any) -> tuple[str, ...]:
+        good = isinstance(value, list) and value and all(isinstance(entry, str) and entry for entry in value)
+        if not good or len(set(value)) < len(value) or (choices and not set(value) <= set(choices)):
+            raise ValueError("a list of different " + (f"names among {', '.join(choices)}" if choices else "names"))
+        return tuple(value)
+
+    return check
+
+
+def _whole(low: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"a whole number, at least {low}")
+        return value
+
+    return check
+
+
+def _number(low: float, high: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        try:
+            number = float(Fraction(value)) if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, ZeroDivisionError):
+            number = math.nan
+        if isinstance(value, bool) or not low < number <= high:
+            raise ValueError(f"a number (or a fraction such as '8/255') above {low:g} and up to {high:g}")
+        return number
+
+    return check
+
+
+_KEYS: Mapping[str, Callable[[Any], Any]] = {
+    "schema": _whole(1),
+    "name": _text,
+    "version": _whole(1),
+    "description": _text,
+    "source": _text,
+    "threat.norm": _choice(*get_args(Norm)),
+    "threat.eps": _number(0, 1000),
+    "threat.contexts": _texts(CONTEXTS),
+    "samples.fraction": _number(0, 1),
+    "samples.per_class": _whole(1),
+    "samples.limit": _whole(1),
+    "samples.seed": _whole(0),
+    "batches.size": _whole(1),
+    "batches.seed": _whole(0),
+    "attack.apgd.surrogates": _texts(),
+    "attack.apgd.losses": _texts(tuple(MIN_CLASSES)),
+    "attack.apgd.steps": _whole(1),
+    "attack.apgd.restarts": _whole(1),
+    "attack.apgd.targets": _whole(1),
+    "attack.square.queries": _whole(1),
+    "attack.square.p_init": _number(0, 1),
+    "attack.square.restarts": _whole(1),
+}
+_REQUIRED = ("schema", "name", "version", "description", "threat.norm", "threat.eps")
+
+
+@dataclass(frozen=True)
+class ApgdBudget:
+    """The white-box part of a protocol: every surrogate with every loss.
+
+    Attributes:
+        surrogates: their names; those that a defence can't offer are left out, and ``ste`` is used if none is left.
+        losses: among ``ce``, ``dlr``, ``margin``, ``dlr-targeted``.
+        steps: gradient steps a run.
+        restarts: runs of each surrogate and untargeted loss, each from a start of its own.
+        targets: runs of each surrogate with ``dlr-targeted``, towards the likeliest other classes in turn.
+    """
+
+    surrogates: tuple[str, ...] = ("fc-oracle", "soft-hybrid")
+    losses: tuple[str, ...] = ("ce", "dlr")
+    steps: int = 40
+    restarts: int = 1
+    targets: int = 9
+
+
+@dataclass(frozen=True)
+class SquareBudget:
+    """The gradient-free part of a protocol, on the hard target.
+
+    Attributes:
+        queries: proposals a run; AutoAttack's number by default.
+        p_init: the share of pixels changed at first.
+        restarts: runs, each with a random sequence of its own.
+    """
+
+    queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol, checked.
+
+    Attributes:
+        name: of the file.
+        version: of its content.
+        description: in a sentence.
+        ball: the perturbation set.
+        contexts: what the attacker controls; ``joint`` is every image of the batch.
+        fraction: the share of samples to evaluate, uniformly drawn.
+        per_class: or how many of each class.
+        limit: at most so many of these.
+        samples_seed: draws them.
+        batch_size: the largest batch; sizes are balanced.
+        batches_seed: draws who sits together.
+        apgd: the white-box part, or ``None``.
+        square: the gradient-free part, or ``None``.
+        overrides: what was changed against the file, by dotted key.
+        values: all keys as given, after overrides.
+    """
+
+    name: str
+    version: int
+    description: str
+    ball: Ball
+    contexts: tuple[str, ...] = ("joint",)
+    fraction: float | None = None
+    per_class: int | None = None
+    limit: int | None = None
+    samples_seed: int = 0
+    batch_size: int = 64
+    batches_seed: int = 0
+    apgd: ApgdBudget | None = None
+    square: SquareBudget | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def modified(self) -> bool:
+        """Whether it differs from the file it was read from."""
+        return bool(self.overrides)
+
+    def text(self) -> str:
+        """The protocol as TOML, overrides included."""
+        return _dump(self.values)
+
+    def digest(self) -> str:
+        """SHA-256 over all keys and values."""
+        return hashlib.sha256(json.dumps(dict(self.values), sort_keys=True).encode()).hexdigest()
+
+
+def shipped() -> dict[str, Path]:
+    """The protocols that come with the toolkit: name to file.
+
+    >>> sorted(shipped())
+    ['digits', 'paper-cifar10', 'paper-cifar100', 'paper-imagenet', 'quick']
+    """
+    folder = Path(str(resources.files("msa_eval.protocols")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Protocol:
+    """Read a protocol.
+
+    Args:
+        source: the name of a shipped one, or a TOML file.
+        overrides: values to put in place, by dotted key such as ``attack.square.queries``.
+
+    Raises:
+        ValueError: when it can't be found or read, or with every mistake in it.
+
+    >>> load_protocol("quick", overrides={"threat.eps": "2/255"}).modified
+    True
+    """
+    path = shipped().get(str(source), Path(source))
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), shipped(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"there is no protocol {str(source)!r}; {hint}available: {', '.join(shipped())}, or a .toml file"
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a readable TOML file: {error}") from error
+    return make_protocol(content, overrides=overrides, source=str(source))
+
+
+def make_protocol(
+    content: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "protocol"
+) -> Protocol:
+    """Check the content of a protocol file, nested or with dotted keys.
+
+    Raises:
+        ValueError: with every mistake in it.
+    """
+    given = _flatten(content)
+    changed = {key: value for key, value in _flatten(overrides or {}).items() if given.get(key) != value}
+    values = dict(sorted((given | changed).items()))
+    parsed: dict[str, Any] = {}
+    mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
+    for key, value in values.items():
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1)
+            mistakes.append(f"unknown key {key}" + (f" (did you mean {close[0]}?)" if close else ""))
+            continue
+        try:
+            parsed[key] = _KEYS[key](value)
+        except ValueError as error:
+            mistakes.append(f"{key}: expected {error}, but got {value!r}")
+    mistakes += _contradictions(values)
+    if mistakes:
+        raise ValueError(f"{source}: " + "; ".join(mistakes))
+    return Protocol(
+        name=parsed["name"],
+        version=parsed["version"],
+        description=parsed["description"],
+        ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"]),
+        apgd=_section(ApgdBudget, "attack.apgd.", parsed),
+        square=_section(SquareBudget, "attack.square.", parsed),
+        overrides=changed,
+        values=values,
+        **{
+            name: parsed[key]
+            for name, key in {
+                "contexts": "threat.contexts",
+                "fraction": "samples.fraction",
+                "per_class": "samples.per_class",
+                "limit": "samples.limit",
+                "samples_seed": "samples.seed",
+                "batch_size": "batches.size",
+                "batches_seed": "batches.seed",
+            }.items()
+            if key in parsed
+        },
+    )
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    found = []
+    if values.get("schema", SCHEMA) != SCHEMA:
+        found.append(f"schema: this release reads schema {SCHEMA}, but got {values['schema']!r}")
+    if "samples.fraction" in values and "samples.per_class" in values:
+        found.append("samples.fraction and samples.per_class exclude each other")
+    if not any(key.startswith("attack.") for key in values):
+        found.append("no attack: give attack.apgd or attack.square")
+    return found
+
+
+def _section(kind: type[T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
+    """Build a section from its keys; ``None`` where it has none at all."""
+    given = {f.name: parsed[prefix + f.name] for f in fields(kind) if prefix + f.name in parsed}  # type: ignore[arg-type]
+    return kind(**given) if given else None
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    """Write flat values as TOML; strings, numbers and lists of strings are the same in JSON and TOML."""
+    tables: dict[str, list[str]] = {}
+    for key, value in values.items():
+        table, _, name = key.rpartition(".")
+        tables.setdefault(table, []).append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    blocks = ["\n".join(([f"[{table}]"] if table else []) + lines) for table, lines in sorted(tables.items())]
+    return "\n\n".join(blocks) + "\n"

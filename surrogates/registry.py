@@ -1,0 +1,78 @@
+"""The one registry: surrogates by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Decision = Callable[[Any, Tensor], Tensor]
+"""``(defense, features (B, ...)) -> logits (B, k)``, differentiable in the features."""
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A differentiable stand-in for a defence's decision, on the defence's own trunk.
+
+    Attributes:
+        name: as protocols and tables call it.
+        logits: the decision. It may look at the whole batch.
+        applies: whether a defence has what this surrogate needs.
+        exact: its forward value is the defence's own, so a verdict can be read from it.
+    """
+
+    name: str
+    logits: Decision
+    applies: Callable[[Any], bool] = lambda defense: True
+    exact: bool = False
+
+
+_REGISTRY: dict[str, Surrogate] = {}
+
+
+def register(surrogate: Surrogate) -> Surrogate:
+    """Make a surrogate available by its name.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    if surrogate.name in _REGISTRY:
+        raise ValueError(f"there is already a surrogate {surrogate.name!r}; choose another name")
+    _REGISTRY[surrogate.name] = surrogate
+    return surrogate
+
+
+def available() -> list[str]:
+    """The names of all registered surrogates, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str, own: Mapping[str, Decision | Surrogate] | None = None) -> Surrogate:
+    """Look a surrogate up.
+
+    Args:
+        name: its name.
+        own: surrogates of the caller's own, as functions or `Surrogate`; they come first.
+
+    Raises:
+        ValueError: when there is none of that name.
+
+    >>> get("ste").exact
+    True
+    >>> get("fc-orcale")
+    Traceback (most recent call last):
+    ValueError: unknown surrogate 'fc-orcale'; did you mean 'fc-oracle'? available: fc-oracle, soft-hybrid, ste
+    """
+    own = own or {}
+    if name in own:
+        found = own[name]
+        return found if isinstance(found, Surrogate) else Surrogate(name, found)
+    if name not in _REGISTRY:
+        names = sorted({*own, *_REGISTRY})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown surrogate {name!r};{hint} available: {', '.join(names)}")
+    return _REGISTRY[name]

@@ -1,0 +1,51 @@
+"""The surrogates that come with the toolkit.
+
+References:
+    Sensitivity as a Double-Edged Sword (Wang, 2026), arXiv:2606.01746, section 3.7.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from msa_eval.surrogates.registry import Surrogate, register
+
+
+def fc_oracle(defense: Any, z: Tensor) -> Tensor:
+    """The FC logits alone (Surrogate 1): the surest way to change whom a dynamic defence assigns to which class."""
+    logits: Tensor = defense.fc_logits(z)
+    return logits
+
+
+def soft_hybrid(defense: Any, z: Tensor) -> Tensor:
+    """P_soft in place of P_ste, forward and backward (Surrogate 2)."""
+    logits: Tensor = defense.logits(z, assignment="soft")
+    return logits
+
+
+def ste(defense: Any, z: Tensor) -> Tensor:
+    """The defence's own forward with its own gradient (BPDA): the naive attacker, possible on every defence."""
+    logits: Tensor = defense.logits(z)
+    return logits
+
+
+def _has_fc_logits(defense: Any) -> bool:
+    return callable(getattr(defense, "fc_logits", None))
+
+
+def _assigns_softly(defense: Any) -> bool:
+    return "assignment" in inspect.signature(defense.logits).parameters
+
+
+def _is_not_its_own_fc(defense: Any) -> bool:
+    """Whether ``ste`` differs from ``fc-oracle``: for a plain classifier both are the same attack."""
+    fc_logits = getattr(defense, "fc_logits", None)
+    return fc_logits is None or fc_logits != defense.logits
+
+
+FC_ORACLE = register(Surrogate("fc-oracle", fc_oracle, applies=_has_fc_logits))
+SOFT_HYBRID = register(Surrogate("soft-hybrid", soft_hybrid, applies=_assigns_softly))
+STE = register(Surrogate("ste", ste, applies=_is_not_its_own_fc, exact=True))
