@@ -148,7 +148,7 @@ def load_bare_classifier(
         "fc." + name.removeprefix(head + ".") if name.startswith(head + ".") else inner + name: value
         for name, value in tensors.items()
     }
-    model = blueprint.build()
+    model = _build_quietly(blueprint)
     try:
         _check_tensors(model, renamed)
     except ValueError as error:
@@ -173,8 +173,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); pickles are never loaded") from error
 
 
+def _build_quietly(blueprint: Blueprint) -> Classifier:
+    """Build without a trace in the global random state: the weights are overwritten anyway."""
+    with torch.random.fork_rng(devices=[]):
+        return blueprint.build()
+
+
 def _build(about: Mapping[str, Any], blueprint: Blueprint) -> HPM | Classifier:
-    classifier = blueprint.build()
+    classifier = _build_quietly(blueprint)
     if about["kind"] == "classifier":
         return classifier
     if about["kind"] != "hpm":

@@ -135,12 +135,14 @@ def _npz(path: Path) -> Samples:
         raise ValueError(f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in ("x", "y") if name not in archive]
-            if missing:
-                raise ValueError(f"{path} holds {', '.join(archive.files)} but no {' and no '.join(missing)}")
-            x, y = archive["x"], archive["y"]
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+            held = archive.files
+            arrays = [archive[name] for name in ("x", "y") if name in held]
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    if len(arrays) < 2:
+        absent = " and no ".join(name for name in ("x", "y") if name not in held)
+        raise ValueError(f"{path} holds {', '.join(held)} but no {absent}")
+    x, y = arrays
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{path}: expected integer labels, but got {y.dtype}")
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):

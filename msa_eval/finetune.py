@@ -66,6 +66,7 @@ class FinetuneSettings:
             raise ValueError(f"unusable settings: {', '.join(wrong)}")
 
 
+@torch.enable_grad()
 def finetune(
     classifier: Classifier,
     samples: Samples,
@@ -128,7 +129,7 @@ def finetune(
             optimizer.step()
             class_means.gather(logits, y)
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss is {float(loss)}; lower lr, or look for bad values in {samples.name}")
+                raise ValueError(f"the loss is {float(loss.detach())}; lower lr, or look for bad values in {samples.name}")
         class_means.next_epoch()
     return model.requires_grad_(False).cpu()
 

@@ -137,7 +137,8 @@ class HPM(nn.Module):
         self.fc = copy.deepcopy(fc)
         self.fc_original = copy.deepcopy(fc).requires_grad_(False)
         dim = fc.in_features
-        self.mixer = nn.Linear(2 * dim, dim, device=fc.weight.device)
+        # skip_init, because a random start would be drawn from the global generator only to be overwritten.
+        self.mixer = nn.utils.skip_init(nn.Linear, 2 * dim, dim, device=fc.weight.device)
         with torch.no_grad():
             self.mixer.weight.copy_(torch.eye(dim).repeat(1, 2) / 2)
             self.mixer.bias.zero_()

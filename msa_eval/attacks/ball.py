@@ -39,7 +39,7 @@ class Ball:
         tensor([5.])
         """
         flat = delta.flatten(1)
-        return flat.abs().amax(dim=1) if self.norm == "Linf" else flat.norm(dim=1)
+        return flat.abs().amax(dim=1) if self.norm == "Linf" else flat.pow(2).sum(dim=1).sqrt()
 
     def unit(self, delta: Tensor) -> Tensor:
         """Scale each perturbation ``(B, ...)`` to norm 1 (zero stays zero)."""

@@ -1,0 +1,196 @@
+"""APGD against closed forms, laws and pyautoattack."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyautoattack.autopgd_base import APGDAttack
+from torch import Tensor, nn
+
+from msa_eval import HPM, Samples
+from msa_eval.attacks import Ball, apgd
+from msa_eval.attacks.losses import LOSSES, most_likely_others, targeted_dlr
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_reaches_the_optimum_of_a_linear_classifier(norm: str, loss: str) -> None:
+    """Two classes: the margin w·x + b falls by ε times the dual norm of w, and no point does better."""
+    w = torch.randn(2, 12, generator=_generator(1))
+    x = 0.3 + 0.4 * torch.rand(8, 3, 2, 2, generator=_generator(2))
+    y = torch.arange(8) % 2
+    ball = Ball(norm, 0.1)  # type: ignore[arg-type]
+
+    def logits(images: Tensor) -> Tensor:
+        return images.flatten(1) @ w.T
+
+    found = apgd(logits, x, y, loss=LOSSES[loss], ball=ball, steps=100, generator=_generator())
+    gap = w[1] - w[0]
+    gain = ball.eps * (gap.abs().sum() if norm == "Linf" else gap.norm())
+    before = LOSSES["margin"](logits(x), y)
+    after = LOSSES["margin"](logits(found.x), y)
+    torch.testing.assert_close(after, before + gain, atol=2e-4, rtol=0)
+    assert (ball.excess(found.x, x) == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_reaches_the_optimum_that_the_box_leaves(norm: str) -> None:
+    """On images at the corners of the box only half the Linf ball is left: each coordinate moves inwards or not."""
+    w = torch.randn(2, 12, generator=_generator(1))
+    x = (torch.rand(6, 12, generator=_generator(3)) > 0.5).float()
+    y = torch.zeros(6, dtype=torch.long)
+    ball = Ball(norm, 0.2)  # type: ignore[arg-type]
+    found = apgd(
+        lambda images: images @ w.T, x, y, loss=LOSSES["margin"], ball=ball, steps=200, generator=_generator()
+    )
+    gap = w[1] - w[0]
+    useful = torch.where(x == 1, (gap < 0), (gap > 0)) * gap.abs()
+    gain = ball.eps * (useful.sum(dim=1) if norm == "Linf" else useful.norm(dim=1))
+    before, after = (LOSSES["margin"](points @ w.T, y) for points in (x, found.x))
+    torch.testing.assert_close(after, before + gain, atol=5e-3, rtol=0)
+    assert (after <= before + gain + 1e-4).all()
+
+
+@pytest.mark.filterwarnings("ignore:there are .* points with zero gradient")
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("steps", [10, 40])
+def test_parity_with_pyautoattack(norm: str, loss: str, steps: int, digits_hpm: HPM, digits: Samples) -> None:
+    """The same start points and budget give the same best losses and the same accuracy on the attacked model."""
+    model = digits_hpm.fc_target
+    x, y = digits.x[:200], digits.y[:200]
+    eps = 0.15 if norm == "Linf" else 0.8
+    ball = Ball(norm, eps)  # type: ignore[arg-type]
+    start = ball.random(x, _generator(5))
+    peer = APGDAttack(model, n_iter=steps, norm=norm, eps=eps, loss=loss, device="cpu")
+    peer.init_hyperparam(x)
+    _, accuracy, their_loss, _ = peer.attack_single_run(x, y, x_init=start)
+
+    answers: list[Tensor] = []
+
+    def logits(points: Tensor) -> Tensor:
+        out = model(points)
+        answers.append(out.detach().argmax(dim=1))
+        return out
+
+    found = apgd(logits, x, y, loss=LOSSES[loss], ball=ball, steps=steps, generator=_generator(), start=start)
+    torch.testing.assert_close(found.loss, their_loss, atol=1e-4, rtol=0)
+    standing = torch.stack([answer == y for answer in answers]).all(dim=0)
+    assert 0.3 < standing.float().mean() < 0.95
+    assert torch.equal(standing, accuracy.bool())
+
+
+def test_parity_with_pyautoattack_on_a_targeted_loss(digits_hpm: HPM, digits: Samples) -> None:
+    model = digits_hpm.fc_target
+    x, y = digits.x[:100], digits.y[:100]
+    ball = Ball("Linf", 0.15)
+    start = ball.random(x, _generator(5))
+    with torch.no_grad():
+        target = most_likely_others(model(x), y, 1)
+    logits = model(x)
+    peer_logits = logits.sort(dim=1)[0]
+    u = torch.arange(len(y))
+    expected = -(logits[u, y] - logits[u, target]) / (
+        peer_logits[:, -1] - 0.5 * (peer_logits[:, -3] + peer_logits[:, -4]) + 1e-12
+    )
+    torch.testing.assert_close(targeted_dlr(target)(logits, y), expected)
+    found = apgd(model, x, y, loss=targeted_dlr(target), ball=ball, steps=20, generator=_generator(), start=start)
+    assert (found.loss >= targeted_dlr(target)(model(start), y)).all()
+
+
+def test_returns_the_best_point_of_every_sample_fooled_or_not() -> None:
+    """A model that can't be fooled still gets perturbed points: a transfer of clean inputs would be vacuous."""
+    x = torch.full((4, 3, 2, 2), 0.5)
+    y = torch.zeros(4, dtype=torch.long)
+
+    def certain(images: Tensor) -> Tensor:
+        score = images.flatten(1).sum(dim=1)
+        return torch.stack([1000 + score, -score, -score], dim=1)
+
+    found = apgd(certain, x, y, loss=LOSSES["margin"], ball=Ball("Linf", 0.1), steps=20, generator=_generator())
+    assert (certain(found.x).argmax(dim=1) == 0).all()
+    torch.testing.assert_close(found.x, x - 0.1)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    eps=st.floats(0, 2),
+    norm=st.sampled_from(["Linf", "L2"]),
+    loss=st.sampled_from(["ce", "dlr", "margin"]),
+    steps=st.integers(1, 12),
+)
+@settings(max_examples=40, deadline=None)
+def test_never_leaves_the_ball_or_the_box(seed: int, eps: float, norm: str, loss: str, steps: int) -> None:
+    generator = _generator(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    x = torch.rand(5, 3, 2, 2, generator=generator)
+    y = torch.randint(0, 5, (5,), generator=generator)
+    ball = Ball(norm, eps)  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+
+    def logits(points: Tensor) -> Tensor:
+        seen.append(points.detach())
+        return net(points)
+
+    found = apgd(logits, x, y, loss=LOSSES[loss], ball=ball, steps=steps, generator=generator)
+    assert len(seen) == steps + 1
+    for points in [*seen, found.x]:
+        assert (ball.excess(points, x) == 0).all()
+        assert points.min() >= 0
+        assert points.max() <= 1
+        reach = (points - x).flatten(1)
+        size = reach.abs().amax(dim=1) if norm == "Linf" else reach.double().norm(dim=1)
+        assert (size <= eps + 1e-6 + 1e-5 * eps).all()
+
+
+def test_the_found_loss_is_the_loss_of_the_found_point() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    x, y = torch.rand(6, 3, 2, 2, generator=_generator(4)), torch.arange(6) % 5
+    found = apgd(net, x, y, loss=LOSSES["ce"], ball=Ball("L2", 0.5), steps=15, generator=_generator())
+    torch.testing.assert_close(LOSSES["ce"](net(found.x), y), found.loss)
+
+
+def test_the_generator_alone_decides(digits_hpm: HPM, digits: Samples) -> None:
+    model, x, y = digits_hpm.fc_target, digits.x[:20], digits.y[:20]
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        apgd(model, x, y, loss=LOSSES["ce"], ball=Ball("Linf", 0.1), steps=5, generator=_generator(seed)).x
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="at least 1 step"):
+        apgd(
+            nn.Flatten(),
+            torch.rand(1, 1, 2, 2),
+            torch.zeros(1, dtype=torch.long),
+            loss=LOSSES["ce"],
+            ball=Ball("Linf", 0.1),
+            steps=0,
+            generator=_generator(),
+        )
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("L1", 0.1), ("Linf", -1.0), ("Linf", math.nan), ("L2", math.inf)])
+def test_a_ball_that_is_none(norm: str, eps: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Ball(norm, eps)  # type: ignore[arg-type]
+
+
+def test_excess_finds_what_left_and_passes_what_stayed() -> None:
+    x = torch.full((4, 2), 0.5)
+    points = torch.tensor([[0.6, 0.5], [0.7, 0.5], [1.5, 0.5], [math.nan, 0.5]])
+    assert (Ball("Linf", 0.1).excess(points, x) > 0).tolist() == [False, True, True, True]
+    assert (Ball("L2", 5.0).excess(points, x) > 0).tolist() == [False, False, True, True]

@@ -1,0 +1,72 @@
+"""Surrogates by their definitions, and the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import make_classifier, make_hpm
+from torch import nn
+
+from msa_eval import WholeModel
+from msa_eval.surrogates import Surrogate, available, get, register
+
+
+def _features() -> torch.Tensor:
+    return torch.randn(7, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+
+def test_each_is_its_definition() -> None:
+    hpm, z = make_hpm(), _features()
+    assert torch.equal(get("fc-oracle").logits(hpm, z), hpm.fc(z))
+    assert torch.equal(get("soft-hybrid").logits(hpm, z), hpm.logits(z, "soft"))
+    assert torch.equal(get("ste").logits(hpm, z), hpm.logits(z))
+
+
+def test_exact_means_the_hard_forward_value() -> None:
+    hpm, z = make_hpm(), _features()
+    with torch.no_grad():
+        hard = hpm.logits(z, "frozen")
+        same = {name: torch.equal(get(name).logits(hpm, z), hard) for name in ("fc-oracle", "soft-hybrid", "ste")}
+    assert same == {name: get(name).exact for name in same} == {"fc-oracle": False, "soft-hybrid": False, "ste": True}
+
+
+@pytest.mark.parametrize("name", ["fc-oracle", "soft-hybrid", "ste"])
+def test_all_are_differentiable(name: str) -> None:
+    hpm, z = make_hpm(), _features()
+    (gradient,) = torch.autograd.grad(get(name).logits(hpm, z).logsumexp(dim=1).sum(), z)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 0
+
+
+def test_the_soft_and_straight_through_gradients_differ() -> None:
+    hpm, z = make_hpm(), _features()
+    soft, hard = (
+        torch.autograd.grad(get(name).logits(hpm, z)[:, 0].sum(), z)[0] for name in ("soft-hybrid", "ste")
+    )
+    assert not torch.allclose(soft, hard)
+
+
+def test_who_can_offer_what() -> None:
+    offers = {
+        type(defense).__name__: [name for name in available() if get(name).applies(defense)]
+        for defense in (make_hpm(), make_classifier(), WholeModel(nn.Flatten()))
+    }
+    assert offers == {
+        "HPM": ["fc-oracle", "soft-hybrid", "ste"],
+        "Classifier": ["fc-oracle"],
+        "WholeModel": ["ste"],
+    }
+
+
+def test_a_users_own_surrogate_is_a_function() -> None:
+    found = get("mine", {"mine": lambda defense, z: 2 * defense.fc_logits(z)})
+    hpm, z = make_hpm(), _features()
+    assert torch.equal(found.logits(hpm, z), 2 * hpm.fc(z))
+    assert not found.exact
+
+
+def test_names_are_unique_and_unknown_ones_are_explained() -> None:
+    with pytest.raises(ValueError, match="already a surrogate 'ste'"):
+        register(Surrogate("ste", lambda defense, z: z))
+    with pytest.raises(ValueError, match="did you mean 'soft-hybrid'"):
+        get("soft-hybird")

@@ -1,0 +1,63 @@
+"""What can be a defence, and what an evaluation leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import make_hpm
+from torch import Tensor, nn
+
+from msa_eval import WholeModel, as_defense
+from msa_eval.defense import modules_of, without_weight_gradients
+
+
+class Custom:
+    """No module itself."""
+
+    def __init__(self) -> None:
+        self.trunk = nn.Linear(4, 3).eval()
+
+    def features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.trunk(x.flatten(1))
+        return out
+
+    def logits(self, z: Tensor) -> Tensor:
+        return z
+
+
+def test_what_fits_is_taken_as_it_is() -> None:
+    hpm, custom = make_hpm(), Custom()
+    assert as_defense(hpm) is hpm
+    assert as_defense(custom) is custom
+
+
+def test_a_plain_module_is_wrapped_and_taken_to_depend_on_its_batch() -> None:
+    model, x = nn.Flatten(), torch.rand(2, 1, 2, 2)
+    defense = as_defense(model)
+    assert isinstance(defense, WholeModel)
+    assert defense.batch_dependent
+    assert torch.equal(defense.logits(defense.features(x)), model(x))
+
+
+@pytest.mark.parametrize(("thing", "message"), [(lambda x: x, "but got function"), (Custom, "class Custom")])
+def test_what_can_not_be_a_defence(thing: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_defense(thing)
+
+
+def test_weight_gradients_come_back_as_they_were() -> None:
+    custom, hpm = Custom(), make_hpm()
+    hpm.fc.requires_grad_(False)
+    before = [p.requires_grad for p in hpm.parameters()]
+    with pytest.raises(KeyError), without_weight_gradients(custom, hpm):  # noqa: PT012 (the state inside counts)
+        assert not any(p.requires_grad for model in modules_of(custom) + [hpm] for p in model.parameters())
+        raise KeyError
+    assert [p.requires_grad for p in hpm.parameters()] == before
+    assert custom.trunk.weight.requires_grad
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    custom = Custom()
+    custom.trunk.train()
+    with pytest.raises(ValueError, match=r"call \.eval\(\)"), without_weight_gradients(custom):
+        pass

@@ -1,0 +1,56 @@
+"""Small models and data that tests build their cases from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from msa_eval import HPM, Classifier, Samples
+
+
+class LinearTrunk(nn.Module):
+    """Flattens images and keeps a few random directions; counts the images it sees."""
+
+    def __init__(self, inputs: int = 12, dim: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(inputs, dim, generator=generator) / inputs**0.5)
+        self.images = 0
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        self.batches.append(len(x))
+        return x.flatten(1) @ self.weight
+
+
+def make_classifier(classes: int = 4, *, inputs: int = 12, dim: int = 6, seed: int = 0) -> Classifier:
+    trunk = LinearTrunk(inputs, dim, seed)
+    fc = nn.Linear(dim, classes)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        fc.weight.copy_(torch.randn(fc.weight.shape, generator=generator))
+        fc.bias.copy_(0.1 * torch.randn(fc.bias.shape, generator=generator))
+    return Classifier(trunk, fc).eval()
+
+
+def make_samples(classifier: nn.Module, count: int = 24, *, shape: tuple[int, ...] = (3, 2, 2), seed: int = 0) -> Samples:
+    """Random images, labelled by the classifier, one in six wrongly."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.2 + 0.6 * torch.rand(count, *shape, generator=generator)
+    with torch.no_grad():
+        logits = classifier(x)
+    y = logits.argmax(dim=1)
+    y[::6] = (y[::6] + 1) % logits.shape[1]
+    return Samples(x, y, "random")
+
+
+def make_hpm(classes: int = 4, *, seed: int = 0) -> HPM:
+    """An untrained HPM whose prototypes are class means of random images."""
+    classifier = make_classifier(classes, seed=seed)
+    hpm = HPM(classifier.trunk, classifier.fc).eval()
+    x = torch.rand(200, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        z = hpm.features(x)
+        hpm.start_prototypes(z, hpm.fc_logits(z).argmax(dim=1))
+    return hpm
