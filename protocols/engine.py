@@ -69,7 +69,7 @@ def evaluate(
         OSError: when the results can't be written.
     """
     started = time.perf_counter()
-    samples = x if isinstance(x, Samples) else Samples(torch.as_tensor(x), torch.as_tensor(y))
+    samples = x if isinstance(x, Samples) else Samples(_tensor(x), _tensor(y))
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol, overrides=overrides)
     elif overrides:
@@ -106,6 +106,10 @@ def evaluate(
     if out is not None:
         results.save(out, force=force)
     return results
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
 class _CleanBatches(Sequence[Batch]):

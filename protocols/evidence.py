@@ -135,7 +135,7 @@ class Results:
                 f"{folder} has schema version {run.get('schema_version')}, but this release reads {SCHEMA_VERSION}"
             )
         try:
-            tables = {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+            tables = {name: _read(folder / f"{name}.csv") for name in TABLES}
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no complete results: {error}") from error
         return cls(**tables, run=run)
@@ -185,6 +185,11 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     if not isinstance(run, dict):
         raise ValueError(f"{path} is not the run.json of an evaluation")
     return run
+
+
+def _read(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,120 @@
+"""Protocol files: what is shipped, and that all mistakes are found at once."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msa_eval.protocols import load_protocol, make_protocol, shipped
+
+GOOD: dict[str, Any] = {
+    "schema": 1,
+    "name": "mine",
+    "version": 1,
+    "description": "A test.",
+    "threat": {"norm": "L2", "eps": 0.5},
+    "attack": {"square": {"queries": 10}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "share"),
+    [("paper-cifar10", 8 / 255, 0.25), ("paper-cifar100", 8 / 255, 0.25), ("paper-imagenet", 4 / 255, None)],
+)
+def test_the_papers_protocols_are_section_6_3(name: str, eps: float, share: float | None) -> None:
+    protocol = load_protocol(name)
+    assert protocol.name == name
+    assert (protocol.ball.norm, protocol.ball.eps) == ("Linf", eps)
+    assert (protocol.fraction, protocol.per_class) == (share, None if share else 5)
+    assert protocol.apgd is not None
+    assert protocol.square is not None
+    assert (protocol.apgd.surrogates, protocol.apgd.losses) == (("fc-oracle", "soft-hybrid"), ("ce", "dlr"))
+    assert (protocol.apgd.steps, protocol.apgd.restarts, protocol.square.queries) == (40, 1, 5000)
+    assert protocol.contexts == ("joint",)
+    assert not protocol.modified
+
+
+def test_all_shipped_protocols_are_named_as_their_files() -> None:
+    assert {name: load_protocol(name).name for name in shipped()} == {name: name for name in shipped()}
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    content = {
+        "schema": 1,
+        "name": "",
+        "version": 1.5,
+        "threat": {"norm": "L0", "eps": "8/0", "contexts": ["joint", "joint"]},
+        "samples": {"fraction": 0, "per_class": 3, "limmit": 3},
+        "attack": {"apgd": {"steps": True, "losses": ["ce", "cw"], "surrogates": []}, "squere": {"queries": 3}},
+    }
+    with pytest.raises(ValueError, match="description is missing") as caught:
+        make_protocol(content, source="bad.toml")
+    message = str(caught.value)
+    for part in (
+        "bad.toml: ",
+        "name: expected a text",
+        "version: expected a whole number, at least 1, but got 1.5",
+        "threat.norm: expected one of Linf, L2, but got 'L0'",
+        "threat.eps: expected a number",
+        "threat.contexts: expected a list of different names",
+        "samples.fraction: expected a number",
+        "unknown key samples.limmit (did you mean samples.limit?)",
+        "samples.fraction and samples.per_class exclude each other",
+        "attack.apgd.steps: expected a whole number",
+        "attack.apgd.losses: expected a list of different names among ce, margin, dlr, dlr-targeted",
+        "attack.apgd.surrogates: expected a list of different names",
+        "unknown key attack.squere.queries (did you mean attack.square.queries?)",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "reads schema 1"),
+        ({"attack": {}}, "no attack"),
+        ({"threat": {"norm": "Linf", "eps": -1}}, "threat.eps"),
+        ({"threat": {"norm": "Linf", "eps": 0.1, "contexts": ["solo"]}}, "among joint"),
+        ({"samples": {"limit": 0}}, "samples.limit"),
+        ({"extra": {"deep": {"key": 1}}}, "unknown key extra.deep.key"),
+    ],
+)
+def test_single_mistakes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_protocol(GOOD | change)
+
+
+def test_overrides_are_recorded_and_change_the_hash() -> None:
+    plain = load_protocol("digits")
+    changed = load_protocol("digits", overrides={"attack.square.queries": 7, "threat.eps": 0.15})
+    assert changed.square is not None
+    assert changed.square.queries == 7
+    assert changed.overrides == {"attack.square.queries": 7}
+    assert changed.modified
+    assert changed.digest() != plain.digest()
+    assert load_protocol("digits", overrides={"attack": {"square": {"queries": 7}}}).digest() == changed.digest()
+    with pytest.raises(ValueError, match=r"unknown key attack\.square\.quaries \(did you mean attack\.square\.queries"):
+        load_protocol("digits", overrides={"attack.square.quaries": 7})
+
+
+@pytest.mark.parametrize("name", ["digits", "quick", "paper-imagenet"])
+def test_the_text_is_toml_that_reads_back_the_same(name: str) -> None:
+    protocol = load_protocol(name, overrides={"samples.limit": 12})
+    again = make_protocol(tomllib.loads(protocol.text()))
+    assert again.digest() == protocol.digest()
+    assert (again.ball, again.apgd, again.square, again.limit) == (protocol.ball, protocol.apgd, protocol.square, 12)
+
+
+def test_files_that_are_no_protocol(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'quick'"):
+        load_protocol("quik")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = = 1")
+    with pytest.raises(ValueError, match="not a readable TOML file"):
+        load_protocol(bad)
+    bad.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not a readable TOML file"):
+        load_protocol(bad)
