@@ -338,14 +338,14 @@ def test_cuda_where_there_is_none() -> None:
 
 
 def test_a_naturally_trained_resnet_comes_out_at_zero(cifar10: Samples) -> None:
-    """AutoAttack's own ResNet-18, 2/255: known to keep nothing."""
+    """AutoAttack's own ResNet-18 keeps nothing at 4/255 (at 2/255 pyautoattack leaves one of these images too)."""
     examples = pytest.importorskip("pyautoattack.examples.resnet")
     path = Path(examples.__file__).with_name("model_test.pt")
     model = examples.ResNet18()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     results = evaluate(
         model.eval(), Samples(cifar10.x[:24], cifar10.y[:24]), protocol="quick",
-        overrides={"threat.eps": "2/255", "attack.square.queries": 5},
+        overrides={"threat.eps": "4/255", "attack.square.queries": 5},
     )  # fmt: skip
     value = results.summary.set_index("metric")["value"]
     assert value["clean"] > 0.7
