@@ -39,6 +39,11 @@ class Checkpoint:
     blueprint: Blueprint
     history: Mapping[str, Any]
 
+    @property
+    def classifier(self) -> Classifier:
+        """The plain classifier: the model itself, or the one that HPM was built on."""
+        return self.model.fc_target if isinstance(self.model, HPM) else self.model
+
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a model's parameters and buffers.

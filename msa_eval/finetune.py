@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,15 +14,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.hpm import HPM, Variant
 from msa_eval.ikl import ClassMeanSoftmax, ikl, soft_ce
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""``(iterable, description) -> iterable``: shows how far a loop has come."""
-
-
-def silent(iterable: Iterable[Any], description: str) -> Iterable[Any]:
-    """Show nothing."""
-    del description
-    return iterable
+from msa_eval.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,16 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low = {"epochs": 1, "batch_size": 2, "steps": 1, "eps": 0, "step_size": 0, "noise": 0, "lr": 0, "temperature": 0}
+        low = {
+            "epochs": 1,
+            "batch_size": 2,
+            "steps": 1,
+            "eps": 0,
+            "step_size": 0,
+            "noise": 0,
+            "lr": 0,
+            "temperature": 0,
+        }
         wrong = [f"{name} = {getattr(self, name)} (at least {bound})" for name, bound in low.items()
                  if not getattr(self, name) >= bound]  # fmt: skip
         if wrong:
@@ -125,11 +125,13 @@ def finetune(
             divergence = ikl(logits, model.logits(z_adv), weights, alpha=settings.alpha, beta=settings.beta)
             loss = F.cross_entropy(logits, y) + divergence
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            loss.backward()
             optimizer.step()
             class_means.gather(logits, y)
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss is {float(loss.detach())}; lower lr, or look for bad values in {samples.name}")
+                raise ValueError(
+                    f"the loss is {float(loss.detach())}; lower lr, or look for bad values in {samples.name}"
+                )
         class_means.next_epoch()
     return model.requires_grad_(False).cpu()
 
@@ -145,9 +147,7 @@ def _features(model: HPM, samples: Samples, batch_size: int, device: str, progre
     return torch.cat([model.features(samples.images(i).to(device)) for i in progress(index, "clean features")])
 
 
-def _most_divergent(
-    model: HPM, x: Tensor, z: Tensor, settings: FinetuneSettings, generator: torch.Generator
-) -> Tensor:
+def _most_divergent(model: HPM, x: Tensor, z: Tensor, settings: FinetuneSettings, generator: torch.Generator) -> Tensor:
     """The inner maximisation: signed steps on IKL's second term alone, from Gaussian noise."""
     ball = Ball("Linf", settings.eps)
     with torch.no_grad():

@@ -29,22 +29,30 @@ def _title(results: Results) -> str:
 
 
 def _context_table(results: Results, context: str, targets: list[str]) -> str:
-    summary = results.summary[results.summary["context"] == context].set_index(["target", "metric"])
-    attacks = results.attacks[results.attacks["context"] == context].set_index(["target", "run"])
+    summary = {
+        (row["target"], row["metric"]): row
+        for row in results.summary.to_dict(orient="records")
+        if row["context"] == context
+    }
+    attacks = {
+        (row["target"], row["run"]): row
+        for row in results.attacks.to_dict(orient="records")
+        if row["context"] == context
+    }
 
     def number(target: str, metric: str) -> str:
-        row = summary.loc[(target, metric)]
+        row = summary[target, metric]
         return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
-    def run(target: str, name: str) -> str:
-        if (target, name) not in attacks.index:
+    def shown(target: str, name: str) -> str:
+        if (target, name) not in attacks:
             return "-"
-        row = attacks.loc[(target, name)]
+        row = attacks[target, name]
         return f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
 
     rows = {"clean": [number(target, "clean") for target in targets]}
-    for name in dict.fromkeys(attacks.index.get_level_values("run")):
-        rows[name] = [run(target, name) for target in targets]
+    for name in dict.fromkeys(run for _, run in attacks):
+        rows[name] = [shown(target, name) for target in targets]
     for metric in ("paper", "realised", "worst_case"):
         rows[metric] = [number(target, metric) for target in targets]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)

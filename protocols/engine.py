@@ -5,20 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-import msa_eval
-from msa_eval.attacks.losses import margin
-from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
-from msa_eval.finetune import Progress, silent
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
 from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
@@ -27,6 +20,13 @@ from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial, decide
 from msa_eval.surrogates import Surrogate
 from msa_eval.surrogates.registry import Decision
+from torch import Tensor
+
+import msa_eval
+from msa_eval.attacks.losses import margin
+from msa_eval.data import Samples
+from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.progress import Progress, silent
 
 
 def evaluate(
@@ -90,12 +90,12 @@ def evaluate(
                 model,
                 protocol=protocol,
                 own=(surrogates or {}) if name == "defense" else {},
-                clean=_CleanBatches(model, samples, chosen, seats, device),
+                clean=_CleanBatches(model, samples, chosen, seats, device=device),
                 seed=seed,
             )
             for name, model in targets.items()
         ]
-        about = _identity(protocol, samples, chosen, seats, entrants, seed)
+        about = _identity(protocol, entrants, seed)
         if out is not None:
             claim_folder(Path(out), about["key"], force=force)
         records = [
@@ -112,14 +112,16 @@ def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
-class _CleanBatches(Sequence[Batch]):
+class _CleanBatches:
     """The clean batches of a plan with the target's features and verdicts, each computed once.
 
     Features smaller than the images are kept; others (a target without a trunk has the images themselves) are made
     again when a batch is asked for.
     """
 
-    def __init__(self, defense: Defense, samples: Samples, chosen: Tensor, seats: Sequence[Tensor], device: str) -> None:
+    def __init__(
+        self, defense: Defense, samples: Samples, chosen: Tensor, seats: Sequence[Tensor], *, device: str
+    ) -> None:
         self.samples, self.chosen, self.seats = samples, chosen, seats
         self._defense, self._device = defense, device
         self._features: dict[int, Tensor] = {}
@@ -136,11 +138,12 @@ class _CleanBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self.seats)
 
-    def __getitem__(self, number: Any) -> Batch:
-        x = self._images(number)
-        z = self._features[number] if number in self._features else self._trunk(x)
-        y = self.samples.y[self.chosen[self.seats[number]]].to(self._device)
-        return Batch(number, x, y, z, self._logits[number])
+    def __iter__(self) -> Iterator[Batch]:
+        for number, seat in enumerate(self.seats):
+            x = self._images(number)
+            z = self._features[number] if number in self._features else self._trunk(x)
+            y = self.samples.y[self.chosen[seat]].to(self._device)
+            yield Batch(number, x, y, z, self._logits[number])
 
     def _images(self, number: int) -> Tensor:
         return self.samples.images(self.chosen[self.seats[number]]).to(self._device)
@@ -273,15 +276,10 @@ def _move(targets: Any, device: str) -> None:
             module.to(device)
 
 
-def _identity(
-    protocol: Protocol,
-    samples: Samples,
-    chosen: Tensor,
-    seats: Sequence[Tensor],
-    entrants: Sequence[_Entrant],
-    seed: int,
-) -> dict[str, Any]:
+def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> dict[str, Any]:
     """What the results depend on, and a key made of it."""
+    clean = entrants[0].clean
+    samples, chosen, seats = clean.samples, clean.chosen, clean.seats
     plan = hashlib.sha256(b"".join(chosen[seat].numpy().tobytes() + b"|" for seat in seats)).hexdigest()
     decisive = {
         "schema_version": SCHEMA_VERSION,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-
 from msa_eval.protocols import metrics
 
 SCHEMA_VERSION = 1
@@ -222,6 +221,10 @@ def tabulate(records: Sequence[TargetRecord], run: Mapping[str, Any]) -> Results
     )
 
 
+def _whole_or_missing(values: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]) -> pd.Series[int]:
+    return pd.Series(values, dtype="Int64").where(pd.Series(present))
+
+
 def _stack(record: TargetRecord, name: str) -> Any:
     return np.stack([getattr(run, name) for run in record.runs])
 
@@ -272,7 +275,7 @@ def _samples(record: TargetRecord) -> pd.DataFrame:
     hit = broken.any(axis=0)
     iterate = _stack(record, "first_iterate")[first_run, np.arange(len(hit))]
     right = record.correct
-    broken_by = np.where(~right, "clean", np.where(hit, names[first_run], ""))
+    broken_by = pd.Series(np.where(right, names[first_run], "clean"), dtype=object)
     return pd.DataFrame(
         {
             "target": record.target,
@@ -284,8 +287,8 @@ def _samples(record: TargetRecord) -> pd.DataFrame:
             "clean_prediction": record.clean_prediction,
             "clean_correct": right,
             "robust": right & ~hit,
-            "broken_by": pd.Series(broken_by).replace("", None),
-            "broken_at": pd.Series(np.where(right & hit, iterate, -1)).astype("Int64").replace(-1, pd.NA),
+            "broken_by": broken_by.where(pd.Series(hit | ~right), None),
+            "broken_at": _whole_or_missing(iterate, right & hit),
             "min_margin": np.minimum(record.clean_margin, _stack(record, "min_margin").min(axis=0)),
             "committed_right": record.committed,
         }
@@ -303,7 +306,7 @@ def _outcomes(record: TargetRecord) -> pd.DataFrame:
                 "surrogate_fooled": run.surrogate_fooled,
                 "final_broken": run.final_broken,
                 "any_broken": run.any_broken,
-                "first_iterate": pd.Series(run.first_iterate).astype("Int64").replace(-1, pd.NA),
+                "first_iterate": _whole_or_missing(run.first_iterate, run.any_broken),
                 "min_margin": run.min_margin,
                 "perturbation": run.perturbation,
             }

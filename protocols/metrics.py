@@ -32,8 +32,8 @@ class Rate(NamedTuple):
 def rate(right: int, n: int) -> Rate:
     """A share and its Wilson score interval (Wilson 1927).
 
-    >>> rate(50, 100)
-    Rate(value=0.5, low=0.4038..., high=0.5961..., n=100)
+    >>> [round(value, 4) for value in rate(50, 100)]
+    [0.5, 0.4038, 0.5962, 100]
     """
     if not n:
         return Rate(math.nan, math.nan, math.nan, 0)

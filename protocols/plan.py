@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from msa_eval.protocols.spec import Protocol
+from torch import Tensor
 
 
 def select(y: Tensor, protocol: Protocol) -> Tensor:

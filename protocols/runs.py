@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
+from msa_eval.protocols.spec import ApgdBudget, Protocol, SquareBudget
+from msa_eval.protocols.trial import Trial
+from msa_eval.surrogates import STE, Surrogate, get
+from msa_eval.surrogates.registry import Decision
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, TARGETED, most_likely_others, targeted_dlr
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
-from msa_eval.protocols.spec import ApgdBudget, Protocol, SquareBudget
-from msa_eval.protocols.trial import Trial
-from msa_eval.surrogates import STE, Surrogate, get
-from msa_eval.surrogates.registry import Decision
 
 
 class Attack(Interface):
@@ -143,7 +143,7 @@ def plan_runs(protocol: Protocol, surrogates: list[Surrogate], *, num_classes: i
             if num_classes < MIN_CLASSES[loss]:
                 raise ValueError(
                     f"the {loss} loss needs at least {MIN_CLASSES[loss]} classes, but the model has {num_classes}; "
-                    f"use --set 'attack.apgd.losses=[\"ce\", \"margin\"]'"
+                    f'use --set \'attack.apgd.losses=["ce", "margin"]\''
                 )
         for surrogate in surrogates:
             runs += _apgd_runs(protocol.apgd, surrogate, num_classes)

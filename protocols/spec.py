@@ -287,7 +287,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 
 def _section(kind: type[T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
     """Build a section from its keys; ``None`` where it has none at all."""
-    given = {f.name: parsed[prefix + f.name] for f in fields(kind) if prefix + f.name in parsed}  # type: ignore[arg-type]
+    given = {f.name: parsed[prefix + f.name] for f in fields(kind) if prefix + f.name in parsed}
     return kind(**given) if given else None
 
 

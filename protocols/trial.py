@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from msa_eval.surrogates import Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense
-from msa_eval.surrogates import Surrogate
 
 
 class AttackError(RuntimeError):

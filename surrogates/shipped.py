@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor
-
 from msa_eval.surrogates.registry import Surrogate, register
+from torch import Tensor
 
 
 def fc_oracle(defense: Any, z: Tensor) -> Tensor:

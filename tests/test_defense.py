@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import make_hpm
 from torch import Tensor, nn
+from toys import make_hpm
 
 from msa_eval import WholeModel, as_defense
 from msa_eval.defense import modules_of, without_weight_gradients
@@ -50,7 +50,7 @@ def test_weight_gradients_come_back_as_they_were() -> None:
     hpm.fc.requires_grad_(False)
     before = [p.requires_grad for p in hpm.parameters()]
     with pytest.raises(KeyError), without_weight_gradients(custom, hpm):  # noqa: PT012 (the state inside counts)
-        assert not any(p.requires_grad for model in modules_of(custom) + [hpm] for p in model.parameters())
+        assert not any(p.requires_grad for model in [*modules_of(custom), hpm] for p in model.parameters())
         raise KeyError
     assert [p.requires_grad for p in hpm.parameters()] == before
     assert custom.trunk.weight.requires_grad

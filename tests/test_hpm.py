@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import make_classifier, make_hpm
 from torch import Tensor
 from torch.nn import functional as F
+from toys import make_classifier, make_hpm
 
 from msa_eval import HPM, Variant
 from msa_eval.hpm import EPSILON, assign, class_means, similarity

@@ -34,7 +34,9 @@ def make_classifier(classes: int = 4, *, inputs: int = 12, dim: int = 6, seed: i
     return Classifier(trunk, fc).eval()
 
 
-def make_samples(classifier: nn.Module, count: int = 24, *, shape: tuple[int, ...] = (3, 2, 2), seed: int = 0) -> Samples:
+def make_samples(
+    classifier: nn.Module, count: int = 24, *, shape: tuple[int, ...] = (3, 2, 2), seed: int = 0
+) -> Samples:
     """Random images, labelled by the classifier, one in six wrongly."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.2 + 0.6 * torch.rand(count, *shape, generator=generator)

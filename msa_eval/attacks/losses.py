@@ -42,7 +42,9 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     tensor([-0.5000])
     """
     if logits.shape[1] < 3:
-        raise ValueError(f"the dlr loss needs at least 3 classes, but the model has {logits.shape[1]}; use ce or margin")
+        raise ValueError(
+            f"the dlr loss needs at least 3 classes, but the model has {logits.shape[1]}; use ce or margin"
+        )
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 

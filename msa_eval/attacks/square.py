@@ -167,7 +167,8 @@ def _bump(side: int, like: Tensor, generator: torch.Generator) -> Tensor:
     bump = torch.cat([_pyramid(half, side, like), -_pyramid(side - half, side, like)]) if half else like.new_ones(1, 1)
     bump = bump / bump.norm()
     flip = bool(torch.randint(0, 2, (), generator=generator, device=generator.device))
-    return bump.T if flip else bump
+    turned: Tensor = bump.T if flip else bump
+    return turned
 
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
@@ -177,4 +178,5 @@ def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
     rings = torch.maximum(rows.unsqueeze(1), columns.unsqueeze(0))
     weights = 1 / torch.arange(1, max(height, width) // 2 + 2).float() ** 2
     pyramid = weights.flip(0).cumsum(0).flip(0)[rings]
-    return (pyramid / pyramid.norm()).to(like)
+    unit: Tensor = pyramid / pyramid.norm()
+    return unit.to(like)

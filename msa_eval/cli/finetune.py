@@ -10,7 +10,7 @@ import click
 from msa_eval.cli import options
 
 if TYPE_CHECKING:
-    from msa_eval.architectures import Blueprint, Classifier
+    from msa_eval.checkpoint import Checkpoint
 
 
 @click.command()
@@ -69,13 +69,13 @@ def finetune(
     out.parent.mkdir(parents=True, exist_ok=True)
     chosen = FinetuneSettings(**settings)
     normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
-    model, blueprint = _load(classifier, architecture, dict(arguments), normalization, head)
+    loaded = _load(classifier, architecture, dict(arguments), normalization, head)
     samples = load_samples(data, split="train", root=data_root)
     if limit is not None and limit < len(samples):
         index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(chosen.seed))[:limit]
         samples = Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")
-    hpm = finetune_classifier(model, samples, settings=chosen, device=device, progress=options.bars(quiet))
-    save_checkpoint(out, hpm, blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
+    hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
+    save_checkpoint(out, hpm, loaded.blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
     click.echo(f"fine-tuned on {len(samples)} samples of {samples.name}; HPM checkpoint in {out}")
 
 
@@ -85,13 +85,9 @@ def _load(
     arguments: dict[str, Any],
     normalization: dict[str, list[float]] | None,
     head: str,
-) -> tuple[Classifier, Blueprint]:
+) -> Checkpoint:
     from msa_eval.checkpoint import load_bare_classifier, load_checkpoint
-    from msa_eval.hpm import HPM
 
     if architecture is None:
-        loaded = load_checkpoint(path)
-    else:
-        loaded = load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)
-    model = loaded.model.fc_target if isinstance(loaded.model, HPM) else loaded.model
-    return model, loaded.blueprint
+        return load_checkpoint(path)
+    return load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)

@@ -10,10 +10,10 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from msa_eval.finetune import Progress, silent
+from msa_eval.progress import Progress, silent
 
 
-class _Number(click.ParamType):
+class _Number(click.ParamType[float]):
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -24,7 +24,7 @@ class _Number(click.ParamType):
             self.fail(f"{value!r} is not a number or a fraction such as 8/255", param, ctx)
 
 
-class _Assignment(click.ParamType):
+class _Assignment(click.ParamType[tuple[str, Any]]):
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:

@@ -20,7 +20,8 @@ from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_bare_classifier, save_checkpoint
 from msa_eval.data import Samples, load_samples
-from msa_eval.finetune import FinetuneSettings, Progress, finetune, history, silent
+from msa_eval.finetune import FinetuneSettings, finetune, history
+from msa_eval.progress import Progress, silent
 
 DIGITS_EPS = 0.15
 """Linf radius of the digits reference: its FC head keeps between 40 and 80 % there."""
@@ -67,7 +68,7 @@ def train_classifier(
                 x_adv = ball.project(x_adv.detach() + 2.5 * eps / steps * gradient.sign(), x)
             loss = F.cross_entropy(classifier.train()(x_adv), y)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            loss.backward()
             optimizer.step()
         schedule.step()
     return classifier.eval()
@@ -93,7 +94,7 @@ def make_cifar10(out: Path, classifier: Path, train: Path, *, progress: Progress
     bare = load_bare_classifier(classifier, "wideresnet", {"depth": 10, "width": 2})
     settings = FinetuneSettings()
     samples = load_samples(str(train))
-    model = finetune(bare.model, samples, settings=settings, progress=progress)
+    model = finetune(bare.classifier, samples, settings=settings, progress=progress)
     training = {"method": "N-FGSM", "norm": "Linf", "eps": 8 / 255, "epochs": 20, "file": classifier.name}
     save_checkpoint(out, model, bare.blueprint, history={"classifier": training, **history(settings, samples)})
 

@@ -48,9 +48,7 @@ def test_reaches_the_optimum_that_the_box_leaves(norm: str) -> None:
     x = (torch.rand(6, 12, generator=_generator(3)) > 0.5).float()
     y = torch.zeros(6, dtype=torch.long)
     ball = Ball(norm, 0.2)  # type: ignore[arg-type]
-    found = apgd(
-        lambda images: images @ w.T, x, y, loss=LOSSES["margin"], ball=ball, steps=200, generator=_generator()
-    )
+    found = apgd(lambda images: images @ w.T, x, y, loss=LOSSES["margin"], ball=ball, steps=200, generator=_generator())
     gap = w[1] - w[0]
     useful = torch.where(x == 1, (gap < 0), (gap > 0)) * gap.abs()
     gain = ball.eps * (useful.sum(dim=1) if norm == "Linf" else useful.norm(dim=1))

@@ -105,7 +105,7 @@ def test_the_margin_of_a_static_model_never_rises(digits_hpm: HPM, digits: Sampl
 
 
 def test_a_tie_is_no_success() -> None:
-    """Logits that all tie at the label's class answer the label: the search goes on and nothing is written into them."""
+    """Where all logits tie, class 0 is the answer: the search goes on, and nothing is written into them."""
     x, y = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.long)
     flat = torch.zeros(3, 4)
     target = Recorder(lambda points: flat, x)  # type: ignore[arg-type]

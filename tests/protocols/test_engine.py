@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import make_classifier, make_hpm, make_samples
-from torch import Tensor, nn
-
-from msa_eval import HPM, Classifier, Results, Samples, evaluate
 from msa_eval.protocols import AttackError, load_protocol, make_protocol
 from msa_eval.surrogates import Surrogate
+from torch import Tensor, nn
+from toys import make_classifier, make_hpm, make_samples
+
+from msa_eval import HPM, Classifier, Results, Samples, evaluate
 
 SMALL: dict[str, Any] = {
     "schema": 1,
@@ -319,7 +319,7 @@ class _Nan(nn.Module):
             attack__apgd__surrogates=["fc-orcale"])), "did you mean 'fc-oracle'"),
         (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2) * 255, torch.zeros(3)), r"images in \[0, 1\]"),
         (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), torch.zeros(2)), "one label an image"),
-        (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(), overrides={"a": 1}), "not with a Protocol"),
+        (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(), overrides={"a": 1}), "with a Protocol"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call: Callable[[], Results], message: str) -> None:

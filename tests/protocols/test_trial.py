@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from msa_eval.protocols.runs import ApgdAttack, SquareAttack
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial, decide
+from msa_eval.surrogates import get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
 from msa_eval.attacks.losses import LOSSES, margin
-from msa_eval.protocols.runs import ApgdAttack, SquareAttack
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial, decide
-from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)
 

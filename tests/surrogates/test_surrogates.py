@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import make_classifier, make_hpm
+from msa_eval.surrogates import Surrogate, available, get, register
 from torch import nn
+from toys import make_classifier, make_hpm
 
 from msa_eval import WholeModel
-from msa_eval.surrogates import Surrogate, available, get, register
 
 
 def _features() -> torch.Tensor:
@@ -40,9 +40,7 @@ def test_all_are_differentiable(name: str) -> None:
 
 def test_the_soft_and_straight_through_gradients_differ() -> None:
     hpm, z = make_hpm(), _features()
-    soft, hard = (
-        torch.autograd.grad(get(name).logits(hpm, z)[:, 0].sum(), z)[0] for name in ("soft-hybrid", "ste")
-    )
+    soft, hard = (torch.autograd.grad(get(name).logits(hpm, z)[:, 0].sum(), z)[0] for name in ("soft-hybrid", "ste"))
     assert not torch.allclose(soft, hard)
 
 

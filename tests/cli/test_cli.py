@@ -1,0 +1,222 @@
+"""The command line as a user meets it: real processes, exit statuses, streams, and bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from msa_eval import HPM, Blueprint, Samples, load_checkpoint, save_checkpoint
+from msa_eval.cli import main
+from msa_eval.references import reference_path
+
+DIGITS = str(reference_path("digits"))
+FAST = ("--limit", "24", "--set", "attack.square.queries=4", "--set", "attack.apgd.steps=2")
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def _evaluate(out: Path, *more: str) -> Result:
+    return _run("evaluate", DIGITS, "--data", "digits", "--protocol", "digits", "--out", str(out), *FAST, *more)
+
+
+def _check_refused(result: Result, message: str) -> None:
+    """One clear line on stderr and exit status 2."""
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_evaluate_shows_a_table_and_writes_the_evidence(tmp_path: Path) -> None:
+    result = _evaluate(tmp_path / "r")
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert lines["protocol"].startswith("protocol digits v1 (modified: ")
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index(["target", "metric"])
+    for metric in ("clean", "paper", "realised", "worst_case"):
+        shown = re.findall(r"(\d+\.\d) \[", lines[metric])
+        expected = [summary.loc[(target, metric), "value"] for target in ("fc", "defense")]
+        assert shown == [f"{100 * value:.1f}" for value in expected]
+    assert "soft-hybrid:apgd-ce:0" in lines
+    assert lines["soft-hybrid:apgd-ce:0"].split()[1] == "-"
+    assert "defense 1/" in result.stderr
+    assert "fc 1/" in result.stderr
+
+
+def test_quiet_means_nothing_on_stderr(tmp_path: Path) -> None:
+    result = _evaluate(tmp_path / "r", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def test_options_reach_the_protocol(tmp_path: Path) -> None:
+    result = _evaluate(tmp_path / "r", "--quiet", "--batch-size", "5", "--seed", "3", "--set", "threat.eps=2/255")
+    assert result.exit_code == 0
+    import json
+
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert run["seed"] == 3
+    assert run["protocol"]["overrides"] == {
+        "samples.limit": 24,
+        "batches.size": 5,
+        "attack.square.queries": 4,
+        "attack.apgd.steps": 2,
+        "threat.eps": "2/255",
+    }
+    assert pd.read_csv(tmp_path / "r" / "batches.csv")["batch"].nunique() == 5
+    assert pd.read_csv(tmp_path / "r" / "outcomes.csv")["perturbation"].max() <= 2 / 255 + 1e-6
+
+
+def test_demo_in_a_new_folder(tmp_path: Path) -> None:
+    """The whole demo, as its own process, in an empty folder and without a network to speak of."""
+    environment = {**os.environ, "http_proxy": "http://localhost:9", "https_proxy": "http://localhost:9"}
+    result = subprocess.run(
+        [sys.executable, "-m", "msa_eval", "demo", "--quiet"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    summary = pd.read_csv(tmp_path / "results/demo/summary.csv").set_index(["target", "metric"])
+    assert (summary["n"] == 600).all()
+    assert 0.4 < summary.loc[("fc", "worst_case"), "value"] < 0.8
+    assert summary.loc[("defense", "worst_case"), "value"] < summary.loc[("defense", "paper"), "value"]
+    assert "worst_case" in result.stdout
+
+
+def test_finetune_then_evaluate(tmp_path: Path) -> None:
+    """The two commands of the README, on a classifier checkpoint and on a bare state dict."""
+    loaded = load_checkpoint(DIGITS)
+    assert isinstance(loaded.model, HPM)
+    classifier = loaded.model.fc_target
+    save_checkpoint(tmp_path / "classifier.safetensors", classifier, loaded.blueprint)
+    bare = {name.removeprefix("trunk."): value for name, value in classifier.state_dict().items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    common = ("--data", "digits", "--eps", "0.15", "--steps", "2", "--limit", "200", "--quiet")
+    described = ("--architecture", "digits-cnn", "--argument", "width=16")
+    for name, extra in (("classifier", ()), ("bare", described)):
+        out = tmp_path / f"{name}-hpm.safetensors"
+        result = _run("finetune", str(tmp_path / f"{name}.safetensors"), "--out", str(out), *common, *extra)
+        assert result.exit_code == 0, result.output
+        assert "HPM checkpoint in" in result.stdout
+    first, second = (load_checkpoint(tmp_path / f"{name}-hpm.safetensors") for name in ("classifier", "bare"))
+    for (key, one), two in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
+        assert np.array_equal(one.numpy(), two.numpy()), key
+    assert first.history["finetune"]["steps"] == 2
+    result = _run(
+        "evaluate", str(tmp_path / "bare-hpm.safetensors"), "--data", "digits", "--protocol", "quick",
+        "--out", str(tmp_path / "r"), *FAST,
+    )  # fmt: skip
+    assert result.exit_code == 0
+    _check_refused(
+        _run("finetune", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "x"), *common), "no msa-eval check"
+    )
+    _check_refused(
+        _run("finetune", DIGITS, "--out", str(tmp_path / "bare-hpm.safetensors"), *common), "exists; choose another"
+    )
+
+
+def test_protocols_are_listed_and_shown() -> None:
+    listed = _run("protocols")
+    assert listed.exit_code == 0
+    assert listed.stdout == _run("protocols", "list").stdout
+    names = [line.split()[0] for line in listed.stdout.splitlines()]
+    assert names == ["digits", "paper-cifar10", "paper-cifar100", "paper-imagenet", "quick"]
+    assert 'eps = "4/255"' in _run("protocols", "show", "paper-imagenet").stdout
+    _check_refused(_run("protocols", "show", "digit"), "did you mean 'digits'")
+
+
+def _npz(folder: Path, name: str, x: Any, y: Any) -> str:
+    np.savez(folder / name, x=x, y=y)
+    return str(folder / name)
+
+
+def test_bad_input_gets_one_line_and_status_2(tmp_path: Path, digits: Samples) -> None:
+    x, y = digits.x[:8].numpy(), digits.y[:8].numpy()
+    two = Blueprint("digits-cnn", {"width": 2}, 2)
+    save_checkpoint(tmp_path / "two.safetensors", two.build().eval(), two)
+    (tmp_path / "text.safetensors").write_text("hello")
+    good = _npz(tmp_path, "good.npz", x, y)
+    zeros = _npz(tmp_path, "zeros.npz", x, 0 * y)
+
+    def evaluate(checkpoint: str = DIGITS, data: str = good, *more: str) -> Result:
+        return _run(
+            "evaluate", checkpoint, "--data", data, "--protocol", "digits", "--out", str(tmp_path / "r"), *FAST, *more
+        )
+
+    cases = {
+        "there is no file .*none": evaluate(str(tmp_path / "none")),
+        "not a readable safetensors file": evaluate(str(tmp_path / "text.safetensors")),
+        "there is no file .*none.npz": evaluate(DIGITS, str(tmp_path / "none.npz")),
+        r"images in \[0, 1\]": evaluate(DIGITS, _npz(tmp_path, "bright.npz", 16 * x, y)),
+        "NaN or infinite": evaluate(DIGITS, _npz(tmp_path, "nan.npz", x + np.nan, y)),
+        "1 or 3 channels": evaluate(DIGITS, _npz(tmp_path, "flat.npz", x.reshape(8, 64), y)),
+        "can't take images of shape": evaluate(DIGITS, _npz(tmp_path, "rgb.npz", np.repeat(x, 3, axis=1), y)),
+        "label 11, but the model has 10": evaluate(DIGITS, _npz(tmp_path, "label.npz", x, 0 * y + 11)),
+        "lowest is -1": evaluate(DIGITS, _npz(tmp_path, "negative.npz", x, 0 * y - 1)),
+        "dlr loss needs at least 3 classes": evaluate(str(tmp_path / "two.safetensors"), zeros),
+        r"unknown key attack\.quers \(did you": evaluate(DIGITS, good, "--set", "attack.quers=3"),
+        r"attack\.apgd\.steps: expected a whole": evaluate(DIGITS, good, "--set", "attack.apgd.steps=x"),
+    }
+    for message, result in cases.items():
+        _check_refused(result, message)
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_output_folder_with_other_results_is_kept(tmp_path: Path) -> None:
+    assert _evaluate(tmp_path / "r", "--quiet").exit_code == 0
+    assert _evaluate(tmp_path / "r", "--quiet").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    _check_refused(_evaluate(tmp_path / "r", "--seed", "1"), "results of another evaluation")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    assert _evaluate(tmp_path / "r", "--quiet", "--seed", "1", "--force").exit_code == 0
+
+
+def test_usage_errors_of_click_itself(tmp_path: Path) -> None:
+    result = _run("evaluate", DIGITS, "--data", "digits", "--protocol", "quick", "--out", str(tmp_path), "--set", "x")
+    assert result.exit_code == 2
+    assert "not of the form key=value" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None:
+    assert _evaluate(tmp_path / "r", "--quiet").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    command = [
+        sys.executable, "-m", "msa_eval", "evaluate", DIGITS, "--data", "digits", "--protocol", "digits",
+        "--out", str(tmp_path / "r"), "--force",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while "defense 2/" not in seen:
+        seen += process.stderr.read(1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert (
+        rest.strip().splitlines()[-1].endswith("interrupted; nothing was written, and no earlier results were changed")
+    )
+    assert "Traceback" not in rest
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = _run("--debug", "evaluate", "none", "--data", "digits", "--protocol", "quick", "--out", str(tmp_path))
+    assert isinstance(result.exception, ValueError)
