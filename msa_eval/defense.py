@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 class Defense(Protocol):
     """A model under attack.
 
-    Three attributes are optional. ``batch_dependent`` (default ``True``, the safe answer) says whether ``logits``
-    looks at other rows. ``fc_logits(z)`` and further differentiable decisions make more surrogates available.
-    ``fc_target`` is the plain classifier the defence was built on, evaluated beside it.
+    Three attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing
+    or ``None``, `looks_batch_dependent` finds out. ``fc_logits(z)`` and further differentiable decisions make more
+    surrogates available. ``fc_target`` is the plain classifier the defence was built on, evaluated beside it.
     """
 
     def features(self, x: Tensor) -> Tensor:
@@ -34,15 +35,12 @@ class Defense(Protocol):
 class WholeModel:
     """Any module from images to logits as a defence whose features are the images themselves.
 
-    Nothing is known about how it decides, so it is taken to depend on the batch unless told otherwise; that costs
-    more decisions in a query attack and is never wrong.
-
     Args:
         model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``.
-        batch_dependent: whether an image's logits may depend on its companions.
+        batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out.
     """
 
-    def __init__(self, model: nn.Module, *, batch_dependent: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, batch_dependent: bool | None = None) -> None:
         self.model = model
         self.batch_dependent = batch_dependent
 
@@ -78,6 +76,31 @@ def as_defense(target: object) -> Defense:
         f"expected an object with features(x) and logits(z), or a torch module from images to logits, "
         f"but got {type(target).__name__}"
     )
+
+
+def decide(defense: Defense, z: Tensor) -> Tensor:
+    """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used."""
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        return defense.logits(z.float()).float()
+
+
+def looks_batch_dependent(defense: Defense, z: Tensor, logits: Tensor) -> bool:
+    """Whether a batch is decided differently in another order, or in halves.
+
+    The answer only steers a query attack: on a defence that seems static it asks about changed rows alone, but what
+    it finds is believed only after the whole batch was decided.
+
+    Args:
+        defense: the target; a stochastic one counts as dependent.
+        z: features ``(B, ...)`` of a clean batch.
+        logits: its logits ``(B, k)``.
+    """
+    if len(z) < 2:
+        return True
+    half = len(z) // 2
+    others = (decide(defense, z.flip(0)).flip(0), torch.cat([decide(defense, z[:half]), decide(defense, z[half:])]))
+    tolerance = 1e-4 * float(logits.abs().max())
+    return any(float((other - logits).abs().max()) > tolerance for other in others)
 
 
 def modules_of(defense: object) -> list[nn.Module]:

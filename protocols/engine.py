@@ -17,7 +17,7 @@ from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.runs import Run, applicable, plan_runs
 from msa_eval.protocols.spec import Protocol, load_protocol
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial, decide
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
 from msa_eval.surrogates import Surrogate
 from msa_eval.surrogates.registry import Decision
 from torch import Tensor
@@ -25,7 +25,14 @@ from torch import Tensor
 import msa_eval
 from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.defense import (
+    Defense,
+    as_defense,
+    decide,
+    looks_batch_dependent,
+    modules_of,
+    without_weight_gradients,
+)
 from msa_eval.progress import Progress, silent
 
 
@@ -129,6 +136,8 @@ class _CleanBatches:
         for number in range(len(seats)):
             self._answer(number)
         self.num_classes = self._logits[0].shape[1]
+        declared: bool | None = getattr(defense, "batch_dependent", None)
+        self.batch_dependent = self._probe() if declared is None else bool(declared)
         highest = int(samples.y[chosen].max())
         if highest >= self.num_classes:
             raise ValueError(
@@ -144,6 +153,10 @@ class _CleanBatches:
             z = self._features[number] if number in self._features else self._trunk(x)
             y = self.samples.y[self.chosen[seat]].to(self._device)
             yield Batch(number, x, y, z, self._logits[number])
+
+    def _probe(self) -> bool:
+        first = next(iter(self))
+        return looks_batch_dependent(self._defense, first.z, first.logits)
 
     def _images(self, number: int) -> Tensor:
         return self.samples.images(self.chosen[self.seats[number]]).to(self._device)
@@ -229,7 +242,7 @@ class _Entrant:
         )
 
     def _attempt(self, run: Run, batch: Batch, context: str, protocol: Protocol) -> Outcome:
-        trial = Trial(self.defense, run.surrogate, batch, protocol.ball)
+        trial = Trial(self.defense, run.surrogate, batch, protocol.ball, mixes_rows=self.clean.batch_dependent)
         generator = run.generator(self.seed, self.name, context, batch.number)
         try:
             return trial.finish(run.attack(trial, generator))
@@ -307,7 +320,8 @@ def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> di
         "msa_eval": msa_eval.__version__,
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    return {"key": key} | decisive
+    dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
+    return {"key": key} | decisive | {"batch_dependent": dependent}
 
 
 def _describe(value: object) -> str:

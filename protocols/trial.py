@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import Defense
+from msa_eval.defense import Defense, decide
 
 
 class AttackError(RuntimeError):
@@ -75,12 +75,6 @@ class Outcome:
     decisions: int
 
 
-def decide(defense: Defense, z: Tensor) -> Tensor:
-    """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used."""
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        return defense.logits(z.float()).float()
-
-
 class Trial:
     """One run on one batch.
 
@@ -89,14 +83,17 @@ class Trial:
         surrogate: what a gradient attack attacks; ``None`` for a query attack on the target itself.
         batch: the clean batch.
         ball: the perturbation set, which every point is held to.
+        mixes_rows: whether the target's decision may look at the whole batch.
     """
 
-    def __init__(self, defense: Defense, surrogate: Surrogate | None, batch: Batch, ball: Ball) -> None:
+    def __init__(
+        self, defense: Defense, surrogate: Surrogate | None, batch: Batch, ball: Ball, *, mixes_rows: bool = True
+    ) -> None:
         self.batch = batch
         self.ball = ball
         self._defense = defense
         self._surrogate = surrogate
-        self._mixes_rows = bool(getattr(defense, "batch_dependent", True))
+        self._mixes_rows = mixes_rows
         self._forwards = self._backwards = self._decisions = 0
         self._kept = self._proposed = _Point(batch.x, batch.z, batch.logits)
 

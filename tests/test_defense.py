@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import make_hpm
+from toys import make_classifier, make_hpm
 
 from msa_eval import WholeModel, as_defense
-from msa_eval.defense import modules_of, without_weight_gradients
+from msa_eval.defense import decide, looks_batch_dependent, modules_of, without_weight_gradients
 
 
 class Custom:
@@ -31,12 +31,37 @@ def test_what_fits_is_taken_as_it_is() -> None:
     assert as_defense(custom) is custom
 
 
-def test_a_plain_module_is_wrapped_and_taken_to_depend_on_its_batch() -> None:
+def test_a_plain_module_is_wrapped() -> None:
     model, x = nn.Flatten(), torch.rand(2, 1, 2, 2)
     defense = as_defense(model)
     assert isinstance(defense, WholeModel)
-    assert defense.batch_dependent
+    assert defense.batch_dependent is None
     assert torch.equal(defense.logits(defense.features(x)), model(x))
+
+
+class _ByMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) - x.flatten(1).mean(dim=0)
+
+
+class _ByPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) * torch.linspace(1, 2, len(x)).unsqueeze(1)
+
+
+class _ByChance(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) + torch.rand(len(x), 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "dependent"),
+    [(_ByMean(), True), (_ByPlace(), True), (_ByChance(), True), (make_hpm(), True), (make_classifier(), False),
+     (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)).eval(), False)],
+)  # fmt: skip
+def test_batch_dependence_is_found_out(model: nn.Module, dependent: bool) -> None:
+    defense, x = WholeModel(model), torch.rand(6, 3, 2, 2)
+    assert looks_batch_dependent(defense, x, decide(defense, x)) is dependent
 
 
 @pytest.mark.parametrize(("thing", "message"), [(lambda x: x, "but got function"), (Custom, "class Custom")])

@@ -59,7 +59,7 @@ def targeted_dlr(target: Tensor) -> Loss:
         a loss that raises ValueError when there are fewer than 4 classes.
 
     >>> targeted_dlr(torch.tensor([1]))(torch.tensor([[4.0, 1.0, 2.0, 2.0]]), torch.tensor([0]))
-    tensor([-1.5000])
+    tensor([-1.2000])
     """
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:

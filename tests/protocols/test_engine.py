@@ -256,6 +256,17 @@ def test_any_defence_from_the_outside(digits: Samples) -> None:
     _check_laws(results)
 
 
+def test_batch_dependence_is_recorded() -> None:
+    def found(target: object) -> dict[str, bool]:
+        samples = make_samples(make_classifier(), 10)
+        record: dict[str, bool] = evaluate(target, samples, protocol=_small()).run["batch_dependent"]
+        return record
+
+    assert found(make_hpm()) == {"defense": True, "fc": False}
+    assert found(BatchMean()) == {"defense": True}
+    assert found(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()) == {"defense": False}
+
+
 def test_models_are_left_as_they_were() -> None:
     hpm = make_hpm()
     before = {name: value.clone() for name, value in hpm.state_dict().items()}

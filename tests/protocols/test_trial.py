@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from msa_eval.protocols.runs import ApgdAttack, SquareAttack
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial, decide
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
 from msa_eval.surrogates import get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
@@ -15,6 +15,7 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
 from msa_eval.attacks.losses import LOSSES, margin
+from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
 
@@ -104,8 +105,8 @@ def test_a_targeted_loss_costs_no_pass_for_its_targets() -> None:
 class _Watched(Trial):
     """Keeps every batch that a query attack asked about, put together as it says."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self.asked: list[Tensor] = []
         self.held = self.batch.x
 
@@ -120,12 +121,15 @@ class _Watched(Trial):
         return super().accept(rows)
 
 
-@pytest.mark.parametrize("make", [make_hpm, make_classifier, lambda: WholeModel(make_hpm())])
-def test_square_is_judged_on_the_mixed_batch(make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "mixes"),
+    [(make_hpm, True), (make_classifier, True), (make_classifier, False), (lambda: WholeModel(make_hpm()), True)],
+)
+def test_square_is_judged_on_the_mixed_batch(make: Any, mixes: bool) -> None:
     defense = make()
     labels = defense.model if isinstance(defense, WholeModel) else defense
     batch = _batch(defense, labels)
-    trial = _Watched(defense, None, batch, BALL)
+    trial = _Watched(defense, None, batch, BALL, mixes_rows=mixes)
     found = SquareAttack(queries=40, p_init=0.8)(trial, torch.Generator().manual_seed(0))
     assert torch.equal(found, trial.held)
     _check(trial.finish(found), _naive(defense, batch, [*trial.asked, found]))
@@ -137,7 +141,7 @@ def test_square_passes_only_what_it_proposes_and_what_it_confirms() -> None:
     batch = _batch(classifier, classifier)
     trunk: Any = classifier.trunk
     trunk.batches.clear()
-    trial = Trial(classifier, None, batch, BALL)
+    trial = Trial(classifier, None, batch, BALL, mixes_rows=False)
     outcome = trial.finish(SquareAttack(queries=60, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
     claims = int((outcome.any_broken & batch.correct).sum())
     whole = trunk.batches.count(24)
@@ -161,6 +165,22 @@ def test_a_claim_from_cached_features_is_confirmed_by_the_whole_batch() -> None:
     outcome = Trial(moody, None, batch, Ball("Linf", 1e-6))
     found = SquareAttack(queries=20, p_init=0.8)(outcome, torch.Generator().manual_seed(0))
     assert not (outcome.finish(found).any_broken & batch.correct).any()
+
+
+def test_a_hidden_batch_dependence_can_not_fake_a_broken_sample() -> None:
+    """A target taken for static that answers wrongly in any smaller batch: nothing it says there is believed."""
+
+    class Sly(Classifier):
+        def logits(self, z: Tensor) -> Tensor:
+            out = super().logits(z)
+            return out if len(z) == 24 else -out
+
+    plain = make_classifier()
+    sly = Sly(plain.trunk, plain.fc).eval()
+    batch = _batch(sly, plain)
+    trial = Trial(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
+    found = SquareAttack(queries=20, p_init=0.8)(trial, torch.Generator().manual_seed(0))
+    assert not (trial.finish(found).any_broken & batch.correct).any()
 
 
 @pytest.mark.parametrize(
