@@ -102,6 +102,21 @@ def test_a_targeted_loss_costs_no_pass_for_its_targets() -> None:
     assert outcome.forwards == 12 * 24
 
 
+def test_a_sample_wrong_on_the_clean_batch_never_counts_as_left() -> None:
+    """The first sample is broken while the second, wrong at first, becomes right: none of the counted ones is left."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[1].bias.copy_(torch.tensor([-0.5, 0.5]))
+    defense = WholeModel(model)
+    x, y = torch.tensor([0.6, 0.6]).view(2, 1, 1, 1), torch.tensor([0, 1])
+    trial = Trial(defense, None, Batch(0, x, y, x, decide(defense, x)), BALL)
+    outcome = trial.finish(x - 0.2)
+    assert trial.batch.correct.tolist() == [True, False]
+    assert outcome.final_broken.tolist() == [True, False]
+    assert outcome.committed.tolist() == [False, False]
+
+
 class _Watched(Trial):
     """Keeps every batch that a query attack asked about, put together as it says."""
 
