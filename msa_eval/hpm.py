@@ -54,9 +54,8 @@ class Variant:
 def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.0) -> Tensor:
     """Assign each row to the classes (Eq. 15).
 
-    The straight-through form is written ``P_hard + (P_soft - stopgrad(P_soft))`` rather than the paper's
-    ``P_soft + stopgrad(P_hard - P_soft)``: the gradient is the same, and the forward value is exactly ``P_hard``,
-    where the paper's order rounds.
+    The forward value of the straight-through form ``P_soft + stopgrad(P_hard - P_soft)`` is exactly ``P_hard``, in
+    float32 too: ``p + (1 - p)`` rounds to 1.
 
     Args:
         fc_logits: ``(B, k)``.
@@ -78,7 +77,7 @@ def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.
     if assignment == "soft":
         return soft
     hard = F.one_hot(fc_logits.argmax(dim=1), fc_logits.shape[1]).to(soft)
-    return hard if assignment == "frozen" else hard + (soft - soft.detach())
+    return hard if assignment == "frozen" else soft + (hard - soft).detach()
 
 
 def similarity(z: Tensor, prototypes: Tensor, kind: str = "l2") -> Tensor:
