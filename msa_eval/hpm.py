@@ -84,20 +84,20 @@ def similarity(z: Tensor, prototypes: Tensor, kind: str = "l2") -> Tensor:
     """Compare features with prototypes (Eq. 18).
 
     Args:
-        z: features ``(B, d)``.
-        prototypes: ``(k, d)``.
+        z: features ``(..., B, d)``.
+        prototypes: ``(..., k, d)``.
         kind: ``l2`` (the negative distance, with gradient 0 at distance 0), ``inner`` or ``cosine``.
 
     Returns:
-        logits ``(B, k)``.
+        logits ``(..., B, k)``.
 
     >>> similarity(torch.tensor([[3.0, 4.0]]), torch.zeros(2, 2))
     tensor([[-5., -5.]])
     """
     if kind == "inner":
-        return z @ prototypes.T
+        return z @ prototypes.mT
     if kind == "cosine":
-        return F.normalize(z, dim=1) @ F.normalize(prototypes, dim=1).T
+        return F.normalize(z, dim=-1) @ F.normalize(prototypes, dim=-1).mT
     # The matrix-product form loses half the digits where a feature lies close to its prototype.
     return -torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -174,11 +174,11 @@ class HPM(nn.Module):
         return (p.T @ z) / (p.sum(dim=0) + EPSILON).unsqueeze(1)
 
     def mix(self, batch_prototypes: Tensor) -> Tensor:
-        """Fuse dataset and batch prototypes ``(k, d)`` into the hybrid ones (Eq. 17)."""
-        anchor = batch_prototypes if self.variant.prototypes == "batch" else self.prototypes
+        """Fuse dataset and batch prototypes ``(..., k, d)`` into the hybrid ones (Eq. 17)."""
+        anchor = batch_prototypes if self.variant.prototypes == "batch" else self.prototypes.expand_as(batch_prototypes)
         if self.variant.mixer == "average":
             return (anchor + batch_prototypes) / 2
-        mixed: Tensor = self.mixer(torch.cat([anchor, batch_prototypes], dim=1))
+        mixed: Tensor = self.mixer(torch.cat([anchor, batch_prototypes], dim=-1))
         return mixed
 
     def hybrid_prototypes(self, z: Tensor, assignment: Assignment = "ste", *, temperature: float = 1.0) -> Tensor:
@@ -188,10 +188,17 @@ class HPM(nn.Module):
         return self.mix(self.batch_prototypes(z, assign(self.fc_logits(z), assignment, temperature=temperature)))
 
     def compare(self, z: Tensor, prototypes: Tensor) -> Tensor:
-        """Logits ``(B, k)`` of features ``(B, d)`` against prototypes ``(k, d)`` (Eq. 18)."""
+        """Logits ``(..., B, k)`` of features ``(..., B, d)`` against prototypes ``(..., k, d)`` (Eq. 18)."""
         return similarity(z, prototypes, self.variant.similarity)
 
-    def logits(self, z: Tensor, assignment: Assignment = "ste", *, temperature: float = 1.0) -> Tensor:
+    def logits(
+        self,
+        z: Tensor,
+        assignment: Assignment = "ste",
+        *,
+        temperature: float = 1.0,
+        constant_prototypes: bool = False,
+    ) -> Tensor:
         """Decide a batch (Eqs. 15-18).
 
         Args:
@@ -199,11 +206,48 @@ class HPM(nn.Module):
             assignment: ``ste`` and ``frozen`` have the defence's hard forward value, ``soft`` is the paper's
                 Surrogate 2.
             temperature: of the softmax in the assignment.
+            constant_prototypes: whether gradients stop at the hybrid prototypes.
 
         Returns:
             logits ``(B, k)``.
         """
-        return self.compare(z, self.hybrid_prototypes(z, assignment, temperature=temperature))
+        prototypes = self.hybrid_prototypes(z, assignment, temperature=temperature)
+        return self.compare(z, prototypes.detach() if constant_prototypes else prototypes)
+
+    def logits_one_at_a_time(
+        self,
+        z: Tensor,
+        companions: Tensor | None,
+        assignment: Assignment = "ste",
+        *,
+        temperature: float = 1.0,
+        constant_prototypes: bool = False,
+    ) -> Tensor:
+        """Decide each row in a batch of its own, in closed form: one row out of the batch prototypes, one row in.
+
+        Args:
+            z: features ``(B, d)``.
+            companions: the batch ``(B, d)`` in which row i takes the place of companion i; ``None`` for batches of one.
+            assignment: as in `logits`.
+            temperature: as in `logits`.
+            constant_prototypes: as in `logits`.
+
+        Returns:
+            logits ``(B, k)``: row i is row i of ``logits`` on the companions with their row i replaced by ``z[i]``.
+        """
+        if self.variant.prototypes == "global":
+            return self.compare(z, self.prototypes)
+        p = assign(self.fc_logits(z), assignment, temperature=temperature)
+        total, count = p.unsqueeze(2) * z.unsqueeze(1), p
+        if companions is not None:
+            # In float64, because a class that row i alone belongs to must come out at zero, not at a rounding error
+            # over ε.
+            q = assign(self.fc_logits(companions), assignment, temperature=temperature).detach().double()
+            rest = q.T @ companions.double() - q.unsqueeze(2) * companions.double().unsqueeze(1)
+            total = total + rest.to(z)
+            count = count + (q.sum(dim=0) - q).to(z)
+        prototypes = self.mix(total / (count + EPSILON).unsqueeze(2))
+        return self.compare(z.unsqueeze(1), prototypes.detach() if constant_prototypes else prototypes).squeeze(1)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Map a batch of images to logits ``(B, k)``; in training mode labels also move the dataset prototypes.

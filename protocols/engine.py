@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msa_eval.protocols.contexts import in_context
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
 from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
@@ -105,9 +108,7 @@ def evaluate(
         about = _identity(protocol, entrants, seed)
         if out is not None:
             claim_folder(Path(out), about["key"], force=force)
-        records = [
-            entrant.evaluate(context, protocol, progress) for entrant in entrants for context in protocol.contexts
-        ]
+        records = [record for entrant in entrants for record in entrant.evaluate(protocol, progress)]
     seconds = round(time.perf_counter() - started, 3)
     results = tabulate(records, about | environment(device) | {"seconds": seconds, "verdict": "not audited"})
     if out is not None:
@@ -153,6 +154,19 @@ class _CleanBatches:
             z = self._features[number] if number in self._features else self._trunk(x)
             y = self.samples.y[self.chosen[seat]].to(self._device)
             yield Batch(number, x, y, z, self._logits[number])
+
+    def seen_in(self, context: str) -> _CleanBatches:
+        """The same batches with the target's verdicts in another context."""
+        seen = copy.copy(self)
+        seen._logits = {
+            batch.number: decide(self.view(context, batch), batch.z) if context == "alone" else batch.logits
+            for batch in self
+        }
+        return seen
+
+    def view(self, context: str, batch: Batch) -> Defense:
+        """The target as an attacker in a context meets it."""
+        return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent)
 
     def _probe(self) -> bool:
         first = next(iter(self))
@@ -210,15 +224,27 @@ class _Entrant:
         runs = plan_runs(protocol, usable, num_classes=clean.num_classes)
         return cls(name, defense, clean, runs, skipped, seed)
 
-    def evaluate(self, context: str, protocol: Protocol, progress: Progress) -> TargetRecord:
+    def evaluate(self, protocol: Protocol, progress: Progress) -> Iterator[TargetRecord]:
+        """Make every run in every context; a target that ignores its companions answers the same in all."""
+        first, *others = protocol.contexts
+        record = self._evaluate(first, protocol, progress)
+        yield record
+        for context in others:
+            if self.clean.batch_dependent:
+                yield self._evaluate(context, protocol, progress)
+            else:
+                yield dataclasses.replace(record, context=context)
+
+    def _evaluate(self, context: str, protocol: Protocol, progress: Progress) -> TargetRecord:
         """Make every run on every batch."""
-        seats, chosen, samples = self.clean.seats, self.clean.chosen, self.clean.samples
-        committed = [batch.correct for batch in self.clean]
+        clean = self.clean.seen_in(context)
+        seats, chosen, samples = clean.seats, clean.chosen, clean.samples
+        committed = [batch.correct for batch in clean]
         records = []
         for place, run in enumerate(self.runs, start=1):
             started = time.perf_counter()
             outcomes = []
-            for batch in progress(self.clean, f"{self.name} {place}/{len(self.runs)} {run.name}"):
+            for batch in progress(clean, f"{self.name} {context} {place}/{len(self.runs)} {run.name}"):
                 outcome = self._attempt(run, batch, context, protocol)
                 outcomes.append(outcome)
                 if int(outcome.committed.sum()) < int(committed[batch.number].sum()):
@@ -235,14 +261,15 @@ class _Entrant:
             label=samples.y[chosen].numpy(),
             batch=placed([torch.full((len(seat),), number) for number, seat in enumerate(seats)]),
             position=placed([torch.arange(len(seat)) for seat in seats]),
-            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in self.clean]),
-            clean_margin=placed([-margin(batch.logits, batch.y) for batch in self.clean]),
+            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
+            clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
             committed=placed(committed),
             runs=records,
         )
 
     def _attempt(self, run: Run, batch: Batch, context: str, protocol: Protocol) -> Outcome:
-        trial = Trial(self.defense, run.surrogate, batch, protocol.ball, mixes_rows=self.clean.batch_dependent)
+        target = self.clean.view(context, batch)
+        trial = Trial(target, run.surrogate, batch, protocol.ball, mixes_rows=self.clean.batch_dependent)
         generator = run.generator(self.seed, self.name, context, batch.number)
         try:
             return trial.finish(run.attack(trial, generator))

@@ -57,7 +57,7 @@ class TargetRecord:
         position: its place there.
         clean_prediction: the target's answer on the clean batch.
         clean_margin: its logit lead there.
-        committed: right on the one adversarial batch that leaves the fewest of its batch right.
+        committed: in ``joint``, right on the one adversarial batch that leaves the fewest of its batch right.
         runs: in the order they were made.
     """
 
@@ -71,6 +71,18 @@ class TargetRecord:
     clean_margin: npt.NDArray[np.float32]
     committed: npt.NDArray[np.bool_]
     runs: Sequence[RunRecord]
+
+    @property
+    def realised(self) -> npt.NDArray[np.bool_]:
+        """Right on the one adversarial batch that the attacker commits to.
+
+        Where image i alone is the attacker's, each sample has an adversarial batch of its own, and the attacker
+        commits to the one that breaks it.
+        """
+        if self.context == "joint":
+            return self.committed
+        never: npt.NDArray[np.bool_] = self.correct & ~np.stack([run.any_broken for run in self.runs]).any(axis=0)
+        return never
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -233,7 +245,7 @@ def _summary(record: TargetRecord) -> pd.DataFrame:
     rates = {
         "clean": metrics.clean(record.correct),
         "paper": metrics.paper(record.correct, _stack(record, "final_broken")),
-        "realised": metrics.realised(record.committed),
+        "realised": metrics.realised(record.realised),
         "worst_case": metrics.worst_case(record.correct, _stack(record, "any_broken")),
     }
     about = {"target": record.target, "context": record.context}
@@ -290,7 +302,7 @@ def _samples(record: TargetRecord) -> pd.DataFrame:
             "broken_by": broken_by.where(pd.Series(hit | ~right), None),
             "broken_at": _whole_or_missing(iterate, right & hit),
             "min_margin": np.minimum(record.clean_margin, _stack(record, "min_margin").min(axis=0)),
-            "committed_right": record.committed,
+            "committed_right": record.realised,
         }
     )
 

@@ -24,7 +24,7 @@ from msa_eval.attacks.losses import MIN_CLASSES
 T = TypeVar("T", "ApgdBudget", "SquareBudget")
 
 SCHEMA = 1
-CONTEXTS = ("joint",)
+CONTEXTS = ("joint", "solo", "alone")
 
 
 def _text(value: Any) -> str:
@@ -144,7 +144,8 @@ class Protocol:
         version: of its content.
         description: in a sentence.
         ball: the perturbation set.
-        contexts: what the attacker controls; ``joint`` is every image of the batch.
+        contexts: what the attacker controls: every image of the batch (``joint``), one image among clean companions
+            (``solo``), one image in a batch of one (``alone``).
         fraction: the share of samples to evaluate, uniformly drawn.
         per_class: or how many of each class.
         limit: at most so many of these.

@@ -31,6 +31,7 @@ class Surrogate:
 
 
 _REGISTRY: dict[str, Surrogate] = {}
+_FAMILIES: dict[str, Callable[[float], Surrogate]] = {}
 
 
 def register(surrogate: Surrogate) -> Surrogate:
@@ -45,6 +46,17 @@ def register(surrogate: Surrogate) -> Surrogate:
     return surrogate
 
 
+def register_family(name: str, make: Callable[[float], Surrogate]) -> None:
+    """Make surrogates with a parameter available, as ``name@value``.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    if name in _FAMILIES:
+        raise ValueError(f"there is already a family of surrogates {name!r}; choose another name")
+    _FAMILIES[name] = make
+
+
 def available() -> list[str]:
     """The names of all registered surrogates, sorted."""
     return sorted(_REGISTRY)
@@ -54,7 +66,7 @@ def get(name: str, own: Mapping[str, Decision | Surrogate] | None = None) -> Sur
     """Look a surrogate up.
 
     Args:
-        name: its name.
+        name: its name, or ``family@value`` such as ``soft-hybrid@0.5``.
         own: surrogates of the caller's own, as functions or `Surrogate`; they come first.
 
     Raises:
@@ -62,16 +74,23 @@ def get(name: str, own: Mapping[str, Decision | Surrogate] | None = None) -> Sur
 
     >>> get("ste").exact
     True
-    >>> get("fc-orcale")
+    >>> get("fc-orcale")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: unknown surrogate 'fc-orcale'; did you mean 'fc-oracle'? available: fc-oracle, soft-hybrid, ste
+    ValueError: unknown surrogate 'fc-orcale'; did you mean 'fc-oracle'? available: ...
     """
     own = own or {}
     if name in own:
         found = own[name]
         return found if isinstance(found, Surrogate) else Surrogate(name, found)
+    family, _, value = name.partition("@")
+    if family in _FAMILIES and value:
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"surrogate {name!r}: expected a number after the @") from None
+        return _FAMILIES[family](number)
     if name not in _REGISTRY:
-        names = sorted({*own, *_REGISTRY})
+        names = [*sorted({*own, *_REGISTRY}), *(f"{family}@VALUE" for family in _FAMILIES)]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown surrogate {name!r};{hint} available: {', '.join(names)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from msa_eval.surrogates.registry import Surrogate, register
+from msa_eval.surrogates.registry import Surrogate, register, register_family
 from torch import Tensor
 
 
@@ -31,12 +31,44 @@ def ste(defense: Any, z: Tensor) -> Tensor:
     return logits
 
 
+def frozen_assignment(defense: Any, z: Tensor) -> Tensor:
+    """P_hard held constant: the exact gradient of the hard forward almost everywhere."""
+    logits: Tensor = defense.logits(z, assignment="frozen")
+    return logits
+
+
+def frozen_prototypes(defense: Any, z: Tensor) -> Tensor:
+    """C_hybrid held constant at its current value: only the distance to it is followed."""
+    logits: Tensor = defense.logits(z, assignment="frozen", constant_prototypes=True)
+    return logits
+
+
+def soft_hybrid_at(temperature: float) -> Surrogate:
+    """``soft-hybrid`` with a temperature: towards the hard assignment as it falls, towards a uniform one as it grows.
+
+    Raises:
+        ValueError: when the temperature is not a positive, finite number.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"expected a positive temperature, but got {temperature:g}")
+
+    def logits(defense: Any, z: Tensor) -> Tensor:
+        out: Tensor = defense.logits(z, assignment="soft", temperature=temperature)
+        return out
+
+    return Surrogate(f"soft-hybrid@{temperature:g}", logits, applies=_assigns_softly)
+
+
 def _has_fc_logits(defense: Any) -> bool:
     return callable(getattr(defense, "fc_logits", None))
 
 
 def _assigns_softly(defense: Any) -> bool:
     return "assignment" in inspect.signature(defense.logits).parameters
+
+
+def _freezes_prototypes(defense: Any) -> bool:
+    return "constant_prototypes" in inspect.signature(defense.logits).parameters
 
 
 def _is_not_its_own_fc(defense: Any) -> bool:
@@ -47,4 +79,7 @@ def _is_not_its_own_fc(defense: Any) -> bool:
 
 FC_ORACLE = register(Surrogate("fc-oracle", fc_oracle, applies=_has_fc_logits))
 SOFT_HYBRID = register(Surrogate("soft-hybrid", soft_hybrid, applies=_assigns_softly))
+FROZEN_ASSIGNMENT = register(Surrogate("frozen-assignment", frozen_assignment, applies=_assigns_softly, exact=True))
+FROZEN_PROTOTYPES = register(Surrogate("frozen-prototypes", frozen_prototypes, applies=_freezes_prototypes, exact=True))
 STE = register(Surrogate("ste", ste, applies=_is_not_its_own_fc, exact=True))
+register_family("soft-hybrid", soft_hybrid_at)

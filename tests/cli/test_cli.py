@@ -54,8 +54,8 @@ def test_evaluate_shows_a_table_and_writes_the_evidence(tmp_path: Path) -> None:
         assert shown == [f"{100 * value:.1f}" for value in expected]
     assert "soft-hybrid:apgd-ce:0" in lines
     assert lines["soft-hybrid:apgd-ce:0"].split()[1] == "-"
-    assert "defense 1/" in result.stderr
-    assert "fc 1/" in result.stderr
+    assert "defense joint 1/" in result.stderr
+    assert "fc joint 1/" in result.stderr
 
 
 def test_quiet_means_nothing_on_stderr(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     seen = ""
-    while "defense 2/" not in seen:
+    while "defense joint 2/" not in seen:
         seen += process.stderr.read(1)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)

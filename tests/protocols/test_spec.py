@@ -76,7 +76,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ({"schema": 2}, "reads schema 1"),
         ({"attack": {}}, "no attack"),
         ({"threat": {"norm": "Linf", "eps": -1}}, "threat.eps"),
-        ({"threat": {"norm": "Linf", "eps": 0.1, "contexts": ["solo"]}}, "among joint"),
+        ({"threat": {"norm": "Linf", "eps": 0.1, "contexts": ["duo"]}}, "among joint, solo, alone"),
         ({"samples": {"limit": 0}}, "samples.limit"),
         ({"extra": {"deep": {"key": 1}}}, "unknown key extra.deep.key"),
     ],

@@ -26,11 +26,37 @@ def test_exact_means_the_hard_forward_value() -> None:
     hpm, z = make_hpm(), _features()
     with torch.no_grad():
         hard = hpm.logits(z, "frozen")
-        same = {name: torch.equal(get(name).logits(hpm, z), hard) for name in ("fc-oracle", "soft-hybrid", "ste")}
-    assert same == {name: get(name).exact for name in same} == {"fc-oracle": False, "soft-hybrid": False, "ste": True}
+        same = {name: torch.equal(get(name).logits(hpm, z), hard) for name in [*available(), "soft-hybrid@0.5"]}
+    assert same == {name: get(name).exact for name in same}
+    assert {name for name in same if same[name]} == {"ste", "frozen-assignment", "frozen-prototypes"}
 
 
-@pytest.mark.parametrize("name", ["fc-oracle", "soft-hybrid", "ste"])
+def test_the_frozen_gradients_are_those_of_their_constants() -> None:
+    hpm, z = make_hpm(), _features()
+    hard, prototypes = hpm.fc(z).argmax(dim=1), hpm.hybrid_prototypes(z).detach()
+    p = torch.nn.functional.one_hot(hard, 4).float()
+    expected = {
+        "frozen-assignment": hpm.compare(z, hpm.mix(hpm.batch_prototypes(z, p))),
+        "frozen-prototypes": hpm.compare(z, prototypes),
+    }
+    for name, logits in expected.items():
+        ours, theirs = (
+            torch.autograd.grad(values.logsumexp(dim=1).sum(), z, retain_graph=True)[0]
+            for values in (get(name).logits(hpm, z), logits)
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_temperature_changes_the_soft_hybrid_and_one_is_the_plain_one() -> None:
+    hpm, z = make_hpm(), _features()
+    assert torch.equal(get("soft-hybrid@1").logits(hpm, z), get("soft-hybrid").logits(hpm, z))
+    assert torch.equal(get("soft-hybrid@0.1").logits(hpm, z), hpm.logits(z, "soft", temperature=0.1))
+    for name in ("soft-hybrid@x", "soft-hybrid@0", "soft-hybrid@-1", "soft-hybrid@nan"):
+        with pytest.raises(ValueError, match=r"number after the @|positive temperature"):
+            get(name)
+
+
+@pytest.mark.parametrize("name", [*available(), "soft-hybrid@0.5"])
 def test_all_are_differentiable(name: str) -> None:
     hpm, z = make_hpm(), _features()
     (gradient,) = torch.autograd.grad(get(name).logits(hpm, z).logsumexp(dim=1).sum(), z)
@@ -50,7 +76,7 @@ def test_who_can_offer_what() -> None:
         for defense in (make_hpm(), make_classifier(), WholeModel(nn.Flatten()))
     }
     assert offers == {
-        "HPM": ["fc-oracle", "soft-hybrid", "ste"],
+        "HPM": ["fc-oracle", "frozen-assignment", "frozen-prototypes", "soft-hybrid", "ste"],
         "Classifier": ["fc-oracle"],
         "WholeModel": ["ste"],
     }

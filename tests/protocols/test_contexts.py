@@ -1,0 +1,214 @@
+"""solo and alone against running the whole batch once a sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.contexts import OneAtATime, in_context
+from msa_eval.surrogates import get
+from torch import Tensor, nn
+from toys import make_classifier, make_hpm, make_samples
+
+from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
+
+
+def _by_hand(defense: Any, z: Tensor, companions: Tensor | None, decide: Any) -> Tensor:
+    """Row i of the decision on the companions with row i replaced: a whole batch once a sample."""
+    rows = []
+    for i in range(len(z)):
+        if companions is None:
+            rows.append(decide(defense, z[i : i + 1])[0])
+        else:
+            batch = companions.clone()
+            batch[i] = z[i]
+            rows.append(decide(defense, batch)[i])
+    return torch.stack(rows)
+
+
+@pytest.fixture(params=["toy", "digits"])
+def case(request: pytest.FixtureRequest, digits_hpm: HPM, digits: Samples) -> tuple[HPM, Tensor, Tensor]:
+    """A defence, clean features and other features."""
+    if request.param == "toy":
+        generator = torch.Generator().manual_seed(0)
+        return make_hpm(), torch.randn(9, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    with torch.no_grad():
+        return digits_hpm, digits_hpm.features(digits.x[:40]), digits_hpm.features(digits.x[100:140])
+
+
+NAMES = ["ste", "soft-hybrid", "soft-hybrid@0.05", "frozen-assignment", "frozen-prototypes", "fc-oracle"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("context", ["solo", "alone"])
+def test_the_closed_form_is_the_batch_once_a_sample(name: str, context: str, case: Any) -> None:
+    hpm, clean, z = case
+    surrogate = get(name)
+    companions = clean if context == "solo" else None
+    with torch.no_grad():
+        found = surrogate.logits(in_context(hpm, context, clean, batch_dependent=True), z)
+        expected = _by_hand(hpm, z, companions, surrogate.logits)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("context", ["solo", "alone"])
+def test_its_gradient_is_that_of_the_loop(name: str, context: str) -> None:
+    hpm, surrogate = make_hpm(), get(name)
+    generator = torch.Generator().manual_seed(0)
+    clean, z = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator).requires_grad_()
+    weight = torch.randn(7, 4, generator=generator)
+
+    class Plain:
+        """The same defence without its closed form."""
+
+        def features(self, x: Tensor) -> Tensor:
+            return hpm.features(x)
+
+        def fc_logits(self, features: Tensor) -> Tensor:
+            return hpm.fc_logits(features)
+
+        def logits(self, features: Tensor, **settings: Any) -> Tensor:
+            return hpm.logits(features, **settings)
+
+    values, gradients = zip(
+        *(
+            (value, torch.autograd.grad((value * weight).sum(), z)[0])
+            for defense in (hpm, Plain())
+            for value in [surrogate.logits(in_context(defense, context, clean, batch_dependent=True), z)]
+        ),
+        strict=True,
+    )
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant(prototypes="batch"), Variant(prototypes="global"), Variant(mixer="average"),
+                Variant(similarity="inner"), Variant(similarity="cosine")]
+)  # fmt: skip
+def test_the_closed_form_of_every_variant(variant: Variant) -> None:
+    plain = make_hpm()
+    hpm = HPM(plain.trunk, plain.fc, variant=variant).eval()
+    hpm.prototypes.copy_(plain.prototypes)
+    generator = torch.Generator().manual_seed(0)
+    clean, z = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator)
+    with torch.no_grad():
+        found = hpm.logits_one_at_a_time(z, clean)
+        torch.testing.assert_close(found, _by_hand(hpm, z, clean, HPM.logits), atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_that_the_replaced_row_alone_belonged_to_vanishes() -> None:
+    """The hard case of one row out: nothing but rounding is left of its prototype, and ε must not blow it up."""
+    hpm = make_hpm()
+    clean = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 100
+    with torch.no_grad():
+        hpm.fc.bias[0] -= 1e6
+        clean[3] = -clean[3]
+        hpm.fc.weight[0] = -1e5
+        z = clean.clone()
+        z[3] = clean[4]
+        torch.testing.assert_close(
+            hpm.logits_one_at_a_time(z, clean), _by_hand(hpm, z, clean, HPM.logits), atol=1e-3, rtol=1e-5
+        )
+
+
+def test_joint_and_static_targets_are_left_as_they_are() -> None:
+    hpm, z = make_hpm(), torch.randn(3, 6)
+    assert in_context(hpm, "joint", z, batch_dependent=True) is hpm
+    assert in_context(hpm, "solo", z, batch_dependent=False) is hpm
+    assert isinstance(in_context(hpm, "solo", z, batch_dependent=True), OneAtATime)
+
+
+class ByMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_classifier()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x - 0.5 * x.mean(dim=0) + 0.25)
+        return out
+
+
+def _protocol(**overrides: Any) -> Any:
+    content = {
+        "schema": 1, "name": "contexts", "version": 1, "description": "A test.",
+        "threat": {"norm": "Linf", "eps": 0.05, "contexts": ["joint", "solo", "alone"]},
+        "batches": {"size": 8},
+        "attack": {"apgd": {"surrogates": ["fc-oracle", "soft-hybrid", "ste"], "losses": ["dlr"], "steps": 8},
+                   "square": {"queries": 15}},
+    }  # fmt: skip
+    return make_protocol(content, overrides=overrides)
+
+
+@pytest.mark.parametrize("make", [make_hpm, ByMean])
+def test_every_table_has_every_context_and_the_laws_hold(make: Any) -> None:
+    model = make()
+    samples = make_samples(model, 22)
+    results = evaluate(model, samples, protocol=_protocol())
+    for (_, context), rows in results.summary.groupby(["target", "context"]):
+        value = rows.set_index("metric")["value"]
+        assert value["worst_case"] <= value["realised"] <= value["paper"] <= value["clean"]
+        assert context == "joint" or value["realised"] == value["worst_case"]
+    for table in (results.summary, results.attacks, results.samples, results.outcomes):
+        assert list(table["context"].unique()) == ["joint", "solo", "alone"]
+    clean = results.samples[results.samples["target"] == "defense"].set_index(["context", "index"])["clean_prediction"]
+    pd.testing.assert_series_equal(clean["joint"], clean["solo"])
+    with torch.no_grad():
+        alone = torch.cat([model(x.unsqueeze(0)) for x in samples.x]).argmax(dim=1)
+    assert clean["alone"].tolist() == alone.tolist()
+
+
+def test_alone_is_joint_in_batches_of_one() -> None:
+    """Two ways to the same verdicts on the clean batch, and to the same worst case where the attack is strong."""
+    hpm = make_hpm()
+    samples = make_samples(hpm, 12)
+    keys = {"attack.apgd.steps": 40, "threat.eps": 0.1}
+    alone = evaluate(hpm, samples, protocol=_protocol(**keys, **{"threat.contexts": ["alone"]}))
+    ones = evaluate(hpm, samples, protocol=_protocol(**keys, **{"threat.contexts": ["joint"], "batches.size": 1}))
+    for metric in ("clean", "worst_case"):
+        first, second = (
+            results.summary.set_index(["target", "metric"])["value"]["defense", metric] for results in (alone, ones)
+        )
+        assert first == pytest.approx(second, abs=1 / 12 + 1e-9 if metric == "worst_case" else 1e-12)
+
+
+def test_a_verdict_in_solo_is_that_of_the_batch_with_one_row_replaced() -> None:
+    """The final batches of a run, judged again by hand on images, without any cached feature."""
+    model = ByMean()
+    samples = make_samples(model, 8)
+    found: list[Tensor] = []
+
+    def spy(defense: Any, z: Tensor) -> Tensor:
+        found.append(z.detach().clone())
+        out: Tensor = defense.logits(z)
+        return out
+
+    results = evaluate(
+        model, samples, surrogates={"spy": spy},
+        protocol=_protocol(**{"threat.contexts": ["solo"], "attack.apgd.surrogates": ["spy"], "batches.size": 8}),
+    )  # fmt: skip
+    order = results.batches["index"].tolist()
+    x, y, final = samples.x[order], samples.y[order], found[9]
+    with torch.no_grad():
+        logits = _by_hand(WholeModel(model), final, x, lambda defense, batch: defense.logits(batch))
+    rows = results.outcomes[results.outcomes["run"] == "spy:apgd-dlr:0"].set_index("index")
+    assert rows.loc[order, "final_broken"].tolist() == (logits.argmax(dim=1) != y).tolist()
+
+
+def test_a_static_target_is_attacked_once_for_all_contexts() -> None:
+    classifier = make_classifier()
+    samples = make_samples(classifier, 10)
+    trunk: Any = classifier.trunk
+    passes = []
+    for contexts in (["joint"], ["joint", "solo", "alone"]):
+        trunk.images = 0
+        results = evaluate(classifier, samples, protocol=_protocol(**{"threat.contexts": contexts}))
+        passes.append(trunk.images)
+    assert passes[0] == passes[1]
+    values = results.summary.pivot_table(index="metric", columns="context", values="value").loc[["clean", "worst_case"]]
+    assert values.nunique(axis=1).eq(1).all()
