@@ -198,7 +198,10 @@ class Blueprint:
         known = list(inspect.signature(make).parameters)
         if unknown := sorted(set(self.arguments) - set(known)):
             raise ValueError(f"architecture {self.architecture!r} takes {', '.join(known)}, not {', '.join(unknown)}")
-        trunk = make(**self.arguments)
+        try:
+            trunk = make(**self.arguments)
+        except TypeError as error:
+            raise ValueError(f"architecture {self.architecture!r} can't be built: {error}") from error
         dim = trunk.features_dim
         assert isinstance(dim, int)
         if self.normalization is not None:

@@ -6,11 +6,14 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Split = Literal["train", "test"]
 
@@ -33,7 +36,10 @@ class Samples:
     name: str = "memory"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "y", self.y.long())
+        if self.y.is_floating_point() or self.y.is_complex() or self.y.dtype == torch.bool:
+            raise ValueError(f"{self.name}: expected integer labels, but got {self.y.dtype}")
+        object.__setattr__(self, "x", self.x.detach().cpu())
+        object.__setattr__(self, "y", self.y.detach().cpu().long())
         if self.x.ndim != 4 or self.x.shape[1] not in (1, 3):
             raise ValueError(
                 f"{self.name}: expected images of shape (N, C, H, W) with 1 or 3 channels, "
@@ -137,7 +143,7 @@ def _npz(path: Path) -> Samples:
         with np.load(path, allow_pickle=False) as archive:
             held = archive.files
             arrays = [archive[name] for name in ("x", "y") if name in held]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     if len(arrays) < 2:
         absent = " and no ".join(name for name in ("x", "y") if name not in held)
@@ -147,6 +153,8 @@ def _npz(path: Path) -> Samples:
         raise ValueError(f"{path}: expected integer labels, but got {y.dtype}")
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{path}: expected images as uint8 or float, but got {x.dtype}")
+    if x.dtype != np.uint8:
+        x = x.astype(np.float32)
     return Samples(_channels_first(torch.from_numpy(x)), torch.from_numpy(y.astype(np.int64)), path.name)
 
 
@@ -162,20 +170,19 @@ def _channels_first(x: Tensor) -> Tensor:
 def _folder(path: Path) -> Samples:
     from PIL import Image, UnidentifiedImageError
 
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
     if not classes:
         raise ValueError(f"{path} has no subfolders; expected one folder of images a class")
     images: list[Tensor] = []
     labels: list[int] = []
     for label, folder in enumerate(classes):
-        for file in sorted(folder.iterdir()):
+        for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
             try:
                 with Image.open(file) as opened:
-                    mode = "L" if opened.mode in ("1", "L", "I;16") else "RGB"
-                    pixels = torch.from_numpy(np.array(opened.convert(mode)))
-            except (UnidentifiedImageError, OSError) as error:
+                    pixels = _pixels(opened)
+            except (UnidentifiedImageError, OSError, ValueError) as error:
                 raise ValueError(f"{file} is not a readable image: {error}") from error
-            images.append(pixels.unsqueeze(0) if mode == "L" else pixels.permute(2, 0, 1))
+            images.append(pixels)
             labels.append(label)
             if images[0].shape != images[-1].shape:
                 raise ValueError(
@@ -185,3 +192,14 @@ def _folder(path: Path) -> Samples:
     if not images:
         raise ValueError(f"{path}: the class folders hold no images")
     return Samples(torch.stack(images), torch.tensor(labels), path.name)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """Eight bits a channel ``(C, H, W)``; 16-bit grey is scaled, where Pillow's own conversion would cut it off."""
+    if image.mode.startswith("I;16"):
+        return torch.from_numpy((np.array(image, dtype=np.uint16) >> 8).astype(np.uint8)).unsqueeze(0)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits a channel")
+    if image.mode in ("1", "L"):
+        return torch.from_numpy(np.array(image.convert("L"))).unsqueeze(0)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -6,8 +6,9 @@ The split is what makes an evaluation cheap: one trunk pass serves every surroga
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 class Defense(Protocol):
     """A model under attack.
 
-    Three attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing
-    or ``None``, `looks_batch_dependent` finds out. ``fc_logits(z)`` and further differentiable decisions make more
+    Three attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing,
+    it is taken to. ``fc_logits(z)`` and further differentiable decisions make more
     surrogates available. ``fc_target`` is the plain classifier the defence was built on, evaluated beside it.
     """
 
@@ -37,7 +38,7 @@ class WholeModel:
 
     Args:
         model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``.
-        batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out.
+        batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out on a clean batch.
     """
 
     def __init__(self, model: nn.Module, *, batch_dependent: bool | None = None) -> None:
@@ -79,35 +80,91 @@ def as_defense(target: object) -> Defense:
 
 
 def decide(defense: Defense, z: Tensor) -> Tensor:
-    """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used."""
+    """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used.
+
+    Raises:
+        ValueError: when the target returns something else.
+    """
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        return defense.logits(z.float()).float()
+        logits = defense.logits(z.float())
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
+        raise ValueError(f"expected logits of shape ({len(z)}, k), but got {describe(logits)}")
+    return logits.float()
 
 
-def looks_batch_dependent(defense: Defense, z: Tensor, logits: Tensor) -> bool:
+def describe(value: object) -> str:
+    """A tensor's shape, or what else came in its place."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def looks_batch_dependent(model: WholeModel, x: Tensor, logits: Tensor) -> bool:
     """Whether a batch is decided differently in another order, or in halves.
 
-    The answer only steers a query attack: on a defence that seems static it asks about changed rows alone, but what
+    The answer only steers a query attack: on a model that seems static it asks about changed images alone, but what
     it finds is believed only after the whole batch was decided.
 
     Args:
-        defense: the target; a stochastic one counts as dependent.
-        z: features ``(B, ...)`` of a clean batch.
+        model: a stochastic one, or one that can't take half a batch, counts as dependent.
+        x: a clean batch ``(B, C, H, W)``.
         logits: its logits ``(B, k)``.
     """
-    if len(z) < 2:
+    if len(x) < 2:
         return True
-    half = len(z) // 2
-    others = (decide(defense, z.flip(0)).flip(0), torch.cat([decide(defense, z[:half]), decide(defense, z[half:])]))
-    tolerance = 1e-4 * float(logits.abs().max())
-    return any(float((other - logits).abs().max()) > tolerance for other in others)
+    half = len(x) // 2
+    try:
+        others = (decide(model, x.flip(0)).flip(0), torch.cat([decide(model, x[:half]), decide(model, x[half:])]))
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    top = logits.topk(2, dim=1).values
+    tolerance = 1e-3 * float((top[:, 0] - top[:, 1]).median())
+    return any(not float((other - logits).abs().max()) <= tolerance for other in others)
 
 
-def modules_of(defense: object) -> list[nn.Module]:
-    """The modules a defence is made of: itself, or those among its attributes."""
-    if isinstance(defense, nn.Module):
-        return [defense]
-    return [value for value in vars(defense).values() if isinstance(value, nn.Module)]
+def check_trunk(defense: Defense, x: Tensor, z: Tensor) -> None:
+    """Check on a clean batch that features come from their own image alone: all caching rests on that.
+
+    Args:
+        defense: the target.
+        x: images ``(B, C, H, W)``.
+        z: their features ``(B, ...)``.
+
+    Raises:
+        ValueError: when half the batch has other features.
+    """
+    with torch.no_grad():
+        half = defense.features(x[: (len(x) + 1) // 2])
+    drift = float((half - z[: len(half)]).abs().max())
+    if not drift <= 1e-3 * float(z.std()) + 1e-12:
+        raise ValueError(
+            f"features(x) of an image depend on its companions or on chance (they differ by {drift:.3g} in half the "
+            f"batch); move that part into logits(z), or pass a module from images to logits"
+        )
+
+
+def modules_of(thing: object) -> list[nn.Module]:
+    """The modules a defence is made of: itself, or those among its attributes, in lists, dicts and objects too."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def walk(value: object, depth: int) -> None:
+        if id(value) in seen or depth > 8:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            for entry in value.values():
+                walk(entry, depth + 1)
+        elif isinstance(value, list | tuple | set):
+            for entry in value:
+                walk(entry, depth + 1)
+        elif not isinstance(value, Tensor | type | ModuleType):
+            slots = [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
+            for entry in (*getattr(value, "__dict__", {}).values(), *slots):
+                walk(entry, depth + 1)
+
+    walk(thing, 0)
+    return found
 
 
 @contextmanager

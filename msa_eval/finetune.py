@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from msa_eval.architectures import Classifier
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
+from msa_eval.device import check_device
 from msa_eval.hpm import HPM, Variant
 from msa_eval.ikl import ClassMeanSoftmax, ikl, soft_ce
 from msa_eval.progress import Progress, silent
@@ -93,7 +94,8 @@ def finetune(
         the defence, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: when a label is out of range, a class has no sample, or the loss stops being finite.
+        ValueError: when the classifier can't take the images, a label is out of range, a class has no sample, the loss
+            stops being finite, or there is no such device.
     """
     settings = settings or FinetuneSettings()
     num_classes = classifier.fc.out_features
@@ -102,6 +104,7 @@ def finetune(
             f"expected labels below {num_classes}, the classifier's number of classes, "
             f"but {samples.name} has label {int(samples.y.max())}"
         )
+    check_device(device)
     model = HPM(classifier.trunk, classifier.fc, momentum=settings.momentum, variant=variant).to(device)
     model.eval().requires_grad_(False)
     clean = _features(model, samples, settings.batch_size, device, progress)
@@ -144,7 +147,11 @@ def history(settings: FinetuneSettings, samples: Samples) -> dict[str, Any]:
 @torch.no_grad()
 def _features(model: HPM, samples: Samples, batch_size: int, device: str, progress: Progress) -> Tensor:
     index = torch.arange(len(samples)).split(batch_size)
-    return torch.cat([model.features(samples.images(i).to(device)) for i in progress(index, "clean features")])
+    try:
+        return torch.cat([model.features(samples.images(i).to(device)) for i in progress(index, "clean features")])
+    except RuntimeError as error:
+        shape = tuple(samples.x.shape[1:])
+        raise ValueError(f"the classifier can't take images of shape {shape} ({samples.name}): {error}") from error
 
 
 def _most_divergent(model: HPM, x: Tensor, z: Tensor, settings: FinetuneSettings, generator: torch.Generator) -> Tensor:

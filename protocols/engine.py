@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from msa_eval.protocols.contexts import in_context
+from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
 from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
-from msa_eval.protocols.runs import Run, applicable, plan_runs
+from msa_eval.protocols.runs import Offers, Run, offer, plan_runs
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
-from msa_eval.surrogates import Surrogate
-from msa_eval.surrogates.registry import Decision
+from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 import msa_eval
 from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
-from msa_eval.defense import (
-    Defense,
-    as_defense,
-    decide,
-    looks_batch_dependent,
-    modules_of,
-    without_weight_gradients,
-)
+from msa_eval.defense import Defense, WholeModel, as_defense, modules_of, without_weight_gradients
+from msa_eval.device import check_device
 from msa_eval.progress import Progress, silent
 
 
@@ -46,7 +39,7 @@ def evaluate(
     *,
     protocol: str | Path | Protocol = "quick",
     fc: object = None,
-    surrogates: Mapping[str, Decision | Surrogate] | None = None,
+    surrogates: Mapping[str, Own] | None = None,
     seed: int = 0,
     device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
@@ -62,11 +55,12 @@ def evaluate(
         y: labels ``(N,)`` from 0, unless ``x`` is `Samples`.
         protocol: the name of a shipped one, a TOML file, or a `Protocol`.
         fc: the plain classifier the defence was built on, evaluated beside it; its own ``fc_target`` by default.
-        surrogates: more surrogates for the defence, as functions ``(defense, features) -> logits`` by name.
+        surrogates: more surrogates for the defence by name: functions ``(defense, features) -> logits``, or modules
+            from images to logits.
         seed: of every attack; samples and batches have seeds of their own in the protocol.
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
-        out: a folder to write the results to; it is checked before anything is computed.
+        out: a folder to write the results to; it is checked after the clean pass, before any attack.
         force: write over other results there.
         progress: shows how far each run has come.
 
@@ -78,36 +72,55 @@ def evaluate(
         AttackError: when an attack or the defence fails on a batch; a failure never reads as robustness.
         OSError: when the results can't be written.
     """
-    started = time.perf_counter()
-    samples = x if isinstance(x, Samples) else Samples(_tensor(x), _tensor(y))
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol, overrides=overrides)
     elif overrides:
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
-    defense = as_defense(target)
-    targets = {"defense": defense}
-    plain = fc if fc is not None else getattr(defense, "fc_target", None)
-    if plain is not None:
-        targets["fc"] = as_defense(plain)
-    _move(targets.values(), device)
+    if surrogates and protocol.apgd is None:
+        raise ValueError(f"protocol {protocol.name} has no attack.apgd, so it has no use for surrogates")
+    samples = _samples(x, y)
+    device = check_device(device)
+    # Verdicts are float32 and searches need gradients, whatever surrounds the call.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        return _evaluate(
+            _targets(target, fc, device),
+            samples,
+            protocol=protocol,
+            own=surrogates or {},
+            seed=seed,
+            device=device,
+            out=None if out is None else Path(out),
+            force=force,
+            progress=progress,
+        )
 
+
+def _evaluate(
+    targets: Mapping[str, Defense],
+    samples: Samples,
+    *,
+    protocol: Protocol,
+    own: Mapping[str, Own],
+    seed: int,
+    device: str,
+    out: Path | None,
+    force: bool,
+    progress: Progress,
+) -> Results:
+    started = time.perf_counter()
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     with without_weight_gradients(*targets.values()):
         entrants = [
             _Entrant.enter(
-                name,
-                model,
-                protocol=protocol,
-                own=(surrogates or {}) if name == "defense" else {},
-                clean=_CleanBatches(model, samples, chosen, seats, device=device),
-                seed=seed,
+                name, model, CleanBatches(model, samples, chosen, seats, device=device),
+                protocol=protocol, own=own, seed=seed,
             )
             for name, model in targets.items()
-        ]
+        ]  # fmt: skip
         about = _identity(protocol, entrants, seed)
         if out is not None:
-            claim_folder(Path(out), about["key"], force=force)
+            claim_folder(out, about["key"], force=force)
         records = [record for entrant in entrants for record in entrant.evaluate(protocol, progress)]
     seconds = round(time.perf_counter() - started, 3)
     results = tabulate(records, about | environment(device) | {"seconds": seconds, "verdict": "not audited"})
@@ -116,86 +129,28 @@ def evaluate(
     return results
 
 
+def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
+    """The defence and the plain classifier it was built on, on the device."""
+    defense = as_defense(target)
+    targets = {"defense": defense}
+    plain = fc if fc is not None else getattr(defense, "fc_target", None)
+    if plain is not None:
+        targets["fc"] = as_defense(plain)
+    for module in (module for entrant in targets.values() for module in modules_of(entrant)):
+        module.to(device)
+    return targets
+
+
+def _samples(x: Any, y: Any) -> Samples:
+    if isinstance(x, Samples):
+        return x
+    if y is None:
+        raise ValueError("expected labels y beside the images, or Samples that hold both")
+    return Samples(_tensor(x), _tensor(y))
+
+
 def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-
-
-class _CleanBatches:
-    """The clean batches of a plan with the target's features and verdicts, each computed once.
-
-    Features smaller than the images are kept; others (a target without a trunk has the images themselves) are made
-    again when a batch is asked for.
-    """
-
-    def __init__(
-        self, defense: Defense, samples: Samples, chosen: Tensor, seats: Sequence[Tensor], *, device: str
-    ) -> None:
-        self.samples, self.chosen, self.seats = samples, chosen, seats
-        self._defense, self._device = defense, device
-        self._features: dict[int, Tensor] = {}
-        self._logits: dict[int, Tensor] = {}
-        for number in range(len(seats)):
-            self._answer(number)
-        self.num_classes = self._logits[0].shape[1]
-        declared: bool | None = getattr(defense, "batch_dependent", None)
-        self.batch_dependent = self._probe() if declared is None else bool(declared)
-        highest = int(samples.y[chosen].max())
-        if highest >= self.num_classes:
-            raise ValueError(
-                f"{samples.name} has label {highest}, but the model has {self.num_classes} classes (labels from 0)"
-            )
-
-    def __len__(self) -> int:
-        return len(self.seats)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, seat in enumerate(self.seats):
-            x = self._images(number)
-            z = self._features[number] if number in self._features else self._trunk(x)
-            y = self.samples.y[self.chosen[seat]].to(self._device)
-            yield Batch(number, x, y, z, self._logits[number])
-
-    def seen_in(self, context: str) -> _CleanBatches:
-        """The same batches with the target's verdicts in another context."""
-        seen = copy.copy(self)
-        seen._logits = {
-            batch.number: decide(self.view(context, batch), batch.z) if context == "alone" else batch.logits
-            for batch in self
-        }
-        return seen
-
-    def view(self, context: str, batch: Batch) -> Defense:
-        """The target as an attacker in a context meets it."""
-        return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent)
-
-    def _probe(self) -> bool:
-        first = next(iter(self))
-        return looks_batch_dependent(self._defense, first.z, first.logits)
-
-    def _images(self, number: int) -> Tensor:
-        return self.samples.images(self.chosen[self.seats[number]]).to(self._device)
-
-    def _trunk(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            z = self._defense.features(x)
-        if not isinstance(z, Tensor) or z.ndim < 2 or len(z) != len(x):
-            raise ValueError(f"expected features of shape (B, ...) for {len(x)} images, but got {_describe(z)}")
-        return z
-
-    def _answer(self, number: int) -> None:
-        x = self._images(number)
-        try:
-            z = self._trunk(x)
-            logits = decide(self._defense, z)
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(f"the model can't take images of shape {tuple(x.shape)}: {error}") from error
-        if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-            raise ValueError(f"expected logits of shape (B, k) for {len(x)} images, but got {_describe(logits)}")
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"the model's logits on clean batch {number} are not finite")
-        if z[0].numel() < x[0].numel():
-            self._features[number] = z
-        self._logits[number] = logits
 
 
 @dataclass(frozen=True)
@@ -204,9 +159,9 @@ class _Entrant:
 
     name: str
     defense: Defense
-    clean: _CleanBatches
+    clean: CleanBatches
     runs: Sequence[Run]
-    skipped: Sequence[str]
+    offers: Offers
     seed: int
 
     @classmethod
@@ -214,15 +169,24 @@ class _Entrant:
         cls,
         name: str,
         defense: Defense,
+        clean: CleanBatches,
         *,
         protocol: Protocol,
-        own: Mapping[str, Decision | Surrogate],
-        clean: _CleanBatches,
+        own: Mapping[str, Own],
         seed: int,
     ) -> _Entrant:
-        usable, skipped = applicable(protocol.apgd, defense, own) if protocol.apgd else ([], [])
-        runs = plan_runs(protocol, usable, num_classes=clean.num_classes)
-        return cls(name, defense, clean, runs, skipped, seed)
+        """Plan the runs of a target; the caller's own surrogates are the defence's."""
+        offers = Offers((), (), "")
+        if protocol.apgd is not None:
+            offers = offer(protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense")
+        runs = plan_runs(protocol, offers.usable, num_classes=clean.num_classes)
+        if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
+            warnings.warn(
+                f"the {name} has no trunk, so solo and alone ask it once a sample: every pass costs as many passes "
+                f"of a batch as the batch has images (up to {protocol.batch_size})",
+                stacklevel=2,
+            )
+        return cls(name, defense, clean, runs, offers, seed)
 
     def evaluate(self, protocol: Protocol, progress: Progress) -> Iterator[TargetRecord]:
         """Make every run in every context; a target that ignores its companions answers the same in all."""
@@ -308,17 +272,14 @@ def _place(values: Sequence[Tensor], seats: Sequence[Tensor]) -> Any:
     return placed
 
 
-def _move(targets: Any, device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but CUDA is not available here; use --device cpu")
-    for target in targets:
-        for module in modules_of(target):
-            module.to(device)
-
-
 def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> dict[str, Any]:
     """What the results depend on, and a key made of it."""
     clean = entrants[0].clean
+    if len({entrant.clean.num_classes for entrant in entrants}) > 1:
+        raise ValueError(
+            "defense and fc must have the same classes, but have "
+            + " and ".join(str(entrant.clean.num_classes) for entrant in entrants)
+        )
     samples, chosen, seats = clean.samples, clean.chosen, clean.seats
     plan = hashlib.sha256(b"".join(chosen[seat].numpy().tobytes() + b"|" for seat in seats)).hexdigest()
     decisive = {
@@ -339,7 +300,9 @@ def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> di
                 "sha256": defense_hash(entrant.defense),
                 "num_classes": entrant.clean.num_classes,
                 "runs": [run.name for run in entrant.runs],
-                "not_applicable": list(entrant.skipped),
+                "not_applicable": list(entrant.offers.missing),
+                "clean_sha256": entrant.clean.digest(),
+                "surrogates_sha256": entrant.offers.sha256,
             }
             for entrant in entrants
         },
@@ -349,7 +312,3 @@ def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> di
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
     return {"key": key} | decisive | {"batch_dependent": dependent}
-
-
-def _describe(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -112,7 +112,7 @@ class Results:
     run: Mapping[str, Any]
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write the five tables as CSV and ``run.json``, which comes last and so marks a complete folder.
+        """Write the five tables as CSV and ``run.json``, all or none.
 
         Args:
             folder: made if need be.
@@ -124,11 +124,9 @@ class Results:
         """
         folder = Path(folder)
         claim_folder(folder, self.run["key"], force=force)
-        (folder / "run.json").unlink(missing_ok=True)
-        for name in TABLES:
-            table: pd.DataFrame = getattr(self, name)
-            _write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        _write(folder / "run.json", json.dumps(dict(self.run), indent=2, ensure_ascii=False) + "\n")
+        texts = {f"{name}.csv": getattr(self, name).to_csv(index=False, lineterminator="\n") for name in TABLES}
+        texts["run.json"] = json.dumps(dict(self.run), indent=2, ensure_ascii=False) + "\n"
+        _write(folder, texts)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -161,8 +159,7 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
         force: allow other results to be replaced.
 
     Raises:
-        ValueError: when the folder holds other results, or other files.
-        OSError: when it can't be made or written.
+        ValueError: when the folder holds other results or other files, or can't be made or written.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder for the results")
@@ -172,17 +169,15 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
             f"{folder} holds the results of another evaluation ({run.get('protocol', {}).get('name')}, seed "
             f"{run.get('seed')}); choose another folder, or replace them with --force"
         )
-    if not force and run is None and folder.is_dir() and _others(folder):
-        raise ValueError(f"{folder} is not empty ({_others(folder)[0]}); choose another folder, or use --force")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _others(folder: Path) -> list[str]:
-    """Files that an evaluation did not write."""
-    ours = {"run.json", *(f"{name}.csv" for name in TABLES)}
-    return sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+    try:
+        held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        if not force and run is None and held:
+            raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"results can't be written to {folder}: {error.strerror}; choose another folder") from error
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:
@@ -203,20 +198,23 @@ def _read(path: Path) -> pd.DataFrame:
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
+def _write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files whole, and all or none: each beside its place first, so that a full disk is noticed in time."""
+    partials = {folder / name: folder / f"{name}.part" for name in texts}
     try:
-        with partial.open("w", encoding="utf-8", newline="") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(path)
+        for path, text in zip(partials, texts.values(), strict=True):
+            with partials[path].open("w", encoding="utf-8", newline="") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
+        for path, partial in partials.items():
+            partial.replace(path)
     except OSError as error:
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def tabulate(records: Sequence[TargetRecord], run: Mapping[str, Any]) -> Results:

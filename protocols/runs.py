@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
 from msa_eval.protocols.spec import ApgdBudget, Protocol, SquareBudget
-from msa_eval.protocols.trial import Trial
+from msa_eval.protocols.trial import Batch, Trial
 from msa_eval.surrogates import STE, Surrogate, get
-from msa_eval.surrogates.registry import Decision
+from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
@@ -109,24 +109,72 @@ class Run:
         return torch.Generator().manual_seed(seed)
 
 
-def applicable(
-    budget: ApgdBudget, defense: Defense, own: Mapping[str, Decision | Surrogate]
-) -> tuple[list[Surrogate], list[str]]:
-    """The surrogates of a protocol that a defence can offer, and the names of those it can't.
+@dataclass(frozen=True)
+class Offers:
+    """Which surrogates of a protocol a target has.
 
-    The caller's own come after the protocol's. Where none is left, ``ste``, which every defence has.
+    Attributes:
+        usable: those it has, in order.
+        missing: the names of those it has not.
+        sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
+    """
+
+    usable: Sequence[Surrogate]
+    missing: Sequence[str]
+    sha256: str
+
+
+def offer(
+    budget: ApgdBudget, defense: Defense, batch: Batch, *, own: Mapping[str, Own], use_own: bool = True
+) -> Offers:
+    """Find the surrogates of a protocol that a defence can offer.
+
+    A surrogate is offered when the defence has what it needs and a gradient reaches the images: a decision through a
+    hard argmax has none. The caller's own come after the protocol's. Where none is left, ``ste`` is tried.
+
+    Args:
+        budget: names them.
+        defense: the target.
+        batch: a clean batch to try them on.
+        own: the caller's own.
+        use_own: whether they are for this target.
 
     Raises:
-        ValueError: when a name is unknown.
+        ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
     """
     names = [*budget.surrogates, *(name for name in own if name not in budget.surrogates)]
-    known = [get(name, own) for name in names]
-    usable = [surrogate for surrogate in known if surrogate.applies(defense)]
-    missing = [surrogate.name for surrogate in known if not surrogate.applies(defense)]
-    return usable or [STE], missing
+    known = [get(name, own) for name in names if use_own or name not in own]
+    answers = {s.name: _answer(s, defense, batch) for s in known if s.applies(defense)}
+    usable = [s for s in known if answers.get(s.name) is not None]
+    if dull := [s.name for s in known if s.name in own and s not in usable]:
+        raise ValueError(f"surrogate {dull[0]!r} has no gradient with respect to the images, so it can't be attacked")
+    if not usable:
+        answers["ste"] = _answer(STE, defense, batch)
+        usable = [STE]
+    if answers[usable[0].name] is None:
+        raise ValueError(
+            "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
+            "your own (surrogates={...}), or a protocol with attack.square alone"
+        )
+    digest = hashlib.sha256()
+    for surrogate in usable:
+        answer = answers[surrogate.name]
+        assert answer is not None
+        digest.update(answer.float().cpu().contiguous().numpy().tobytes())
+    return Offers(usable, [s.name for s in known if s not in usable], digest.hexdigest())
 
 
-def plan_runs(protocol: Protocol, surrogates: list[Surrogate], *, num_classes: int) -> list[Run]:
+def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
+    """The surrogate's logits on a clean batch, or ``None`` where no gradient leads back to the images."""
+    x = batch.x.detach().requires_grad_()
+    logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    if not logits.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    return None if gradient is None else logits.detach()
+
+
+def plan_runs(protocol: Protocol, surrogates: Sequence[Surrogate], *, num_classes: int) -> list[Run]:
     """All runs of a protocol against one target, in the order they are made.
 
     Args:

@@ -54,8 +54,8 @@ def _texts(choices: tuple[str, ...] | None = None) -> Callable[[Any], tuple[str,
 
 def _whole(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"a whole number, at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+            raise ValueError(f"a whole number, at least {low} and below 2^63")
         return value
 
     return check
@@ -65,7 +65,7 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         try:
             number = float(Fraction(value)) if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, ZeroDivisionError):
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError):
             number = math.nan
         if isinstance(value, bool) or not low < number <= high:
             raise ValueError(f"a number (or a fraction such as '8/255') above {low:g} and up to {high:g}")
@@ -239,6 +239,9 @@ def make_protocol(
     parsed: dict[str, Any] = {}
     mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
     for key, value in values.items():
+        if value == {}:
+            mistakes.append(f"the table [{key}] is empty; give at least one of its keys, or leave it out")
+            continue
         if key not in _KEYS:
             close = difflib.get_close_matches(key, _KEYS, n=1)
             mistakes.append(f"unknown key {key}" + (f" (did you mean {close[0]}?)" if close else ""))
@@ -295,7 +298,7 @@ def _section(kind: type[T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

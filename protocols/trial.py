@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from msa_eval.surrogates import Surrogate
+from msa_eval.surrogates import STE, Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
@@ -80,7 +80,7 @@ class Trial:
 
     Args:
         defense: the target.
-        surrogate: what a gradient attack attacks; ``None`` for a query attack on the target itself.
+        surrogate: what a gradient attack attacks; ``None`` for an attack on the target itself.
         batch: the clean batch.
         ball: the perturbation set, which every point is held to.
         mixes_rows: whether the target's decision may look at the whole batch.
@@ -108,17 +108,18 @@ class Trial:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``(B, k)`` of the surrogate on a batch of points; the hard target sees the same features."""
-        z = self._features(x)
-        logits = self._surrogate_logits(z)
-        exact = self._surrogate is None or self._surrogate.exact
+        z = self._trunk(x)
+        logits = self._surrogate_logits(x, z)
         self._iterate += 1
-        self._judge(x.detach(), logits.detach().float() if exact else self._decide(z.detach()))
+        # The naive surrogate is the target's own decision on these features: its value is the verdict.
+        verdict = logits.detach().float() if self._surrogate is STE else self._decide(z.detach())
+        self._judge(x.detach(), verdict)
         return logits
 
     def clean_logits(self) -> Tensor:
         """Logits ``(B, k)`` of the surrogate on the clean batch, from its cached features."""
         with torch.no_grad():
-            return self._surrogate_logits(self.batch.z)
+            return self._surrogate_logits(self.batch.x, self.batch.z)
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
         """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
@@ -141,8 +142,8 @@ class Trial:
         if self._mixes_rows:
             self._kept = self._believed(x, z, torch.ones_like(rows), confirmed=False)
         else:
+            # Put together, not decided: the next proposal or the final pass judges a batch that was.
             self._kept = _Point(x, z, torch.where(rows.unsqueeze(1), new.logits, old.logits))
-            self._judge(x, self._kept.logits)
         return self._kept.logits
 
     def finish(self, x: Tensor) -> Outcome:
@@ -153,7 +154,7 @@ class Trial:
         """
         with torch.no_grad():
             z = self._features(x)
-            fooled = self._surrogate_logits(z).argmax(dim=1) != self.batch.y
+            fooled = self._surrogate_logits(x, z).argmax(dim=1) != self.batch.y
         hard = self._decide(z)
         self._iterate += 1
         self._judge(x, hard)
@@ -179,19 +180,33 @@ class Trial:
 
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)
-        z = self._defense.features(x)
-        if z.requires_grad:
-            z = z.view_as(z)  # a node of our own to watch, also where the features are the images themselves
-            z.register_hook(self._count_backward)
-        return z
+        return self._defense.features(x)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """Features with a gradient, unless the surrogate has a trunk of its own to send it through."""
+        if self._surrogate is not None and self._surrogate.on_images:
+            with torch.no_grad():
+                return self._features(x)
+        return self._watched(self._features(x))
+
+    def _watched(self, values: Tensor) -> Tensor:
+        """Count the images that a gradient passes back through."""
+        if values.requires_grad:
+            values = values.view_as(values)  # a node of our own, also where these are the images themselves
+            values.register_hook(self._count_backward)
+        return values
 
     def _count_backward(self, gradient: Tensor) -> None:
         self._backwards += len(gradient)
 
-    def _surrogate_logits(self, z: Tensor) -> Tensor:
+    def _surrogate_logits(self, x: Tensor, z: Tensor) -> Tensor:
         if self._surrogate is None:
             return decide(self._defense, z)
-        logits = self._surrogate.logits(self._defense, z)
+        if self._surrogate.on_images:
+            self._forwards += len(x)
+            logits = self._watched(self._surrogate.logits(self._defense, x))
+        else:
+            logits = self._surrogate.logits(self._defense, z)
         if logits.shape != self.batch.logits.shape:
             raise AttackError(
                 f"surrogate {self._surrogate.name!r} returned logits of shape {tuple(logits.shape)} "

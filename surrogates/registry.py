@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Decision = Callable[[Any, Tensor], Tensor]
 """``(defense, features (B, ...)) -> logits (B, k)``, differentiable in the features."""
@@ -21,14 +21,17 @@ class Surrogate:
         name: as protocols and tables call it.
         logits: the decision. It may look at the whole batch.
         applies: whether a defence has what this surrogate needs.
-        exact: its forward value is the defence's own, so a verdict can be read from it.
+        on_images: ``logits`` takes images instead of features: a model with a trunk of its own, which costs a pass.
     """
 
     name: str
     logits: Decision
     applies: Callable[[Any], bool] = lambda defense: True
-    exact: bool = False
+    on_images: bool = False
 
+
+Own = Decision | nn.Module | Surrogate
+"""What a caller may give as a surrogate of his own."""
 
 _REGISTRY: dict[str, Surrogate] = {}
 _FAMILIES: dict[str, Callable[[float], Surrogate]] = {}
@@ -62,26 +65,26 @@ def available() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get(name: str, own: Mapping[str, Decision | Surrogate] | None = None) -> Surrogate:
+def get(name: str, own: Mapping[str, Own] | None = None) -> Surrogate:
     """Look a surrogate up.
 
     Args:
         name: its name, or ``family@value`` such as ``soft-hybrid@0.5``.
-        own: surrogates of the caller's own, as functions or `Surrogate`; they come first.
+        own: surrogates of the caller's own; they come first. A function takes the defence and its features, a module
+            takes images.
 
     Raises:
         ValueError: when there is none of that name.
 
-    >>> get("ste").exact
-    True
+    >>> get("ste").name
+    'ste'
     >>> get("fc-orcale")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: unknown surrogate 'fc-orcale'; did you mean 'fc-oracle'? available: ...
     """
     own = own or {}
     if name in own:
-        found = own[name]
-        return found if isinstance(found, Surrogate) else Surrogate(name, found)
+        return _named(name, own[name])
     family, _, value = name.partition("@")
     if family in _FAMILIES and value:
         try:
@@ -95,3 +98,12 @@ def get(name: str, own: Mapping[str, Decision | Surrogate] | None = None) -> Sur
         hint = f" did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown surrogate {name!r};{hint} available: {', '.join(names)}")
     return _REGISTRY[name]
+
+
+def _named(name: str, own: Own) -> Surrogate:
+    if isinstance(own, Surrogate):
+        return replace(own, name=name)
+    if isinstance(own, nn.Module):
+        model = own  # bound here, because mypy forgets the narrowing inside the function
+        return Surrogate(name, lambda defense, x: model(x), on_images=True)
+    return Surrogate(name, own)

@@ -79,7 +79,7 @@ def _is_not_its_own_fc(defense: Any) -> bool:
 
 FC_ORACLE = register(Surrogate("fc-oracle", fc_oracle, applies=_has_fc_logits))
 SOFT_HYBRID = register(Surrogate("soft-hybrid", soft_hybrid, applies=_assigns_softly))
-FROZEN_ASSIGNMENT = register(Surrogate("frozen-assignment", frozen_assignment, applies=_assigns_softly, exact=True))
-FROZEN_PROTOTYPES = register(Surrogate("frozen-prototypes", frozen_prototypes, applies=_freezes_prototypes, exact=True))
-STE = register(Surrogate("ste", ste, applies=_is_not_its_own_fc, exact=True))
+FROZEN_ASSIGNMENT = register(Surrogate("frozen-assignment", frozen_assignment, applies=_assigns_softly))
+FROZEN_PROTOTYPES = register(Surrogate("frozen-prototypes", frozen_prototypes, applies=_freezes_prototypes))
+STE = register(Surrogate("ste", ste, applies=_is_not_its_own_fc))
 register_family("soft-hybrid", soft_hybrid_at)

@@ -70,6 +70,24 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
         load_samples(str(tmp_path))
 
 
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".checkpoints").mkdir()
+    grey = np.array([[0, 257, 32896], [65535, 1000, 255]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a" / "0.png")
+    samples = load_samples(str(tmp_path))
+    assert samples.x.squeeze().tolist() == [[0, 1, 128], [255, 3, 0]]
+    assert samples.y.tolist() == [0]
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "a" / "1.tiff")
+    with pytest.raises(ValueError, match="no known range"):
+        load_samples(str(tmp_path))
+
+
+def test_labels_must_be_integers() -> None:
+    with pytest.raises(ValueError, match="integer labels"):
+        Samples(torch.rand(2, 1, 2, 2), torch.tensor([0.7, 1.2]))
+
+
 def test_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no subfolders"):
         load_samples(str(tmp_path))
@@ -117,6 +135,11 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.npz"):
         load_samples(str(tmp_path / "text.npz"))
+    np.save(tmp_path / "one.npy", GOOD)
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with pytest.raises(ValueError, match="not a readable"):
+        load_samples(str(tmp_path / "one.npz"))
+    assert load_samples(_npz(tmp_path, x=GOOD.astype(np.longdouble), y=LABELS)).x.dtype == torch.float32
     with pytest.raises(ValueError, match="not a readable"):
         load_samples(_npz(tmp_path, x=np.array([{"a": 1}], dtype=object), y=LABELS))
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm
 
 from msa_eval import WholeModel, as_defense
-from msa_eval.defense import decide, looks_batch_dependent, modules_of, without_weight_gradients
+from msa_eval.defense import check_trunk, decide, looks_batch_dependent, modules_of, without_weight_gradients
 
 
 class Custom:
     """No module itself."""
 
-    def __init__(self) -> None:
-        self.trunk = nn.Linear(4, 3).eval()
+    def __init__(self, inputs: int = 4) -> None:
+        self.trunk = nn.Linear(inputs, 3).eval()
 
     def features(self, x: Tensor) -> Tensor:
         out: Tensor = self.trunk(x.flatten(1))
@@ -54,14 +56,59 @@ class _ByChance(nn.Module):
         return x.flatten(1) + torch.rand(len(x), 1)
 
 
+class _Masked(nn.Module):
+    """One class is switched off: its huge logit must not hide how far the others move."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)[:, :4]
+        return torch.cat([z - 0.1 * z.mean(dim=0), torch.full((len(x), 1), -1e9)], dim=1)
+
+
+class _Neighbours(nn.Module):
+    """It needs five images to answer at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)
+        return z - torch.cdist(z, z).topk(5, dim=1, largest=False).values.mean(dim=1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("model", "dependent"),
     [(_ByMean(), True), (_ByPlace(), True), (_ByChance(), True), (make_hpm(), True), (make_classifier(), False),
-     (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)).eval(), False)],
+     (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)).eval(), False), (_Masked(), True), (_Neighbours(), True)],
 )  # fmt: skip
 def test_batch_dependence_is_found_out(model: nn.Module, dependent: bool) -> None:
     defense, x = WholeModel(model), torch.rand(6, 3, 2, 2)
     assert looks_batch_dependent(defense, x, decide(defense, x)) is dependent
+
+
+def test_a_trunk_that_looks_at_its_batch_is_refused() -> None:
+    x = torch.rand(6, 3, 2, 2)
+
+    class Mixing(Custom):
+        def features(self, x: Tensor) -> Tensor:
+            z = super().features(x)
+            return z - z.mean(dim=0)
+
+    custom, mixing = Custom(12), Mixing(12)
+    with torch.no_grad():
+        check_trunk(custom, x, custom.features(x))
+        check_trunk(make_hpm(), x, make_hpm().features(x))
+        with pytest.raises(ValueError, match=r"move that part into logits"):
+            check_trunk(mixing, x, mixing.features(x))
+
+
+def test_modules_are_found_wherever_they_are_kept() -> None:
+    @dataclass(slots=True)
+    class Slotted:
+        parts: list[object]
+        more: dict[str, object]
+
+    one, two, three = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    thing = Slotted([one, (two, 3)], {"deep": WholeModel(three)})
+    thing.parts.append(thing)
+    assert modules_of(thing) == [one, two, three]
+    assert modules_of(object()) == []
 
 
 @pytest.mark.parametrize(("thing", "message"), [(lambda x: x, "but got function"), (Custom, "class Custom")])

@@ -103,6 +103,13 @@ def test_unusable_samples(change: dict[str, int], message: str, samples: Samples
         finetune(make_classifier(), Samples(samples.x[keep], y[keep]), settings=SETTINGS)
 
 
+def test_images_and_devices_that_do_not_fit(samples: Samples, digits: Samples) -> None:
+    with pytest.raises(ValueError, match=r"can't take images of shape \(1, 8, 8\)"):
+        finetune(make_classifier(), Samples(digits.x, digits.y.clamp(max=3)), settings=SETTINGS)
+    with pytest.raises(ValueError, match="device 'warp' can't be used"):
+        finetune(make_classifier(), samples, settings=SETTINGS, device="warp")
+
+
 def test_a_diverging_loss_is_an_error(samples: Samples) -> None:
     with pytest.raises(ValueError, match="lower lr"):
         finetune(make_classifier(), samples, settings=dataclasses.replace(SETTINGS, lr=1e20, epochs=2))

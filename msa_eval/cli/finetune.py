@@ -88,6 +88,8 @@ def _load(
 ) -> Checkpoint:
     from msa_eval.checkpoint import load_bare_classifier, load_checkpoint
 
+    if architecture is None and (arguments or normalization):
+        raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
     if architecture is None:
         return load_checkpoint(path)
     return load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)

@@ -20,7 +20,7 @@ class _Number(click.ParamType[float]):
         """Read ``0.03`` or ``8/255``."""
         try:
             return float(Fraction(value)) if isinstance(value, str) else float(value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             self.fail(f"{value!r} is not a number or a fraction such as 8/255", param, ctx)
 
 
@@ -49,7 +49,9 @@ data_root = click.option(
 device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 force = click.option("--force", is_flag=True, help="Replace other results in the output folder.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
-seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
+seed = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
+)
 
 
 def bars(quiet: bool) -> Progress:

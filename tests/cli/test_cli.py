@@ -165,7 +165,9 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path: Path, digits: Samples) -
         r"images in \[0, 1\]": evaluate(DIGITS, _npz(tmp_path, "bright.npz", 16 * x, y)),
         "NaN or infinite": evaluate(DIGITS, _npz(tmp_path, "nan.npz", x + np.nan, y)),
         "1 or 3 channels": evaluate(DIGITS, _npz(tmp_path, "flat.npz", x.reshape(8, 64), y)),
-        "can't take images of shape": evaluate(DIGITS, _npz(tmp_path, "rgb.npz", np.repeat(x, 3, axis=1), y)),
+        "can't take a float32 batch of images of shape": evaluate(
+            DIGITS, _npz(tmp_path, "rgb.npz", np.repeat(x, 3, axis=1), y)
+        ),
         "label 11, but the model has 10": evaluate(DIGITS, _npz(tmp_path, "label.npz", x, 0 * y + 11)),
         "lowest is -1": evaluate(DIGITS, _npz(tmp_path, "negative.npz", x, 0 * y - 1)),
         "dlr loss needs at least 3 classes": evaluate(str(tmp_path / "two.safetensors"), zeros),

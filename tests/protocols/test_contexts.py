@@ -145,6 +145,7 @@ def _protocol(**overrides: Any) -> Any:
     return make_protocol(content, overrides=overrides)
 
 
+@pytest.mark.filterwarnings("ignore:the defense has no trunk")
 @pytest.mark.parametrize("make", [make_hpm, ByMean])
 def test_every_table_has_every_context_and_the_laws_hold(make: Any) -> None:
     model = make()
@@ -177,6 +178,7 @@ def test_alone_is_joint_in_batches_of_one() -> None:
         assert first == pytest.approx(second, abs=1 / 12 + 1e-9 if metric == "worst_case" else 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the defense has no trunk")
 def test_a_verdict_in_solo_is_that_of_the_batch_with_one_row_replaced() -> None:
     """The final batches of a run, judged again by hand on images, without any cached feature."""
     model = ByMean()
@@ -198,6 +200,13 @@ def test_a_verdict_in_solo_is_that_of_the_batch_with_one_row_replaced() -> None:
         logits = _by_hand(WholeModel(model), final, x, lambda defense, batch: defense.logits(batch))
     rows = results.outcomes[results.outcomes["run"] == "spy:apgd-dlr:0"].set_index("index")
     assert rows.loc[order, "final_broken"].tolist() == (logits.argmax(dim=1) != y).tolist()
+
+
+def test_the_cost_without_a_trunk_is_named() -> None:
+    protocol = _protocol(**{"threat.contexts": ["alone"], "attack.apgd.steps": 1, "attack.square.queries": 1})
+    with pytest.warns(UserWarning, match=r"as the batch has images \(up to 8\)"):
+        evaluate(ByMean(), make_samples(make_classifier(), 8), protocol=protocol)
+    evaluate(make_hpm(), make_samples(make_classifier(), 8), protocol=protocol)
 
 
 def test_a_static_target_is_attacked_once_for_all_contexts() -> None:

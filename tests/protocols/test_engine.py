@@ -17,7 +17,8 @@ from msa_eval.surrogates import Surrogate
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval import HPM, Classifier, Results, Samples, evaluate
+from msa_eval import HPM, Classifier, Results, Samples, Variant, evaluate
+from msa_eval.architectures import Normalize
 
 SMALL: dict[str, Any] = {
     "schema": 1,
@@ -323,13 +324,13 @@ class _Nan(nn.Module):
         (lambda: evaluate(make_classifier(4), _samples(7), protocol=_small()), "label [456], but the model has 4"),
         (lambda: evaluate(make_classifier().train(), _samples(4), protocol=_small()), "training mode"),
         (lambda: evaluate(_Nan().eval(), _samples(3), protocol=_small()), "not finite"),
-        (lambda: evaluate(nn.Identity().eval(), _samples(3), protocol=_small()), r"logits of shape \(B, k\)"),
-        (lambda: evaluate(nn.Linear(5, 3).eval(), _samples(3), protocol=_small()), "can't take images of shape"),
+        (lambda: evaluate(nn.Identity().eval(), _samples(3), protocol=_small()), r"logits of shape \(8, k\)"),
+        (lambda: evaluate(nn.Linear(5, 3).eval(), _samples(3), protocol=_small()), "can't take a float32 batch of"),
         (lambda: evaluate(make_classifier(), _samples(4), protocol="quik"), "did you mean 'quick'"),
         (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(
             attack__apgd__surrogates=["fc-orcale"])), "did you mean 'fc-oracle'"),
-        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2) * 255, torch.zeros(3)), r"images in \[0, 1\]"),
-        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), torch.zeros(2)), "one label an image"),
+        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2) * 255, torch.arange(3)), r"images in \[0, 1\]"),
+        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), torch.arange(2)), "one label an image"),
         (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(), overrides={"a": 1}), "with a Protocol"),
     ],
 )  # fmt: skip
@@ -366,3 +367,123 @@ def test_a_naturally_trained_resnet_comes_out_at_zero(cifar10: Samples) -> None:
 def test_numpy_types_do_not_leak_into_run_json(tmp_path: Path) -> None:
     evaluate(make_classifier(), _samples(4), protocol=_small(), out=tmp_path, seed=int(np.int64(3)))
     assert Results.load(tmp_path).run["seed"] == 3
+
+
+class _HardOnly:
+    """A decision through an argmax: no gradient at all."""
+
+    batch_dependent = False
+
+    def __init__(self) -> None:
+        self.plain = make_classifier()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.plain.features(x)
+
+    def logits(self, z: Tensor) -> Tensor:
+        return nn.functional.one_hot(self.plain.logits(z).argmax(dim=1), 4).float()
+
+
+def test_a_decision_without_gradient_is_attacked_through_what_has_one() -> None:
+    hard = _HardOnly()
+    samples = make_samples(hard.plain, 20)
+    with pytest.raises(ValueError, match="give a differentiable one of your own"):
+        evaluate(hard, samples, protocol=_small())
+    results = evaluate(hard, samples, protocol=_small(), surrogates={"soft": lambda defense, z: defense.plain.fc(z)})
+    assert set(results.attacks["surrogate"]) == {"soft", "target"}
+    assert "ste" in results.run["targets"]["defense"]["not_applicable"]
+    with pytest.raises(ValueError, match="surrogate 'blind' has no gradient"):
+        evaluate(hard, samples, protocol=_small(), surrogates={"blind": lambda defense, z: z.detach()})
+
+
+def test_a_model_of_the_users_own_is_a_surrogate() -> None:
+    hpm, base = make_hpm(), make_classifier(seed=5)
+    results = evaluate(hpm, make_samples(hpm, 20), protocol=_small(), surrogates={"base": base})
+    row = results.attacks.set_index(["target", "run"]).loc[("defense", "base:apgd-ce:0")]
+    assert row["forwards"] == 2 * 20 * (6 + 2)
+    assert row["backwards"] == 20 * 6
+
+
+def test_own_surrogates_may_be_named_in_the_protocol_and_are_the_defences_alone() -> None:
+    own = {"mine": lambda defense, z: 2 * defense.fc_logits(z)}
+    hpm = make_hpm()
+    protocol = _small(attack__apgd__surrogates=["mine", "fc-oracle"])
+    runs = evaluate(hpm, make_samples(hpm, 12), protocol=protocol, surrogates=own).attacks.groupby("target")[
+        "surrogate"
+    ]
+    assert set(runs.get_group("defense")) == {"mine", "fc-oracle", "target"}
+    assert set(runs.get_group("fc")) == {"fc-oracle", "target"}
+
+
+def test_what_decides_differently_has_another_key(tmp_path: Path) -> None:
+    """Same weights, other decisions: variants, a normalisation, a changed surrogate function."""
+    samples = make_samples(make_classifier(), 12)
+    plain = make_hpm()
+
+    def variant(similarity: str) -> HPM:
+        hpm = HPM(plain.trunk, plain.fc, variant=Variant(similarity=similarity)).eval()  # type: ignore[arg-type]
+        hpm.prototypes.copy_(plain.prototypes)
+        return hpm
+
+    def key(target: object, **own: Any) -> str:
+        found: str = evaluate(target, samples, protocol=_small(), surrogates=own or None).run["key"]
+        return found
+
+    keys = [
+        *(key(variant(similarity)) for similarity in ("l2", "inner", "cosine")),
+        *(key(Classifier(nn.Sequential(Normalize([0.5] * 3, [std] * 3), plain.trunk), plain.fc).eval())
+          for std in (1.0, 0.1)),
+        key(plain, mine=lambda defense, z: defense.fc_logits(z)),
+        key(plain, mine=lambda defense, z: -defense.fc_logits(z)),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key(plain) == key(variant("l2"))
+
+
+def test_a_call_inside_autocast_or_inference_mode_gives_the_same() -> None:
+    hpm = make_hpm()
+    samples = make_samples(hpm, 16)
+    first = evaluate(hpm, samples, protocol=_small())
+    for surrounding in (torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), torch.inference_mode()):
+        with surrounding:
+            again = evaluate(hpm, samples, protocol=_small())
+        pd.testing.assert_frame_equal(again.outcomes, first.outcomes)
+
+
+class _Tuple(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class _InTraining:
+    """Its module hides in a list."""
+
+    def __init__(self) -> None:
+        self.parts = [nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 4))]
+
+    def features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.parts[0](x)
+        return out
+
+    def logits(self, z: Tensor) -> Tensor:
+        return z
+
+
+ONLY_SQUARE = {key: value for key, value in SMALL.items() if key != "attack"} | {"attack": {"square": {"queries": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluate(_Tuple().eval(), _samples(4), protocol=_small()), "but got tuple"),
+        (lambda: evaluate(_InTraining(), _samples(4), protocol=_small()), "training mode"),
+        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), protocol=_small()), "expected labels y"),
+        (lambda: evaluate(make_hpm(4), _samples(4), protocol=_small(), fc=make_classifier(7)), "the same classes"),
+        (lambda: evaluate(make_hpm(), _samples(4), protocol=_small(), device="warp"), "can't be used here"),
+        (lambda: evaluate(make_hpm(), _samples(4), protocol=make_protocol(ONLY_SQUARE), surrogates={
+            "mine": lambda defense, z: z}), "no use for surrogates"),
+    ],
+)  # fmt: skip
+def test_more_bad_input_is_named(call: Callable[[], Results], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

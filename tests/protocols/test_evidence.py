@@ -96,20 +96,24 @@ def test_the_same_results_may_be_written_again_and_others_not(results: Results, 
 
 def test_folders_of_other_things_are_left_alone(results: Results, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"not empty \(thesis\.tex\)"):
+    with pytest.raises(ValueError, match=r"holds no results but thesis\.tex"):
         results.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="is a file"):
         results.save(tmp_path / "thesis.tex")
+    with pytest.raises(ValueError, match="can't be written to"):
+        results.save(tmp_path / "thesis.tex" / "deep")
+    (tmp_path / "samples.csv").write_text("precious too")
+    (tmp_path / "thesis.tex").rename(tmp_path.parent / "thesis.tex")
+    with pytest.raises(ValueError, match=r"holds no results but samples\.csv"):
+        results.save(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.json").write_text("{")
     with pytest.raises(ValueError, match="not readable"):
         results.save(tmp_path / "x")
 
 
-def test_an_interrupted_write_may_be_repeated_and_reads_as_incomplete(
-    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_what_was_there(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full: Any = OSError(errno.ENOSPC, "No space left on device")
     calls = []
 
@@ -122,11 +126,16 @@ def test_an_interrupted_write_may_be_repeated_and_reads_as_incomplete(
         patched.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match=r"outcomes\.csv: No space left on device; free some space"):
             results.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["attacks.csv", "samples.csv", "summary.csv"]
-    with pytest.raises(ValueError, match="no complete results"):
-        Results.load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
     results.save(tmp_path)
-    assert Results.load(tmp_path).run["key"] == results.run["key"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = dataclasses.replace(results, run={**results.run, "key": "other"})
+    calls.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            other.save(tmp_path, force=True)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_results_of_another_schema_or_with_a_table_gone(results: Results, tmp_path: Path) -> None:

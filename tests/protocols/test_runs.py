@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from msa_eval.protocols import load_protocol
-from msa_eval.protocols.runs import Run, applicable, plan_runs
+from msa_eval.protocols.runs import Run, offer, plan_runs
+from msa_eval.protocols.trial import Batch
 from toys import make_classifier, make_hpm
+
+from msa_eval.defense import decide
 
 
 def _runs(defense: Any, name: str = "digits", classes: int = 4, **overrides: Any) -> list[Run]:
     protocol = load_protocol(name, overrides={key.replace("__", "."): value for key, value in overrides.items()})
     assert protocol.apgd is not None
-    usable, _ = applicable(protocol.apgd, defense, {})
-    return plan_runs(protocol, usable, num_classes=classes)
+    x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    z = defense.features(x).detach()
+    batch = Batch(0, x, torch.zeros(5, dtype=torch.long), z, decide(defense, z))
+    return plan_runs(protocol, offer(protocol.apgd, defense, batch, own={}).usable, num_classes=classes)
 
 
 def test_surrogates_times_losses_times_restarts_and_then_square() -> None:

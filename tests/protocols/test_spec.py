@@ -55,7 +55,7 @@ def test_all_mistakes_are_reported_together() -> None:
     for part in (
         "bad.toml: ",
         "name: expected a text",
-        "version: expected a whole number, at least 1, but got 1.5",
+        "version: expected a whole number, at least 1 and below 2^63, but got 1.5",
         "threat.norm: expected one of Linf, L2, but got 'L0'",
         "threat.eps: expected a number",
         "threat.contexts: expected a list of different names",
@@ -74,7 +74,10 @@ def test_all_mistakes_are_reported_together() -> None:
     ("change", "message"),
     [
         ({"schema": 2}, "reads schema 1"),
-        ({"attack": {}}, "no attack"),
+        ({"attack": {}}, r"the table \[attack\] is empty"),
+        ({"attack": {"apgd": {}, "square": {"queries": 3}}}, r"the table \[attack\.apgd\] is empty"),
+        ({"threat": {"norm": "Linf", "eps": "1e400"}}, "threat.eps"),
+        ({"samples": {"seed": 10**23}}, "samples.seed"),
         ({"threat": {"norm": "Linf", "eps": -1}}, "threat.eps"),
         ({"threat": {"norm": "Linf", "eps": 0.1, "contexts": ["duo"]}}, "among joint, solo, alone"),
         ({"samples": {"limit": 0}}, "samples.limit"),

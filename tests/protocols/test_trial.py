@@ -83,7 +83,7 @@ def _wrong(defense: Any, batch: Batch, x: Tensor) -> Tensor:
 
 def test_judging_the_target_costs_no_trunk_pass() -> None:
     """N steps: N + 1 passes of the attack and one for the final batch, N of them back, whatever is judged beside."""
-    for surrogate, decisions in (("fc-oracle", 12), ("soft-hybrid", 12), ("ste", 1)):
+    for surrogate, decisions in (("fc-oracle", 12), ("soft-hybrid", 12), ("frozen-assignment", 12), ("ste", 1)):
         hpm = make_hpm().requires_grad_(False)
         batch = _batch(hpm, hpm)
         trunk: Any = hpm.trunk
@@ -115,6 +115,28 @@ def test_a_sample_wrong_on_the_clean_batch_never_counts_as_left() -> None:
     assert trial.batch.correct.tolist() == [True, False]
     assert outcome.final_broken.tolist() == [True, False]
     assert outcome.committed.tolist() == [False, False]
+
+
+def test_a_surrogate_with_a_trunk_of_its_own_costs_its_passes() -> None:
+    hpm, other = make_hpm().requires_grad_(False), make_classifier(seed=3).requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    theirs: Any = other.trunk
+    trial = Trial(hpm, get("base", {"base": other}), batch, BALL)
+    theirs.batches.clear()
+    asked: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        asked.append(x.detach().clone())
+        return trial(x)
+
+    found = apgd(
+        watched, batch.x, batch.y, loss=LOSSES["ce"], ball=BALL, steps=10, generator=torch.Generator().manual_seed(0)
+    )
+    outcome = trial.finish(found.x)
+    _check(outcome, _naive(hpm, batch, [*asked, found.x]))
+    assert theirs.batches == [24] * 12
+    assert (outcome.forwards, outcome.backwards) == (2 * 12 * 24, 10 * 24)
+    assert torch.equal(outcome.surrogate_fooled, other(found.x).argmax(dim=1) != batch.y)
 
 
 class _Watched(Trial):
@@ -196,6 +218,28 @@ def test_a_hidden_batch_dependence_can_not_fake_a_broken_sample() -> None:
     trial = Trial(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
     found = SquareAttack(queries=20, p_init=0.8)(trial, torch.Generator().manual_seed(0))
     assert not (trial.finish(found).any_broken & batch.correct).any()
+
+
+def test_a_batch_that_was_never_decided_is_never_counted() -> None:
+    """A target taken for static in which only the row moved most is wrong: no batch leaves fewer than all but one."""
+
+    class Jealous(Classifier):
+        def logits(self, z: Tensor) -> Tensor:
+            out = super().logits(z)
+            moved = (z - start[: len(z)]).norm(dim=1) if len(z) == len(start) else torch.zeros(len(z))
+            worst = moved.argmax()
+            if moved[worst] > 1e-6:
+                out[worst] = -out[worst]
+            return out
+
+    plain = make_classifier()
+    jealous = Jealous(plain.trunk, plain.fc).eval()
+    start = torch.zeros(0, 6)
+    batch = _batch(jealous, plain)
+    start = batch.z
+    trial = Trial(jealous, None, batch, Ball("Linf", 1e-4), mixes_rows=False)
+    outcome = trial.finish(SquareAttack(queries=30, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
+    assert outcome.committed.sum() >= batch.correct.sum() - 1
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,11 @@ def test_each_is_its_definition() -> None:
     assert torch.equal(get("ste").logits(hpm, z), hpm.logits(z))
 
 
-def test_exact_means_the_hard_forward_value() -> None:
+def test_which_have_the_hard_forward_value() -> None:
     hpm, z = make_hpm(), _features()
     with torch.no_grad():
         hard = hpm.logits(z, "frozen")
         same = {name: torch.equal(get(name).logits(hpm, z), hard) for name in [*available(), "soft-hybrid@0.5"]}
-    assert same == {name: get(name).exact for name in same}
     assert {name for name in same if same[name]} == {"ste", "frozen-assignment", "frozen-prototypes"}
 
 
@@ -86,7 +85,11 @@ def test_a_users_own_surrogate_is_a_function() -> None:
     found = get("mine", {"mine": lambda defense, z: 2 * defense.fc_logits(z)})
     hpm, z = make_hpm(), _features()
     assert torch.equal(found.logits(hpm, z), 2 * hpm.fc(z))
-    assert not found.exact
+    assert not found.on_images
+    renamed = get("mine", {"mine": Surrogate("other", lambda defense, z: z)})
+    assert renamed.name == "mine"
+    model = nn.Flatten()
+    assert get("base", {"base": model}).on_images
 
 
 def test_names_are_unique_and_unknown_ones_are_explained() -> None:

@@ -1,0 +1,24 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_device(device: str) -> str:
+    """Check that tensors can be made on a device, and return its name.
+
+    Raises:
+        ValueError: when there is no such device here.
+
+    >>> check_device("cpu")
+    'cpu'
+    """
+    name = str(device)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but CUDA is not available here; use --device cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from error
+    return name
