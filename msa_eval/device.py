@@ -20,5 +20,5 @@ def check_device(device: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0].split('. ')[0]}") from error
     return name

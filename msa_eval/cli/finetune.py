@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,12 @@ def finetune(
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or replace it with --force")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} can't be written: {error.strerror}; choose another place") from error
     chosen = FinetuneSettings(**settings)
     normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
     loaded = _load(classifier, architecture, dict(arguments), normalization, head)

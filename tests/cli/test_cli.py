@@ -117,6 +117,13 @@ def test_finetune_then_evaluate(tmp_path: Path) -> None:
     for (key, one), two in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert np.array_equal(one.numpy(), two.numpy()), key
     assert first.history["finetune"]["steps"] == 2
+    (tmp_path / "file").write_text("")
+    for arguments, message in {
+        (DIGITS, "--out", str(tmp_path / "file" / "x")): "can't be written: ",
+        (DIGITS, "--out", str(tmp_path / "x"), "--argument", "width=7"): "give --architecture with them",
+        (DIGITS, "--out", str(tmp_path / "x"), "--device", "warp"): "device 'warp' can't be used",
+    }.items():
+        _check_refused(_run("finetune", *arguments, *common), message)
     result = _run(
         "evaluate", str(tmp_path / "bare-hpm.safetensors"), "--data", "digits", "--protocol", "quick",
         "--out", str(tmp_path / "r"), *FAST,
