@@ -20,5 +20,6 @@ def check_device(device: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0].split('. ')[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device {name!r} can't be used here: {reason}") from error
     return name
