@@ -1,0 +1,48 @@
+"""What people look at shows what the tables hold."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from msa_eval.protocols import load_protocol
+from toys import make_classifier, make_hpm, make_samples
+
+from msa_eval import Results, evaluate
+from msa_eval.report import render_bars, render_table
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    overrides = {"attack.square.queries": 5, "attack.apgd.steps": 2, "threat.contexts": ["joint", "solo"]}
+    return evaluate(
+        make_hpm(), make_samples(make_classifier(), 20), protocol=load_protocol("quick", overrides=overrides)
+    )
+
+
+def test_the_table_shows_every_run_and_number_of_every_context(results: Results) -> None:
+    text = render_table(results)
+    joint, solo = text.split("solo: accuracy")
+    for part, context in ((joint, "joint"), (solo, "solo")):
+        lines = {line.split()[0]: line for line in part.splitlines() if line.strip()}
+        attacks = results.attacks[results.attacks["context"] == context].set_index(["target", "run"])
+        for (target, run), row in attacks.iterrows():
+            shown = f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
+            assert shown in lines[run], (target, run)
+        for row in results.summary[results.summary["context"] == context].to_dict(orient="records"):
+            assert f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" in lines[row["metric"]]
+    assert "(modified: attack.square.queries=5, attack.apgd.steps=2" in text
+
+
+def test_the_chart_is_valid_and_its_bars_have_the_values_length(results: Results) -> None:
+    root = ElementTree.fromstring(render_bars(results))
+    bars = [rect for rect in root.iter() if rect.tag.endswith("rect") and rect.get("x") == "190"]
+    joint = results.attacks[results.attacks["context"] == "joint"]
+    assert len(bars) == 2 * 4 + len(joint)
+    clean = results.summary.set_index(["target", "context", "metric"])["value"]
+    widths = [float(str(bar.get("width"))) / (720 - 190 - 60) for bar in bars[:2]]
+    assert widths == pytest.approx([clean["fc", "joint", "clean"], clean["defense", "joint", "clean"]], abs=1e-3)
+    texts = [text.text for text in root.iter() if text.tag.endswith("text")]
+    assert {"clean", "paper", "realised", "worst_case"} <= set(texts)
+    assert not re.search(r"https?://(?!www\.w3\.org)", render_bars(results))
