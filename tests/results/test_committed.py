@@ -1,0 +1,65 @@
+"""The committed runs agree with themselves, with the packaged weights and with what the README says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msa_eval.protocols import load_protocol
+
+from msa_eval import Results, load_checkpoint
+from msa_eval.checkpoint import weights_hash
+from msa_eval.references import reference_path
+from msa_eval.report import render_bars
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/run.json") if path.parent.name != "demo")
+
+
+def test_there_is_the_cifar10_run() -> None:
+    assert "cifar10-wrn10-2" in [folder.name for folder in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_numbers_follow_from_the_samples(folder: Path) -> None:
+    results = Results.load(folder)
+    for (target, context), rows in results.samples.groupby(["target", "context"]):
+        value = results.summary.set_index(["target", "context", "metric"])["value"][target, context]
+        outcomes = results.outcomes[(results.outcomes["target"] == target) & (results.outcomes["context"] == context)]
+        correct = rows.set_index("index")["clean_correct"]
+        finals = [(correct & ~run.set_index("index")["final_broken"]).mean() for _, run in outcomes.groupby("run")]
+        ever = outcomes.groupby("index")["any_broken"].any()
+        expected = {
+            "clean": correct.mean(),
+            "paper": min(finals),
+            "realised": rows["committed_right"].mean(),
+            "worst_case": (correct & ~ever).mean(),
+        }
+        assert value.to_dict() == pytest.approx(expected, abs=1e-12)
+        assert expected["worst_case"] <= expected["realised"] <= expected["paper"] <= expected["clean"]
+    assert len(results.batches) == results.run["data"]["n"]
+
+
+def test_the_cifar10_run_is_of_the_packaged_defence_under_the_papers_protocol() -> None:
+    run = Results.load(ROOT / "results/cifar10-wrn10-2").run
+    model = load_checkpoint(reference_path("cifar10-wrn10-2")).model
+    assert run["targets"]["defense"]["sha256"] == weights_hash(model)
+    protocol = load_protocol("paper-cifar10", overrides=run["protocol"]["overrides"])
+    assert run["protocol"]["sha256"] == protocol.digest()
+    assert list(run["protocol"]["overrides"]) == ["attack.square.queries"]
+    assert protocol.square is not None
+    assert protocol.square.queries >= 1000
+    assert run["data"]["n"] == 2500
+    assert run["git"]["dirty"] is False
+
+
+def test_the_readme_and_the_chart_show_the_committed_numbers() -> None:
+    results = Results.load(ROOT / "results/cifar10-wrn10-2")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").replace("`", "").splitlines()
+    for metric, rows in results.summary.groupby("metric"):
+        cells = {
+            row["target"]: f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            for row in rows.to_dict(orient="records")
+        }
+        assert f"| {metric} | {cells['fc']} | {cells['defense']} |" in lines
+    assert (ROOT / "results/cifar10-wrn10-2.svg").read_text(encoding="utf-8") == render_bars(results)
