@@ -209,11 +209,13 @@ def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None
         sys.executable, "-m", "msa_eval", "evaluate", DIGITS, "--data", "digits", "--protocol", "digits",
         "--out", str(tmp_path / "r"), "--force",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
     seen = ""
     while "defense joint 2/" not in seen:
-        seen += process.stderr.read(1)
+        read = process.stderr.read(1)
+        assert read, f"it ended early: {seen}"
+        seen += read
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=60)
