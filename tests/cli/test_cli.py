@@ -205,8 +205,12 @@ def test_usage_errors_of_click_itself(tmp_path: Path) -> None:
 def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None:
     assert _evaluate(tmp_path / "r", "--quiet").exit_code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    # A shell may start the tests with SIGINT ignored, which children inherit.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from msa_eval.cli import main; main()"
+    )
     command = [
-        sys.executable, "-m", "msa_eval", "evaluate", DIGITS, "--data", "digits", "--protocol", "digits",
+        sys.executable, "-c", program, "evaluate", DIGITS, "--data", "digits", "--protocol", "digits",
         "--out", str(tmp_path / "r"), "--force",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
