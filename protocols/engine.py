@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,8 +126,18 @@ def _evaluate(
     seconds = round(time.perf_counter() - started, 3)
     results = tabulate(records, about | environment(device) | {"seconds": seconds, "verdict": "not audited"})
     if out is not None:
-        results.save(out, force=force)
+        _save(results, out, force)
     return results
+
+
+def _save(results: Results, out: Path, force: bool) -> None:
+    """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
+    try:
+        results.save(out, force=force)
+    except OSError as error:
+        rescue = tempfile.mkdtemp(prefix="msa-eval-")
+        results.save(rescue)
+        raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:

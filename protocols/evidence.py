@@ -210,7 +210,7 @@ def _write(folder: Path, texts: Mapping[str, str]) -> None:
         for path, partial in partials.items():
             partial.replace(path)
     except OSError as error:
-        hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        hint = "; free some space" if error.errno == errno.ENOSPC else ""
         raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
     finally:
         for partial in partials.values():

@@ -364,6 +364,23 @@ def test_a_naturally_trained_resnet_comes_out_at_zero(cifar10: Samples) -> None:
     assert value["worst_case"] == 0
 
 
+def test_results_that_can_not_be_written_are_rescued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up during the evaluation: the error says where the results went, and they are all there."""
+    save = Results.save
+
+    def full(self: Results, folder: Path, **settings: Any) -> None:
+        if Path(folder) == tmp_path / "r":
+            raise OSError(28, "could not write r/outcomes.csv: No space left on device")
+        save(self, folder, **settings)
+
+    monkeypatch.setattr(Results, "save", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"No space left on device; the results are in (\S+) instead") as caught:
+        evaluate(make_classifier(), _samples(4), protocol=_small(), out=tmp_path / "r")
+    rescued = str(caught.value).split(" in ")[-1].removesuffix(" instead")
+    assert Results.load(rescued).summary["n"].iloc[0] == 24
+
+
 def test_numpy_types_do_not_leak_into_run_json(tmp_path: Path) -> None:
     evaluate(make_classifier(), _samples(4), protocol=_small(), out=tmp_path, seed=int(np.int64(3)))
     assert Results.load(tmp_path).run["seed"] == 3
