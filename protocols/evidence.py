@@ -114,6 +114,9 @@ class Results:
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the five tables as CSV and ``run.json``, all or none.
 
+        Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
+        identical CSVs; `load` puts them back.
+
         Args:
             folder: made if need be.
             force: write over other results.
@@ -124,8 +127,11 @@ class Results:
         """
         folder = Path(folder)
         claim_folder(folder, self.run["key"], force=force)
-        texts = {f"{name}.csv": getattr(self, name).to_csv(index=False, lineterminator="\n") for name in TABLES}
-        texts["run.json"] = json.dumps(dict(self.run), indent=2, ensure_ascii=False) + "\n"
+        tables = {name: getattr(self, name) for name in TABLES}
+        tables["attacks"] = self.attacks.assign(seconds=None)
+        texts = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
+        run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
+        texts["run.json"] = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         _write(folder, texts)
 
     @classmethod
@@ -147,6 +153,8 @@ class Results:
             tables = {name: _read(folder / f"{name}.csv") for name in TABLES}
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no complete results: {error}") from error
+        seconds = run.get("seconds_by_run", {})
+        tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
         return cls(**tables, run=run)
 
 
@@ -191,6 +199,11 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     if not isinstance(run, dict):
         raise ValueError(f"{path} is not the run.json of an evaluation")
     return run
+
+
+def _keys(attacks: pd.DataFrame) -> list[str]:
+    """What names a run among all targets and contexts."""
+    return [f"{row['target']}/{row['context']}/{row['run']}" for row in attacks.to_dict(orient="records")]
 
 
 def _read(path: Path) -> pd.DataFrame:
