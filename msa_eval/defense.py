@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from msa_eval.attacks.losses import margin
+
 
 @runtime_checkable
 class Defense(Protocol):
@@ -79,14 +81,36 @@ def as_defense(target: object) -> Defense:
     )
 
 
-def decide(defense: Defense, z: Tensor) -> Tensor:
+def decide(defense: Defense, z: Tensor, *, y: Tensor | None = None, draws: int = 1) -> Tensor:
     """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used.
+
+    A stochastic target is asked an odd number of times, and a sample's verdict is the draw in which the lead of its
+    label is the median: it is wrong exactly when the majority of the draws are.
+
+    Args:
+        defense: the target.
+        z: features of the whole batch ``(B, ...)``.
+        y: labels ``(B,)``, needed for more than one draw.
+        draws: how many times to ask.
 
     Raises:
         ValueError: when the target returns something else.
     """
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        logits = defense.logits(z.float())
+        answers = [_logits(defense, z) for _ in range(draws)]
+    if y is None or draws == 1:
+        return answers[0]
+    drawn = torch.stack(answers)
+    leads = torch.stack([-margin(answer, y) for answer in answers])
+    # Sorted by lead, and at equal leads the wrong ones first, so that the middle one tells the majority even in a tie.
+    right = drawn.argmax(dim=2) == y
+    by_right = right.long().argsort(dim=0, stable=True)
+    order = by_right.gather(0, leads.gather(0, by_right).argsort(dim=0, stable=True))
+    return drawn[order[draws // 2], torch.arange(len(y), device=y.device)]
+
+
+def _logits(defense: Defense, z: Tensor) -> Tensor:
+    logits = defense.logits(z.float())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
         raise ValueError(f"expected logits of shape ({len(z)}, k), but got {describe(logits)}")
     return logits.float()

@@ -58,12 +58,12 @@ def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.
     float32 too: ``p + (1 - p)`` rounds to 1.
 
     Args:
-        fc_logits: ``(B, k)``.
+        fc_logits: ``(..., k)``.
         assignment: see `Assignment`.
         temperature: divides the logits of the softmax; 1 in the paper.
 
     Returns:
-        ``(B, k)``, rows summing to 1.
+        ``(..., k)``, rows summing to 1.
 
     Raises:
         ValueError: when the assignment is unknown.
@@ -73,10 +73,10 @@ def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.
     """
     if assignment not in get_args(Assignment):
         raise ValueError(f"expected assignment to be one of {', '.join(get_args(Assignment))}, but got {assignment!r}")
-    soft = torch.softmax(fc_logits / temperature, dim=1)
+    soft = torch.softmax(fc_logits / temperature, dim=-1)
     if assignment == "soft":
         return soft
-    hard = F.one_hot(fc_logits.argmax(dim=1), fc_logits.shape[1]).to(soft)
+    hard = F.one_hot(fc_logits.argmax(dim=-1), fc_logits.shape[-1]).to(soft)
     return hard if assignment == "frozen" else soft + (hard - soft).detach()
 
 
@@ -227,7 +227,8 @@ class HPM(nn.Module):
 
         Args:
             z: features ``(B, d)``.
-            companions: the batch ``(B, d)`` in which row i takes the place of companion i; ``None`` for batches of one.
+            companions: the batch ``(B, d)`` in which row i takes the place of companion i, or each row's own
+                companions ``(B, m, d)``; ``None`` for batches of one.
             assignment: as in `logits`.
             temperature: as in `logits`.
             constant_prototypes: as in `logits`.
@@ -240,12 +241,15 @@ class HPM(nn.Module):
         p = assign(self.fc_logits(z), assignment, temperature=temperature)
         total, count = p.unsqueeze(2) * z.unsqueeze(1), p
         if companions is not None:
-            # In float64, because a class that row i alone belongs to must come out at zero, not at a rounding error
-            # over ε.
-            q = assign(self.fc_logits(companions), assignment, temperature=temperature).detach().double()
-            rest = q.T @ companions.double() - q.unsqueeze(2) * companions.double().unsqueeze(1)
-            total = total + rest.to(z)
-            count = count + (q.sum(dim=0) - q).to(z)
+            q = assign(self.fc_logits(companions), assignment, temperature=temperature)
+            if companions.ndim == 3:
+                total, count = total + q.mT @ companions, count + q.sum(dim=1)
+            else:
+                # In float64, because a class that row i alone belongs to must come out at zero, not at a rounding
+                # error over ε.
+                q, others = q.double(), companions.double()
+                rest = q.T @ others - q.unsqueeze(2) * others.unsqueeze(1)
+                total, count = total + rest.to(z), count + (q.sum(dim=0) - q).to(z)
         prototypes = self.mix(total / (count + EPSILON).unsqueeze(2))
         return self.compare(z.unsqueeze(1), prototypes.detach() if constant_prototypes else prototypes).squeeze(1)
 

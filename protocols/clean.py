@@ -5,14 +5,25 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from msa_eval.protocols.contexts import in_context
+from msa_eval.protocols.contexts import Company, in_context
+from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
 from msa_eval.protocols.trial import Batch
 from torch import Tensor
 
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, check_trunk, decide, describe, looks_batch_dependent
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators for a while, for targets that draw from them, and leave them as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class CleanBatches:
@@ -27,20 +38,41 @@ class CleanBatches:
         chosen: the indices evaluated ``(N,)``.
         seats: places in 0..N-1, a tensor a batch.
         device: where to compute.
+        stochastic: how often a target that answers at random is asked.
+
+    Attributes:
+        num_classes: k.
+        batch_dependent: whether the decision may look at the whole batch.
+        stochastic: whether the target answers at random.
+        draws: answers to a batch that a verdict is the majority of; 1 unless the target answers at random.
+        eot: answers a gradient is averaged over, likewise.
 
     Raises:
         ValueError: when target and data don't fit, or the target breaks the contract of `Defense`.
     """
 
     def __init__(
-        self, defense: Defense, samples: Samples, chosen: Tensor, seats: Sequence[Tensor], *, device: str
+        self,
+        defense: Defense,
+        samples: Samples,
+        chosen: Tensor,
+        seats: Sequence[Tensor],
+        *,
+        device: str,
+        stochastic: StochasticBudget | None = None,
     ) -> None:
         self.samples, self.chosen, self.seats = samples, chosen, seats
         self._defense, self._device = defense, device
         self._features: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
-        for number in range(len(seats)):
-            self._answer(number)
+        self.draws = self.eot = 1
+        with seeded(0):
+            self.stochastic = self._answers_at_random()
+            if self.stochastic:
+                budget = stochastic or StochasticBudget()
+                self.draws, self.eot = budget.draws, budget.eot
+            for number in range(len(seats)):
+                self._answer(number)
         self.num_classes = self._logits[0].shape[1]
         highest = int(samples.y[chosen].max())
         if highest >= self.num_classes:
@@ -51,7 +83,7 @@ class CleanBatches:
         check_trunk(defense, first.x, first.z)
         declared: bool | None = getattr(defense, "batch_dependent", True)
         if declared is None and isinstance(defense, WholeModel):
-            declared = looks_batch_dependent(defense, first.x, first.logits)
+            declared = self.stochastic or looks_batch_dependent(defense, first.x, first.logits)
         self.batch_dependent = declared is not False
 
     def __len__(self) -> int:
@@ -67,15 +99,33 @@ class CleanBatches:
     def seen_in(self, context: str) -> CleanBatches:
         """The same batches with the target's verdicts in another context."""
         seen = copy.copy(self)
-        seen._logits = {
-            batch.number: decide(self.view(context, batch), batch.z) if context == "alone" else batch.logits
-            for batch in self
-        }
+        with seeded(0):
+            seen._logits = {
+                batch.number: self._decide(batch.number, self.view(context, batch), batch.z)
+                if context == "alone"
+                else batch.logits
+                for batch in self
+            }
         return seen
 
-    def view(self, context: str, batch: Batch) -> Defense:
+    def view(self, context: str, batch: Batch, company: Company | None = None) -> Defense:
         """The target as an attacker in a context meets it."""
-        return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent)
+        return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent, company=company)
+
+    def pool(self, budget: CompositionBudget) -> tuple[Tensor, Tensor]:
+        """Images to choose company from, drawn from all that are evaluated: features ``(P, ...)``, indices ``(P,)``."""
+        generator = torch.Generator().manual_seed(len(self.chosen))
+        drawn = torch.randperm(len(self.chosen), generator=generator)[: budget.pool]
+        wanted = torch.zeros(len(self.chosen), dtype=torch.bool).index_fill(0, drawn, True)
+        parts = [(batch.z, self.seats[batch.number], wanted[self.seats[batch.number]]) for batch in self]
+        features = torch.cat([z[keep.to(z.device)] for z, _, keep in parts])
+        return features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])]
+
+    def own_company(self, batch: Batch, pool: Tensor) -> Company:
+        """Every image of a batch among its own companions; the pool follows the batch itself."""
+        places = torch.arange(len(batch.x), device=batch.z.device)
+        index = places.expand(len(places), -1)[~torch.eye(len(places), dtype=torch.bool, device=places.device)]
+        return Company(torch.cat([batch.z, pool]), index.view(len(places), -1))
 
     def digest(self) -> str:
         """SHA-256 of all verdicts: it tells apart what weights alone do not."""
@@ -83,6 +133,20 @@ class CleanBatches:
         for number in range(len(self)):
             digest.update(self._logits[number].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def _answers_at_random(self) -> bool:
+        """Whether the first batch is answered differently twice; one that can't be answered is told of later."""
+        x = self._images(0)
+        try:
+            first, second = (decide(self._defense, self._trunk(x)) for _ in range(2))
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        # Sums in another order, as GPUs make them, are not chance.
+        return not float((first - second).abs().max()) <= 1e-5 * float(first.abs().max())
+
+    def _decide(self, number: int, view: Defense, z: Tensor) -> Tensor:
+        y = self.samples.y[self.chosen[self.seats[number]]].to(z.device)
+        return decide(view, z, y=y, draws=self.draws)
 
     def _images(self, number: int) -> Tensor:
         return self.samples.images(self.chosen[self.seats[number]]).to(self._device)
@@ -98,7 +162,7 @@ class CleanBatches:
         x = self._images(number)
         try:
             z = self._trunk(x)
-            logits = decide(self._defense, z)
+            logits = self._decide(number, self._defense, z)
         except (RuntimeError, IndexError) as error:
             shape = tuple(x.shape)
             raise ValueError(f"the model can't take a float32 batch of images of shape {shape}: {error}") from error

@@ -1,13 +1,14 @@
 """Contexts: what the attacker controls, as a view of the target.
 
 In ``joint`` every image of the batch is the attacker's, and the target is what it is. In ``solo`` only image i is, and
-its companions stay clean; in ``alone`` image i is a batch of one. For these the target is seen *one at a time*: a batch
-of points becomes as many batches as it has rows, each with one adversarial row. Attacks, verdicts and surrogates are
-the same in all three.
+its companions stay clean; in ``alone`` image i is a batch of one; in ``composed`` image i is the attacker's, and so is
+the choice of the clean images beside it. For these the target is seen *one at a time*: a batch of points becomes as
+many batches as it has rows, each with one adversarial row. Attacks, verdicts and surrogates are the same in all.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +16,75 @@ from torch import Tensor
 
 from msa_eval.defense import Defense
 
+NEAR_TIE = 1e-4
+"""Where two logits are closer than this share of their size, a closed form is not asked for the verdict."""
+
+
+@dataclass(frozen=True)
+class Company:
+    """Clean images chosen to sit beside each row of a batch.
+
+    Attributes:
+        pool: features of the images to choose from ``(P, ...)``.
+        index: places in the pool ``(B, B - 1)``: row i's companions, in the order of the batch without row i.
+    """
+
+    pool: Tensor
+    index: Tensor
+
+    def beside(self, row: int) -> Tensor:
+        """Features ``(B - 1, ...)`` of one row's companions."""
+        return self.pool[self.index[row]]
+
 
 class OneAtATime:
     """A target whose row i is decided in a batch of its own.
 
     A defence with a closed form has ``logits_one_at_a_time(z, companions, **settings)``; any other is asked once a
-    row. All else is the defence's own.
+    row. A verdict so close that the closed form's rounding could turn it is asked of the defence itself. All else is
+    the defence's own.
 
     Args:
         defense: the target.
-        companions: clean features ``(B, ...)``, of which row i gives way to the adversarial one; ``None`` for batches
-            of one.
+        companions: features ``(B, ...)`` of a batch in which row i gives way, or the company of each row; ``None`` for
+            batches of one.
     """
 
-    def __init__(self, defense: Defense, companions: Tensor | None) -> None:
+    def __init__(self, defense: Defense, companions: Tensor | Company | None) -> None:
         self._defense = defense
         self._companions = companions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._defense, name)
+
+    def company_index(self) -> Tensor | None:
+        """Who was chosen to sit beside each row ``(B, B - 1)``, where that is a choice."""
+        return self._companions.index if isinstance(self._companions, Company) else None
+
+    def beside(self, companions: Tensor | Company) -> OneAtATime:
+        """The same target in other company."""
+        return OneAtATime(self._defense, companions)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The defence's features."""
+        return self._defense.features(x)
+
+    def logits(self, z: Tensor, **settings: Any) -> Tensor:
+        """Logits ``(B, k)`` of features ``(B, ...)``, each row decided in a batch of its own."""
+        return decide_each(self._defense, z, self._companions, **settings)
+
+
+class AmongOthers:
+    """A target whose rows stay as they are while their companions move: the view of a companions attack.
+
+    Args:
+        defense: the target.
+        own: features ``(B, ...)`` of the rows that stay.
+    """
+
+    def __init__(self, defense: Defense, own: Tensor) -> None:
+        self._defense = defense
+        self._own = own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._defense, name)
@@ -39,30 +93,69 @@ class OneAtATime:
         """The defence's features."""
         return self._defense.features(x)
 
+    def fc_logits(self, z: Tensor) -> Tensor:
+        """FC logits of the rows that stay: no companion changes them, so ``fc-oracle`` is no use here."""
+        del z
+        out: Tensor = self._defense.fc_logits(self._own)  # type: ignore[attr-defined]
+        return out
+
     def logits(self, z: Tensor, **settings: Any) -> Tensor:
-        """Logits ``(B, k)`` of features ``(B, ...)``, each row decided in a batch of its own."""
-        closed_form = getattr(self._defense, "logits_one_at_a_time", None)
-        if closed_form is not None:
-            logits: Tensor = closed_form(z, self._companions, **settings)
-            return logits
-        return torch.stack([self._decide_row(z, i, settings) for i in range(len(z))])
-
-    def _decide_row(self, z: Tensor, i: int, settings: dict[str, Any]) -> Tensor:
-        if self._companions is None:
-            return self._defense.logits(z[i : i + 1], **settings)[0]
-        batch = torch.cat([self._companions[:i], z[i : i + 1], self._companions[i + 1 :]])
-        return self._defense.logits(batch, **settings)[i]
+        """Logits ``(B, k)`` of the rows that stay, row i among the other rows of ``z`` ``(B, ...)``."""
+        return decide_each(self._defense, self._own, z, **settings)
 
 
-def in_context(defense: Defense, context: str, z: Tensor, *, batch_dependent: bool) -> Defense:
+def decide_each(
+    defense: Defense, z: Tensor, companions: Tensor | Company | None, **settings: Any
+) -> Tensor:  # fmt: skip
+    """Decide each row of ``z`` in a batch of its own.
+
+    Args:
+        defense: the target.
+        z: features ``(B, ...)``.
+        companions: who sits beside each row, as in `OneAtATime`.
+        settings: passed on to the decision.
+
+    Returns:
+        logits ``(B, k)``.
+    """
+    closed_form = getattr(defense, "logits_one_at_a_time", None)
+    if closed_form is None:
+        return torch.stack([_decide_row(defense, z, companions, i, settings) for i in range(len(z))])
+    known = companions.pool[companions.index] if isinstance(companions, Company) else companions
+    logits: Tensor = closed_form(z, known, **settings)
+    if not torch.is_grad_enabled():
+        top = logits.topk(2, dim=1).values
+        for i in (top[:, 0] - top[:, 1] <= NEAR_TIE * top[:, 0].abs()).nonzero().flatten().tolist():
+            logits[i] = _decide_row(defense, z, companions, i, settings)
+    return logits
+
+
+def _decide_row(
+    defense: Defense, z: Tensor, companions: Tensor | Company | None, i: int, settings: dict[str, Any]
+) -> Tensor:
+    if companions is None:
+        return defense.logits(z[i : i + 1], **settings)[0]
+    if isinstance(companions, Company):
+        beside = companions.beside(i)
+    else:
+        beside = torch.cat([companions[:i], companions[i + 1 :]])
+    return defense.logits(torch.cat([beside[:i], z[i : i + 1], beside[i:]]), **settings)[i]
+
+
+def in_context(
+    defense: Defense, context: str, z: Tensor, *, batch_dependent: bool, company: Company | None = None
+) -> Defense:
     """A target as an attacker in a context meets it.
 
     Args:
         defense: the target.
-        context: ``joint``, ``solo`` or ``alone``.
+        context: ``joint``, ``solo``, ``alone`` or ``composed``.
         z: its features of the clean batch ``(B, ...)``.
         batch_dependent: whether it looks at companions at all; if not, all contexts are one.
+        company: who sits beside each row in ``composed``; the clean batch itself by default.
     """
     if context == "joint" or not batch_dependent:
         return defense
-    return OneAtATime(defense, z if context == "solo" else None)
+    if context == "alone":
+        return OneAtATime(defense, None)
+    return OneAtATime(defense, z if company is None else company)

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from msa_eval.protocols.clean import CleanBatches
+from msa_eval.protocols.clean import CleanBatches, seeded
+from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
+from msa_eval.protocols.history import History
 from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.runs import Offers, Run, offer, plan_runs
@@ -55,7 +57,8 @@ def evaluate(
         x: `Samples`, or images ``(N, C, H, W)``: float in [0, 1], or uint8.
         y: labels ``(N,)`` from 0, unless ``x`` is `Samples`.
         protocol: the name of a shipped one, a TOML file, or a `Protocol`.
-        fc: the plain classifier the defence was built on, evaluated beside it; its own ``fc_target`` by default.
+        fc: the plain classifier the defence was built on, evaluated beside it; its own ``fc_target`` by default, and
+            ``False`` to leave it out.
         surrogates: more surrogates for the defence by name: functions ``(defense, features) -> logits``, or modules
             from images to logits.
         seed: of every attack; samples and batches have seeds of their own in the protocol.
@@ -114,7 +117,9 @@ def _evaluate(
     with without_weight_gradients(*targets.values()):
         entrants = [
             _Entrant.enter(
-                name, model, CleanBatches(model, samples, chosen, seats, device=device),
+                name,
+                model,
+                CleanBatches(model, samples, chosen, seats, device=device, stochastic=protocol.stochastic),
                 protocol=protocol, own=own, seed=seed,
             )
             for name, model in targets.items()
@@ -122,7 +127,7 @@ def _evaluate(
         about = _identity(protocol, entrants, seed)
         if out is not None:
             claim_folder(out, about["key"], force=force)
-        records = [record for entrant in entrants for record in entrant.evaluate(protocol, progress)]
+        records = [record for entrant in entrants for record in entrant.evaluate(progress)]
     seconds = round(time.perf_counter() - started, 3)
     results = tabulate(records, about | environment(device) | {"seconds": seconds, "verdict": "not audited"})
     if out is not None:
@@ -144,8 +149,8 @@ def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
     """The defence and the plain classifier it was built on, on the device."""
     defense = as_defense(target)
     targets = {"defense": defense}
-    plain = fc if fc is not None else getattr(defense, "fc_target", None)
-    if plain is not None:
+    plain = getattr(defense, "fc_target", None) if fc is None else fc
+    if plain is not None and plain is not False:
         targets["fc"] = as_defense(plain)
     for module in (module for entrant in targets.values() for module in modules_of(entrant)):
         module.to(device)
@@ -171,8 +176,9 @@ class _Entrant:
     name: str
     defense: Defense
     clean: CleanBatches
-    runs: Sequence[Run]
+    runs: Mapping[str, Sequence[Run]]
     offers: Offers
+    protocol: Protocol
     seed: int
 
     @classmethod
@@ -187,44 +193,57 @@ class _Entrant:
         seed: int,
     ) -> _Entrant:
         """Plan the runs of a target; the caller's own surrogates are the defence's."""
-        offers = Offers((), (), "")
+        offers = Offers((), (), "", batch_dependent=clean.batch_dependent)
         if protocol.apgd is not None:
-            offers = offer(protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense")
-        runs = plan_runs(protocol, offers.usable, num_classes=clean.num_classes)
+            with seeded(seed):
+                offers = offer(
+                    protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
+                    batch_dependent=clean.batch_dependent,
+                )  # fmt: skip
+        runs = {
+            context: plan_runs(protocol, offers, num_classes=clean.num_classes, context=context)
+            for context in protocol.contexts
+        }
         if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
             warnings.warn(
-                f"the {name} has no trunk, so solo and alone ask it once a sample: every pass costs as many passes "
-                f"of a batch as the batch has images (up to {protocol.batch_size})",
+                f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
+                f"passes of a batch as the batch has images (up to {protocol.batch_size})",
                 stacklevel=2,
             )
-        return cls(name, defense, clean, runs, offers, seed)
+        return cls(name, defense, clean, runs, offers, protocol, seed)
 
-    def evaluate(self, protocol: Protocol, progress: Progress) -> Iterator[TargetRecord]:
+    def evaluate(self, progress: Progress) -> Iterator[TargetRecord]:
         """Make every run in every context; a target that ignores its companions answers the same in all."""
-        first, *others = protocol.contexts
-        record = self._evaluate(first, protocol, progress)
+        first, *others = self.protocol.contexts
+        record = self._evaluate(first, progress)
         yield record
         for context in others:
             if self.clean.batch_dependent:
-                yield self._evaluate(context, protocol, progress)
+                yield self._evaluate(context, progress)
             else:
                 yield dataclasses.replace(record, context=context)
 
-    def _evaluate(self, context: str, protocol: Protocol, progress: Progress) -> TargetRecord:
-        """Make every run on every batch."""
+    def _evaluate(self, context: str, progress: Progress) -> TargetRecord:
+        """Make every run on every batch, batch after batch: a run may go on from what earlier ones found."""
         clean = self.clean.seen_in(context)
         seats, chosen, samples = clean.seats, clean.chosen, clean.samples
-        committed = [batch.correct for batch in clean]
-        records = []
-        for place, run in enumerate(self.runs, start=1):
-            started = time.perf_counter()
-            outcomes = []
-            for batch in progress(clean, f"{self.name} {context} {place}/{len(self.runs)} {run.name}"):
-                outcome = self._attempt(run, batch, context, protocol)
-                outcomes.append(outcome)
-                if int(outcome.committed.sum()) < int(committed[batch.number].sum()):
-                    committed[batch.number] = outcome.committed
-            records.append(_record(run, outcomes, seats, time.perf_counter() - started))
+        runs = self.runs[context]
+        pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
+        histories = []
+        outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
+        seconds = dict.fromkeys(outcomes, 0.0)
+        bar = iter(progress(range(len(clean) * len(runs)), f"{self.name} {context}"))
+        for batch in clean:
+            history = History(batch, None if pool is None else clean.own_company(batch, pool[0]))
+            for run in runs:
+                next(bar)
+                started = time.perf_counter()
+                outcome = self._attempt(run, batch, context, history, pool)
+                seconds[run.name] += time.perf_counter() - started
+                history.add(outcome)
+                outcomes[run.name].append(outcome)
+            histories.append(history)
+        next(bar, None)
 
         def placed(values: Sequence[Tensor]) -> Any:
             return _place(values, seats)
@@ -238,18 +257,47 @@ class _Entrant:
             position=placed([torch.arange(len(seat)) for seat in seats]),
             clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
             clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
-            committed=placed(committed),
-            runs=records,
+            committed=placed([history.committed for history in histories]),
+            runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
         )
 
-    def _attempt(self, run: Run, batch: Batch, context: str, protocol: Protocol) -> Outcome:
-        target = self.clean.view(context, batch)
-        trial = Trial(target, run.surrogate, batch, protocol.ball, mixes_rows=self.clean.batch_dependent)
+    def _attempt(
+        self, run: Run, batch: Batch, context: str, history: History, pool: tuple[Tensor, Tensor] | None
+    ) -> Outcome:
+        clean = self.clean
+        target = clean.view(context, batch, history.company)
+        setting = run.setting(target, history, victim=self._victim(batch))
+        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot)
+        trial = Trial(
+            target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
+        )
         generator = run.generator(self.seed, self.name, context, batch.number)
+        attack = run.attack or self._composition(batch, history, pool)
         try:
-            return trial.finish(run.attack(trial, generator))
+            # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
+            with seeded(generator.initial_seed()):
+                points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
+                return trial.finish(points)
         except Exception as error:
             raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
+
+    def _victim(self, batch: Batch) -> Tensor | None:
+        """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
+        if self.protocol.apgd is None or self.protocol.apgd.victim is None:
+            return None
+        return (self.clean.chosen[self.clean.seats[batch.number]] == self.protocol.apgd.victim).to(batch.y.device)
+
+    def _composition(
+        self, batch: Batch, history: History, pool: tuple[Tensor, Tensor] | None
+    ) -> CompositionAttack:  # fmt: skip
+        assert pool is not None
+        assert history.company is not None
+        own = self.clean.chosen[self.clean.seats[batch.number]]
+        budget = self.protocol.composition
+        identity = torch.cat([own, pool[1]]).to(batch.y.device)
+        return CompositionAttack(
+            history.company, identity, own.to(batch.y.device), budget.trials, budget.search == "greedy"
+        )  # fmt: skip
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:
@@ -259,7 +307,7 @@ def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seco
     return RunRecord(
         name=run.name,
         surrogate=run.surrogate_name,
-        attack=run.label,
+        attack=run.attack_name,
         loss=run.loss,
         restart=run.restart,
         surrogate_fooled=joined(lambda outcome: outcome.surrogate_fooled),
@@ -310,7 +358,7 @@ def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> di
                 "type": type(entrant.defense).__name__,
                 "sha256": defense_hash(entrant.defense),
                 "num_classes": entrant.clean.num_classes,
-                "runs": [run.name for run in entrant.runs],
+                "runs": list(dict.fromkeys(run.name for runs in entrant.runs.values() for run in runs)),
                 "not_applicable": list(entrant.offers.missing),
                 "clean_sha256": entrant.clean.digest(),
                 "surrogates_sha256": entrant.offers.sha256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -18,6 +19,8 @@ from msa_eval.protocols import metrics
 
 SCHEMA_VERSION = 1
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
+ARCHIVE = "adversarial.safetensors"
+"""The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ class Results:
         """Write the five tables as CSV and ``run.json``, all or none.
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
-        identical CSVs; `load` puts them back.
+        identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each table and, last, of itself
+        (see `run_digest`). An archive of adversarial batches is written before; one that ``run`` doesn't name is left
+        from other results, and goes.
 
         Args:
             folder: made if need be.
@@ -131,8 +136,12 @@ class Results:
         tables["attacks"] = self.attacks.assign(seconds=None)
         texts = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
         run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
+        run["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        run["sha256"] = run_digest(run)
         texts["run.json"] = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         _write(folder, texts)
+        if run.get("adversarial") is None:
+            (folder / ARCHIVE).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -158,6 +167,18 @@ class Results:
         return cls(**tables, run=run)
 
 
+def run_digest(run: Mapping[str, Any]) -> str:
+    """SHA-256 over all fields of a ``run.json`` but ``sha256``, as JSON with sorted keys and no white space.
+
+    >>> run_digest({"seed": 0, "sha256": "any"})[:8]
+    'bd048884'
+    """
+    fields = {name: value for name, value in run.items() if name != "sha256"}
+    # There and back first: keys are sorted as they stand in the file, as texts.
+    text = json.dumps(json.loads(json.dumps(fields)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
     """Make a results folder, or check that the one there may be written.
 
@@ -178,7 +199,9 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
             f"{run.get('seed')}); choose another folder, or replace them with --force"
         )
     try:
-        held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        # An archive without a run.json is what an interrupted evaluation left behind.
+        ours = {ARCHIVE, f"{ARCHIVE}.part"}
+        held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
             raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The runs of a protocol against one target: surrogate × loss × restart, then the query attack."""
+"""The runs of a protocol against one target: surrogate × loss × restart, then the query attacks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
-from msa_eval.protocols.spec import ApgdBudget, Protocol, SquareBudget
-from msa_eval.protocols.trial import Batch, Trial
-from msa_eval.surrogates import STE, Surrogate, get
+from msa_eval.protocols.composition import CompositionAttack
+from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.history import History
+from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec, SpsaBudget, SquareBudget
+from msa_eval.protocols.trial import Batch, Setting, Trial
+from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
-from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, TARGETED, most_likely_others, targeted_dlr
+from msa_eval.attacks.losses import (
+    LOSSES,
+    MIN_CLASSES,
+    TARGETED,
+    Loss,
+    alternating,
+    averaged,
+    focused,
+    most_likely_others,
+    pooled,
+    targeted_dlr,
+)
+from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
 
@@ -30,22 +45,52 @@ class Attack(Interface):
 
 @dataclass(frozen=True)
 class ApgdAttack:
-    """APGD with one loss; ``target`` is the rank of the class a targeted loss pushes towards."""
+    """APGD with one loss.
+
+    Attributes:
+        loss: its name.
+        steps: gradient steps.
+        target: the rank of the class that a targeted loss pushes towards.
+        turns: on an ensemble, whether its members take turns; else their mean is followed.
+        from_start: whether to start at the trial's starting points; else at random ones.
+    """
 
     loss: str
     steps: int
     target: int = 0
+    turns: bool = False
+    from_start: bool = False
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points of highest surrogate loss."""
-        batch = trial.batch
+        batch, counted = trial.batch, trial.counted
+        start = trial.start.x if self.from_start else None
+        if start is None and not bool(counted.all()):
+            drawn = trial.ball.random(batch.x, generator)
+            start = drawn if trial.among_others else torch.where(counted.view(-1, 1, 1, 1), drawn, trial.start.x)
+        return apgd(
+            trial, batch.x, batch.y, loss=self._loss(trial), ball=trial.ball, steps=self.steps, generator=generator,
+            start=start, draws=trial.eot,
+        ).x  # fmt: skip
+
+    def _loss(self, trial: Trial) -> Loss:
+        loss = self._one(trial)
+        if trial.among_others:
+            return pooled(loss, trial.counted)
+        if trial.rows_interact and not bool(trial.counted.all()):
+            return focused(loss, trial.counted)
+        return loss
+
+    def _one(self, trial: Trial) -> Loss:
         if self.loss == TARGETED:
-            loss = targeted_dlr(most_likely_others(trial.clean_logits(), batch.y, self.target))
+            clean = trial.clean_logits()
+            likely = clean.mean(dim=0) if trial.ensemble else clean
+            loss = targeted_dlr(most_likely_others(likely, trial.batch.y, self.target))
         else:
             loss = LOSSES[self.loss]
-        return apgd(
-            trial, batch.x, batch.y, loss=loss, ball=trial.ball, steps=self.steps, generator=generator
-        ).x  # fmt: skip
+        if not trial.ensemble:
+            return loss
+        return alternating(loss, calls=trial.eot) if self.turns else averaged(loss)
 
 
 @dataclass(frozen=True)
@@ -58,16 +103,30 @@ class SquareAttack:
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
         batch = trial.batch
-        return square(
-            trial,
-            batch.x,
-            batch.y,
-            attacked=batch.correct,
-            ball=trial.ball,
-            queries=self.queries,
-            p_init=self.p_init,
+        attacked = batch.correct & trial.counted
+        found = square(
+            trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, queries=self.queries, p_init=self.p_init,
             generator=generator,
-        )
+        )  # fmt: skip
+        return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
+
+
+@dataclass(frozen=True)
+class SpsaAttack:
+    """SPSA on the hard target, for the samples it gets right."""
+
+    queries: int
+    samples: int
+
+    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+        """Return the points kept last."""
+        batch = trial.batch
+        attacked = batch.correct & trial.counted
+        found = spsa(
+            trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, queries=self.queries, samples=self.samples,
+            generator=generator,
+        )  # fmt: skip
+        return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
 
 
 @dataclass(frozen=True)
@@ -76,17 +135,21 @@ class Run:
 
     Attributes:
         surrogate: what is attacked; ``None`` is the hard target itself.
-        attack: the search.
-        label: the attack's name, ``apgd`` or ``square``.
+        attack: the search; ``None`` is the search for company, which depends on the batch.
+        label: the attack's name: ``apgd``, ``square``, ``spsa``, ``composition``.
         loss: the loss's name.
         restart: which start, or which target class, from 0.
+        chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
+        moves: which images it moves, as in `ApgdBudget`.
     """
 
-    surrogate: Surrogate | None
-    attack: Attack
+    surrogate: Surrogate | Ensemble | None
+    attack: Attack | None
     label: str
     loss: str
     restart: int
+    chained: bool = False
+    moves: str = "batch"
 
     @property
     def surrogate_name(self) -> str:
@@ -94,9 +157,14 @@ class Run:
         return "target" if self.surrogate is None else self.surrogate.name
 
     @property
+    def attack_name(self) -> str:
+        """The attack's name, with what it moves where that is not the whole batch."""
+        return self.label if self.moves == "batch" else f"{self.label}-{self.moves}"
+
+    @property
     def name(self) -> str:
         """Unique among the runs of a target."""
-        return f"{self.surrogate_name}:{self.label}-{self.loss}:{self.restart}"
+        return f"{self.surrogate_name}:{self.attack_name}-{self.loss}:{self.restart}"
 
     def generator(self, *key: object) -> torch.Generator:
         """A generator of this run's own, the same whatever ran before it.
@@ -108,6 +176,25 @@ class Run:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(seed)
 
+    def setting(self, defense: Defense, history: History, *, victim: Tensor | None = None) -> Setting:
+        """How this run meets a batch.
+
+        Args:
+            defense: the target.
+            history: what earlier runs did to the batch.
+            victim: where given, the one sample ``(B,)`` whose companions are moved.
+        """
+        still = history.best if self.chained else history.clean
+        counted = history.standing if self.chained else None
+        view: OneAtATime | AmongOthers | None = None
+        if self.moves == "image":
+            view = OneAtATime(defense, still.z)
+        elif self.moves == "companions":
+            view = AmongOthers(defense, still.z)
+            counted = victim if victim is not None else history.standing if self.chained else history.correct
+        start = still if self.chained else None
+        return Setting(start=start, counted=counted, known=history.broken, view=view)
+
 
 @dataclass(frozen=True)
 class Offers:
@@ -116,16 +203,28 @@ class Offers:
     Attributes:
         usable: those it has, in order.
         missing: the names of those it has not.
+        among: the names of those whose gradient reaches the companions of an image.
+        together: all usable ones as an ensemble, where there are several.
+        batch_dependent: whether the target looks at companions.
         sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
     """
 
     usable: Sequence[Surrogate]
     missing: Sequence[str]
     sha256: str
+    among: Sequence[str] = ()
+    together: Ensemble | None = None
+    batch_dependent: bool = True
 
 
 def offer(
-    budget: ApgdBudget, defense: Defense, batch: Batch, *, own: Mapping[str, Own], use_own: bool = True
+    budget: ApgdBudget,
+    defense: Defense,
+    batch: Batch,
+    *,
+    own: Mapping[str, Own],
+    use_own: bool = True,
+    batch_dependent: bool = True,
 ) -> Offers:
     """Find the surrogates of a protocol that a defence can offer.
 
@@ -138,11 +237,12 @@ def offer(
         batch: a clean batch to try them on.
         own: the caller's own.
         use_own: whether they are for this target.
+        batch_dependent: whether the target looks at companions.
 
     Raises:
         ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
     """
-    names = [*budget.surrogates, *(name for name in own if name not in budget.surrogates)]
+    names = [*budget.names, *(name for name in own if name not in budget.names)]
     known = [get(name, own) for name in names if use_own or name not in own]
     answers = {s.name: _answer(s, defense, batch) for s in known if s.applies(defense)}
     usable = [s for s in known if answers.get(s.name) is not None]
@@ -161,7 +261,15 @@ def offer(
         answer = answers[surrogate.name]
         assert answer is not None
         digest.update(answer.float().cpu().contiguous().numpy().tobytes())
-    return Offers(usable, [s.name for s in known if s not in usable], digest.hexdigest())
+    among: list[str] = []
+    if batch_dependent and len(batch.x) > 1 and (set(budget.moves) | {run.moves for run in budget.runs}) != {"batch"}:
+        view = AmongOthers(defense, batch.z)
+        among = [s.name for s in usable if not s.on_images and _answer(s, view, batch) is not None]
+    together = None
+    if budget.combine in ("mean", "alternate") and len(usable) > 1:
+        together = ensemble(budget.combine, usable, defense, batch.x, batch.z)
+    missing = [s.name for s in known if s not in usable]
+    return Offers(usable, missing, digest.hexdigest(), among, together, batch_dependent)
 
 
 def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
@@ -174,42 +282,86 @@ def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | No
     return None if gradient is None else logits.detach()
 
 
-def plan_runs(protocol: Protocol, surrogates: Sequence[Surrogate], *, num_classes: int) -> list[Run]:
-    """All runs of a protocol against one target, in the order they are made.
+def plan_runs(protocol: Protocol, offers: Offers, *, num_classes: int, context: str = "joint") -> list[Run]:
+    """All runs of a protocol against one target in one context, in the order they are made.
 
     Args:
         protocol: names losses and budgets.
-        surrogates: those that the target offers.
+        offers: the surrogates the target has.
         num_classes: k, which some losses need to be high enough.
+        context: what the attacker controls.
 
     Raises:
         ValueError: when a loss needs more classes.
     """
     runs: list[Run] = []
     if protocol.apgd is not None:
-        for loss in protocol.apgd.losses:
-            if num_classes < MIN_CLASSES[loss]:
-                raise ValueError(
-                    f"the {loss} loss needs at least {MIN_CLASSES[loss]} classes, but the model has {num_classes}; "
-                    f'use --set \'attack.apgd.losses=["ce", "margin"]\''
-                )
-        for surrogate in surrogates:
-            runs += _apgd_runs(protocol.apgd, surrogate, num_classes)
-    if protocol.square is not None:
-        runs += _square_runs(protocol.square)
+        _check_losses(protocol.apgd, num_classes)
+        runs += _apgd_runs(protocol.apgd, offers, num_classes, apart=context == "joint")
+    runs += _query_runs(protocol)
+    if context == "composed" and offers.batch_dependent:
+        # Before the runs on clean images, and after them on the points they found.
+        first, last = (Run(None, None, "composition", "margin", i, chained=True) for i in range(2))
+        runs = [first, *runs, last]
     return runs
 
 
-def _apgd_runs(budget: ApgdBudget, surrogate: Surrogate, num_classes: int) -> list[Run]:
+def _check_losses(budget: ApgdBudget, num_classes: int) -> None:
+    for loss in budget.loss_names:
+        if num_classes < MIN_CLASSES[loss]:
+            raise ValueError(
+                f"the {loss} loss needs at least {MIN_CLASSES[loss]} classes, but the model has {num_classes}; "
+                f'use --set \'attack.apgd.losses=["ce", "margin"]\''
+            )
+
+
+def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: bool) -> list[Run]:
+    """The white-box runs; ``apart`` where images of one batch may be moved apart from each other."""
+    has: dict[str, Surrogate | Ensemble] = {surrogate.name: surrogate for surrogate in offers.usable}
+    if offers.together is not None:
+        has = {offers.together.name: offers.together}
+    chained = budget.combine == "cascade"
+    runs: list[Run] = []
+    seen: dict[tuple[str, str, str], int] = {}
+    for wanted in _wanted(budget, list(has), num_classes):
+        name = wanted.surrogate if wanted.surrogate in has else next(iter(has))
+        moves = wanted.moves if apart and offers.among else "batch"
+        if moves == "companions" and name not in offers.among:
+            name = offers.among[0]
+        again = seen.get((name, wanted.loss, moves), 0)
+        seen[name, wanted.loss, moves] = again + 1
+        attack = ApgdAttack(
+            wanted.loss,
+            budget.steps,
+            target=again % (num_classes - 1),
+            turns=budget.combine == "alternate",
+            from_start=chained and bool(runs) and again == 0,
+        )
+        runs.append(Run(has[name], attack, "apgd", wanted.loss, again, chained=chained, moves=moves))
+    return runs
+
+
+def _wanted(budget: ApgdBudget, names: Sequence[str], num_classes: int) -> list[RunSpec]:
+    """The runs a protocol lists and those of the caller's own surrogates, or every surrogate with every loss."""
+    if budget.runs:
+        own = [name for name in names if name not in budget.names] if set(names) & set(budget.names) else []
+        return [*budget.runs, *(RunSpec(name, loss) for name in own for loss in budget.loss_names if loss != TARGETED)]
+    return [
+        RunSpec(name, loss, moves)
+        for moves in budget.moves
+        for name in names
+        for loss in budget.losses
+        for _ in range(min(budget.targets, num_classes - 1) if loss == TARGETED else budget.restarts)
+    ]
+
+
+def _query_runs(protocol: Protocol) -> list[Run]:
+    chained = protocol.apgd is not None and protocol.apgd.combine == "cascade"
     runs = []
-    for loss in budget.losses:
-        count = min(budget.targets, num_classes - 1) if loss == TARGETED else budget.restarts
-        for i in range(count):
-            attack = ApgdAttack(loss, budget.steps, target=i)
-            runs.append(Run(surrogate, attack, "apgd", loss, i))
+    if (square_budget := protocol.square) is not None:
+        attack = SquareAttack(square_budget.queries, square_budget.p_init)
+        runs += [Run(None, attack, "square", "margin", i, chained) for i in range(square_budget.restarts)]
+    if (spsa_budget := protocol.spsa) is not None:
+        estimate = SpsaAttack(spsa_budget.queries, spsa_budget.samples)
+        runs += [Run(None, estimate, "spsa", "margin", i, chained) for i in range(spsa_budget.restarts)]
     return runs
-
-
-def _square_runs(budget: SquareBudget) -> list[Run]:
-    attack = SquareAttack(budget.queries, budget.p_init)
-    return [Run(None, attack, "square", "margin", i) for i in range(budget.restarts)]

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
 
-T = TypeVar("T", "ApgdBudget", "SquareBudget")
+T = TypeVar("T", "ApgdBudget", "SquareBudget", "SpsaBudget", "CompositionBudget", "StochasticBudget")
 
 SCHEMA = 1
-CONTEXTS = ("joint", "solo", "alone")
+CONTEXTS = ("joint", "solo", "alone", "composed")
+COMBINATIONS = ("separate", "mean", "alternate", "cascade")
+MOVES = ("batch", "image", "companions")
 
 
 def _text(value: Any) -> str:
@@ -50,6 +52,28 @@ def _texts(choices: tuple[str, ...] | None = None) -> Callable[[Any], tuple[str,
         return tuple(value)
 
     return check
+
+
+def _runs(value: Any) -> tuple[RunSpec, ...]:
+    expected = "a list of 'surrogate:loss' or 'surrogate:loss:moves'"
+    if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(expected)
+    runs = []
+    for entry in value:
+        parts = entry.split(":")
+        if len(parts) not in (2, 3) or parts[1] not in MIN_CLASSES or (len(parts) == 3 and parts[2] not in MOVES):
+            raise ValueError(
+                f"{expected}, with a loss among {', '.join(MIN_CLASSES)} and moves among {', '.join(MOVES)}"
+            )
+        runs.append(RunSpec(*parts))
+    return tuple(runs)
+
+
+def _odd(value: Any) -> int:
+    number = _whole(1)(value)
+    if number % 2 == 0:
+        raise ValueError("an odd number, so that there is a majority")
+    return number
 
 
 def _whole(low: int) -> Callable[[Any], int]:
@@ -94,16 +118,36 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.apgd.steps": _whole(1),
     "attack.apgd.restarts": _whole(1),
     "attack.apgd.targets": _whole(1),
+    "attack.apgd.runs": _runs,
+    "attack.apgd.moves": _texts(MOVES),
+    "attack.apgd.combine": _choice(*COMBINATIONS),
+    "attack.apgd.victim": _whole(0),
     "attack.square.queries": _whole(1),
     "attack.square.p_init": _number(0, 1),
     "attack.square.restarts": _whole(1),
+    "attack.spsa.queries": _whole(2),
+    "attack.spsa.samples": _whole(1),
+    "attack.spsa.restarts": _whole(1),
+    "attack.composition.pool": _whole(1),
+    "attack.composition.search": _choice("greedy", "random"),
+    "attack.composition.trials": _whole(1),
+    "stochastic.draws": _odd,
+    "stochastic.eot": _whole(1),
 }
 _REQUIRED = ("schema", "name", "version", "description", "threat.norm", "threat.eps")
 
 
+class RunSpec(NamedTuple):
+    """A white-box run as a protocol names it: what is attacked, by which loss, and which images move."""
+
+    surrogate: str
+    loss: str
+    moves: str = "batch"
+
+
 @dataclass(frozen=True)
 class ApgdBudget:
-    """The white-box part of a protocol: every surrogate with every loss.
+    """The white-box part of a protocol: every surrogate with every loss, or a list of runs.
 
     Attributes:
         surrogates: their names; those that a defence can't offer are left out, and ``ste`` is used if none is left.
@@ -111,6 +155,15 @@ class ApgdBudget:
         steps: gradient steps a run.
         restarts: runs of each surrogate and untargeted loss, each from a start of its own.
         targets: runs of each surrogate with ``dlr-targeted``, towards the likeliest other classes in turn.
+        runs: the runs in their order, instead of surrogates and losses. A surrogate that a target has not is replaced
+            by its first, and a run named again has another start, or another target class: so every target is given
+            the same number of passes.
+        moves: in ``joint``, on a batch-dependent target, which images a run moves: all of the ``batch`` at once; each
+            ``image`` among companions that stay; or the ``companions`` of an image that stays.
+        combine: ``separate`` runs are each surrogate's own. ``mean`` attacks the mean of the surrogates' losses, and
+            ``alternate`` one surrogate a step in turn. In a ``cascade`` a run searches only for the samples that still
+            stand, from the best points so far and, where it is named again, from a random start.
+        victim: the one sample (its index in the data set) whose companions are moved to break it; all by default.
     """
 
     surrogates: tuple[str, ...] = ("fc-oracle", "soft-hybrid")
@@ -118,6 +171,20 @@ class ApgdBudget:
     steps: int = 40
     restarts: int = 1
     targets: int = 9
+    runs: tuple[RunSpec, ...] = ()
+    moves: tuple[str, ...] = ("batch",)
+    combine: str = "separate"
+    victim: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The surrogates it names, each once."""
+        return tuple(dict.fromkeys(run.surrogate for run in self.runs)) or self.surrogates
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses it names, each once."""
+        return tuple(dict.fromkeys(run.loss for run in self.runs)) or self.losses
 
 
 @dataclass(frozen=True)
@@ -136,6 +203,49 @@ class SquareBudget:
 
 
 @dataclass(frozen=True)
+class SpsaBudget:
+    """A second gradient-free part: gradients estimated from the hard target's margins.
+
+    Attributes:
+        queries: proposals a run.
+        samples: random directions an estimate; each takes two queries.
+        restarts: runs, each with directions of its own.
+    """
+
+    queries: int = 1000
+    samples: int = 8
+    restarts: int = 1
+
+
+@dataclass(frozen=True)
+class CompositionBudget:
+    """In the context ``composed``, the search for the clean images that sit beside each image.
+
+    Attributes:
+        pool: how many images there are to choose from, beside those of the batch.
+        search: ``random`` tries one image in one place at a time, ``greedy`` keeps the best of several in a place.
+        trials: batches tried for each image, before the runs and once more after them.
+    """
+
+    pool: int = 512
+    search: str = "greedy"
+    trials: int = 200
+
+
+@dataclass(frozen=True)
+class StochasticBudget:
+    """What is done about a target that answers at random; others are asked once.
+
+    Attributes:
+        draws: a sample is broken when the majority of so many answers to one batch are wrong.
+        eot: answers a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
+    """
+
+    draws: int = 9
+    eot: int = 4
+
+
+@dataclass(frozen=True)
 class Protocol:
     """A protocol, checked.
 
@@ -145,7 +255,8 @@ class Protocol:
         description: in a sentence.
         ball: the perturbation set.
         contexts: what the attacker controls: every image of the batch (``joint``), one image among clean companions
-            (``solo``), one image in a batch of one (``alone``).
+            (``solo``), one image in a batch of one (``alone``), one image and the choice of its clean companions
+            (``composed``).
         fraction: the share of samples to evaluate, uniformly drawn.
         per_class: or how many of each class.
         limit: at most so many of these.
@@ -154,6 +265,9 @@ class Protocol:
         batches_seed: draws who sits together.
         apgd: the white-box part, or ``None``.
         square: the gradient-free part, or ``None``.
+        spsa: a second gradient-free part, or ``None``.
+        composition: the choice of companions in ``composed``.
+        stochastic: what is done about a target that answers at random.
         overrides: what was changed against the file, by dotted key.
         values: all keys as given, after overrides.
     """
@@ -171,6 +285,9 @@ class Protocol:
     batches_seed: int = 0
     apgd: ApgdBudget | None = None
     square: SquareBudget | None = None
+    spsa: SpsaBudget | None = None
+    composition: CompositionBudget = CompositionBudget()
+    stochastic: StochasticBudget = StochasticBudget()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -260,6 +377,9 @@ def make_protocol(
         ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"]),
         apgd=_section(ApgdBudget, "attack.apgd.", parsed),
         square=_section(SquareBudget, "attack.square.", parsed),
+        spsa=_section(SpsaBudget, "attack.spsa.", parsed),
+        composition=_section(CompositionBudget, "attack.composition.", parsed) or CompositionBudget(),
+        stochastic=_section(StochasticBudget, "stochastic.", parsed) or StochasticBudget(),
         overrides=changed,
         values=values,
         **{
@@ -284,8 +404,13 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"schema: this release reads schema {SCHEMA}, but got {values['schema']!r}")
     if "samples.fraction" in values and "samples.per_class" in values:
         found.append("samples.fraction and samples.per_class exclude each other")
-    if not any(key.startswith("attack.") for key in values):
-        found.append("no attack: give attack.apgd or attack.square")
+    if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.")) for key in values):
+        found.append("no attack: give attack.apgd, attack.square or attack.spsa")
+    if "attack.apgd.runs" in values:
+        other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
+        found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]
+        if values.get("attack.apgd.combine") in ("mean", "alternate"):
+            found.append("attack.apgd.runs can't be combined by mean or alternate; give surrogates and losses")
     return found
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from msa_eval.surrogates import STE, Surrogate
+from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime
+from msa_eval.surrogates import STE, Ensemble, Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
@@ -47,6 +48,29 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A batch of points ``(B, C, H, W)`` and their features ``(B, ...)``."""
+
+    x: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An adversarial batch that was judged, or several that differ in one row.
+
+    Attributes:
+        breaks: the samples it breaks, a mask ``(B,)``.
+        x: the batch ``(B, C, H, W)``.
+        own: where given, sample i is broken by the batch whose row i is ``own[i]`` ``(B, C, H, W)``.
+    """
+
+    breaks: Tensor
+    x: Tensor
+    own: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run did to a batch; one entry a sample ``(B,)`` unless said otherwise.
 
@@ -61,6 +85,10 @@ class Outcome:
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
+        best: each sample's own point of the lowest lead.
+        best_lead: that lead.
+        company: who sat beside it, where the attacker chooses.
+        findings: adversarial batches that break samples not broken before, where these are kept.
     """
 
     surrogate_fooled: Tensor
@@ -73,6 +101,33 @@ class Outcome:
     forwards: int
     backwards: int
     decisions: int
+    best: Point
+    best_lead: Tensor
+    company: Tensor | None
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run meets a batch; the defaults are a run of its own on the clean batch.
+
+    Attributes:
+        start: the points that later steps may start from, and that samples not searched for stay at.
+        counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
+        known: the samples broken before ``(B,)``, of which no finding is due.
+        view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
+        draws: verdicts of a stochastic target are by the majority of so many, an odd number.
+        eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
+        keep: whether findings are kept.
+    """
+
+    start: Point | None = None
+    counted: Tensor | None = None
+    known: Tensor | None = None
+    view: OneAtATime | AmongOthers | None = None
+    draws: int = 1
+    eot: int = 1
+    keep: bool = False
 
 
 class Trial:
@@ -84,67 +139,117 @@ class Trial:
         batch: the clean batch.
         ball: the perturbation set, which every point is held to.
         mixes_rows: whether the target's decision may look at the whole batch.
+        setting: how the run meets the batch.
     """
 
     def __init__(
-        self, defense: Defense, surrogate: Surrogate | None, batch: Batch, ball: Ball, *, mixes_rows: bool = True
+        self,
+        defense: Defense,
+        surrogate: Surrogate | Ensemble | None,
+        batch: Batch,
+        ball: Ball,
+        *,
+        mixes_rows: bool = True,
+        setting: Setting | None = None,
     ) -> None:
+        setting = setting or Setting()
         self.batch = batch
         self.ball = ball
+        self.start = setting.start or Point(batch.x, batch.z)
+        self.counted = torch.ones_like(batch.correct) if setting.counted is None else setting.counted
+        self.eot = setting.eot
+        self._setting = setting
         self._defense = defense
+        self._attacked = setting.view or defense
         self._surrogate = surrogate
         self._mixes_rows = mixes_rows
         self._forwards = self._backwards = self._decisions = 0
-        self._kept = self._proposed = _Point(batch.x, batch.z, batch.logits)
+        # Rows decided apart from each other need no pass unless they are searched for.
+        self._apart = not mixes_rows or isinstance(self._attacked, OneAtATime)
+        self._moving = self.counted.nonzero().flatten() if self._apart and setting.counted is not None else None
 
         unbroken = torch.zeros_like(batch.y, dtype=torch.bool)
+        self._calls = 0
         self._iterate = -1
         self._broken = unbroken
         self._first = torch.full_like(batch.y, -1)
-        self._lead = -margin(batch.logits, batch.y)
+        self._lead = self._best_lead = -margin(batch.logits, batch.y)
+        self._best = Point(batch.x, batch.z)
         self._committed = batch.correct
         self._finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
         self._excess = torch.zeros((), device=batch.y.device)
+        self._company = defense.company_index() if isinstance(defense, OneAtATime) else None
+        self._findings: list[Finding] = []
+        kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
+        self._kept = self._proposed = _Answered(self.start, kept)
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether several surrogates are attacked at once."""
+        return isinstance(self._surrogate, Ensemble)
+
+    @property
+    def among_others(self) -> bool:
+        """Whether companions move and each row counted stays as it is."""
+        return isinstance(self._attacked, AmongOthers)
+
+    @property
+    def rows_interact(self) -> bool:
+        """Whether a row's loss may depend on other rows of the batch."""
+        return not self._apart
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits ``(B, k)`` of the surrogate on a batch of points; the hard target sees the same features."""
-        z = self._trunk(x)
-        logits = self._surrogate_logits(x, z)
-        self._iterate += 1
-        # The naive surrogate is the target's own decision on these features: its value is the verdict.
-        verdict = logits.detach().float() if self._surrogate is STE else self._decide(z.detach())
-        self._judge(x.detach(), verdict)
+        """Logits ``(B, k)`` of the surrogate on a batch of points; the hard target sees the same features.
+
+        Those of an ensemble are ``(S, B, k)``, a slice a member.
+        """
+        z, logits = self._pass(x)
+        self._calls += 1
+        if self._calls % self.eot == 0:
+            self._iterate += 1
+            self._judge_point(Point(x.detach(), z.detach()), logits.detach())
         return logits
 
     def clean_logits(self) -> Tensor:
-        """Logits ``(B, k)`` of the surrogate on the clean batch, from its cached features."""
+        """Logits of the surrogate on the clean batch, from its cached features."""
         with torch.no_grad():
             return self._surrogate_logits(self.batch.x, self.batch.z)
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
         """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
+        kept = self._kept.point
         with torch.no_grad():
             new = self._features(points[rows])
-        z = self._kept.z.clone()
+        z = kept.z.clone()
         z[rows] = new.to(z)
-        x = torch.where(_per_image(rows, points), points, self._kept.x)
+        x = torch.where(_per_image(rows, points), points, kept.x)
         self._iterate += 1
-        self._proposed = self._believed(x, z, rows, confirmed=bool(rows.all()))
+        self._proposed = self._believed(Point(x, z), rows, confirmed=bool(rows.all()))
         return self._proposed.logits
 
     def accept(self, rows: Tensor) -> Tensor:
         """Keep these rows of the last proposal; logits ``(B, k)`` of the mixed batch that results."""
         if not bool(rows.any()):
             return self._kept.logits
-        new, old = self._proposed, self._kept
+        new, old = self._proposed.point, self._kept.point
         x = torch.where(_per_image(rows, new.x), new.x, old.x)
         z = torch.where(_per_image(rows, new.z), new.z, old.z)
         if self._mixes_rows:
-            self._kept = self._believed(x, z, torch.ones_like(rows), confirmed=False)
+            self._kept = self._believed(Point(x, z), torch.ones_like(rows), confirmed=False)
         else:
             # Put together, not decided: the next proposal or the final pass judges a batch that was.
-            self._kept = _Point(x, z, torch.where(rows.unsqueeze(1), new.logits, old.logits))
+            logits = torch.where(rows.unsqueeze(1), self._proposed.logits, self._kept.logits)
+            self._kept = _Answered(Point(x, z), logits)
         return self._kept.logits
+
+    def regroup(self, company: Company) -> Tensor:
+        """Logits ``(B, k)`` of the start, each row in other clean company; for the context ``composed``."""
+        assert isinstance(self._defense, OneAtATime)
+        self._defense = self._attacked = self._defense.beside(company)
+        self._iterate += 1
+        logits = self._decide(self._defense, self.start.z)
+        self._judge(self.start, logits)
+        return logits
 
     def finish(self, x: Tensor) -> Outcome:
         """Judge the batch of final points by a fresh pass, and report.
@@ -154,10 +259,11 @@ class Trial:
         """
         with torch.no_grad():
             z = self._features(x)
-            fooled = self._surrogate_logits(x, z).argmax(dim=1) != self.batch.y
-        hard = self._decide(z)
+            logits = self._surrogate_logits(x, z)
+            fooled = (logits.mean(dim=0) if logits.ndim == 3 else logits).argmax(dim=1) != self.batch.y
+        hard = self._decide(self._defense, z)
         self._iterate += 1
-        self._judge(x, hard)
+        self._judge(Point(x, z), hard)
         if not bool(self._finite):
             raise AttackError("the defence or its surrogate returned logits that are not finite")
         if float(self._excess) > 0:
@@ -176,14 +282,32 @@ class Trial:
             forwards=self._forwards,
             backwards=self._backwards,
             decisions=self._decisions,
+            best=self._best,
+            best_lead=self._best_lead,
+            company=self._company,
+            findings=tuple(self._findings),
         )
 
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)
         return self._defense.features(x)
 
+    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of a batch of points and the surrogate's logits; rows that stay at the start cost no pass."""
+        rows = self._moving
+        if rows is None:
+            z = self._trunk(x)
+            return z, self._surrogate_logits(x, z)
+        part = self._trunk(x[rows])
+        z = self.start.z.index_put((rows,), part)
+        if self._mixes_rows:
+            return z, self._surrogate_logits(x, z)
+        logits = self._surrogate_logits(x[rows], part)
+        shape = (*logits.shape[:-2], len(x), logits.shape[-1])
+        return z, logits.new_zeros(shape).index_copy(-2, rows, logits)
+
     def _trunk(self, x: Tensor) -> Tensor:
-        """Features with a gradient, unless the surrogate has a trunk of its own to send it through."""
+        """Features with a gradient, unless no surrogate has a use for it."""
         if self._surrogate is not None and self._surrogate.on_images:
             with torch.no_grad():
                 return self._features(x)
@@ -202,36 +326,50 @@ class Trial:
     def _surrogate_logits(self, x: Tensor, z: Tensor) -> Tensor:
         if self._surrogate is None:
             return decide(self._defense, z)
-        if self._surrogate.on_images:
+        if isinstance(self._surrogate, Ensemble):
+            logits = torch.stack([self._member_logits(member, x, z) for member in self._surrogate.members])
+            return logits / self._surrogate.scales
+        return self._member_logits(self._surrogate, x, z)
+
+    def _member_logits(self, surrogate: Surrogate, x: Tensor, z: Tensor) -> Tensor:
+        if surrogate.on_images:
             self._forwards += len(x)
-            logits = self._watched(self._surrogate.logits(self._defense, x))
+            logits = self._watched(surrogate.logits(self._attacked, x))
         else:
-            logits = self._surrogate.logits(self._defense, z)
-        if logits.shape != self.batch.logits.shape:
+            logits = surrogate.logits(self._attacked, z)
+        if logits.shape != (len(x), self.batch.logits.shape[1]):
             raise AttackError(
-                f"surrogate {self._surrogate.name!r} returned logits of shape {tuple(logits.shape)} "
-                f"where the target returns {tuple(self.batch.logits.shape)}"
+                f"surrogate {surrogate.name!r} returned logits of shape {tuple(logits.shape)} "
+                f"where the target returns {(len(x), self.batch.logits.shape[1])}"
             )
         self._finite = self._finite & torch.isfinite(logits.detach()).all()
         return logits
 
-    def _decide(self, z: Tensor) -> Tensor:
-        self._decisions += len(z)
-        return decide(self._defense, z)
+    def _decide(self, target: Defense, z: Tensor) -> Tensor:
+        self._decisions += len(z) * self._setting.draws
+        return decide(target, z, y=self.batch.y, draws=self._setting.draws)
 
-    def _believed(self, x: Tensor, z: Tensor, rows: Tensor, *, confirmed: bool) -> _Point:
+    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool) -> _Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole."""
         if self._mixes_rows:
-            logits = self._decide(z)
+            logits = self._decide(self._defense, point.z)
         else:
-            logits = self._kept.logits.clone()
-            logits[rows] = self._decide(z[rows])
+            logits = self._decide_some(point.z, rows, self._kept.logits)
         if not confirmed and self._claims(logits):
             with torch.no_grad():
-                z = self._features(x)
-            logits = self._decide(z)
-        self._judge(x, logits)
-        return _Point(x, z, logits)
+                point = Point(point.x, self._features(point.x))
+            logits = self._decide(self._defense, point.z)
+        self._judge(point, logits)
+        return _Answered(point, logits)
+
+    def _decide_some(self, z: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        """Decide some rows of a target that decides each by itself."""
+        draws = self._setting.draws
+        logits = others.clone()
+        part = z[rows]
+        self._decisions += len(part) * draws
+        logits[rows] = decide(self._defense, part, y=self.batch.y[rows], draws=draws)
+        return logits
 
     def _claims(self, logits: Tensor) -> bool:
         """Whether a batch would add to the record: a sample newly broken, or fewer left right than ever."""
@@ -239,24 +377,78 @@ class Trial:
         new = self.batch.correct & ~right & ~self._broken
         return bool(new.any() | (right.sum() < self._committed.sum()))
 
-    def _judge(self, x: Tensor, logits: Tensor) -> None:
-        y, correct = self.batch.y, self.batch.correct
-        right = logits.argmax(dim=1) == y
-        self._first = torch.where(~right & ~self._broken, self._iterate, self._first)
-        self._broken = self._broken | ~right
-        self._lead = torch.minimum(self._lead, -margin(logits, y))
-        fewer = (right & correct).sum() < self._committed.sum()
-        self._committed = torch.where(fewer, right & correct, self._committed)
+    def _judge_point(self, point: Point, logits: Tensor) -> None:
+        """Judge an iterate of a gradient attack in its batch and, where rows are seen apart, each in its own."""
+        setting = self._setting
+        # The naive surrogate is the target's own decision on these features: its value is the verdict.
+        is_verdict = self._surrogate is STE and setting.view is None and setting.draws == 1 and self._moving is None
+        if is_verdict:
+            verdict = logits.float()
+        elif self._moving is not None and not self._mixes_rows:
+            verdict = self._decide_some(point.z, self._moving, self._kept.logits)
+        else:
+            verdict = self._decide(self._defense, point.z)
+        self._judge(point, verdict)
+        if setting.view is not None:
+            self._judge_apart(point, self._decide(setting.view, point.z))
+
+    def _judge(self, point: Point, logits: Tensor) -> None:
+        """Enter the verdict on a batch."""
+        correct = self.batch.correct
+        wrong = self._enter(logits, point, None)
+        self._prefer(point, logits)
+        fewer = (~wrong & correct).sum() < self._committed.sum()
+        self._committed = torch.where(fewer, ~wrong & correct, self._committed)
+        self._excess = torch.maximum(self._excess, self.ball.excess(point.x, self.batch.x).amax())
+
+    def _judge_apart(self, point: Point, logits: Tensor) -> None:
+        """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once."""
+        if self.among_others:
+            self._enter(logits, point, self.start.x)
+        else:
+            self._enter(logits, self.start, point.x)
+            self._prefer(point, logits)
+
+    def _enter(self, logits: Tensor, companions: Point, own: Tensor | None) -> Tensor:
+        """Note which samples are broken for the first time, and by what; the mask ``(B,)`` of those wrong."""
+        wrong = logits.argmax(dim=1) != self.batch.y
+        new = wrong & ~self._broken
+        if self._setting.keep:
+            known = self._broken if self._setting.known is None else self._broken | self._setting.known
+            if bool((wrong & ~known & self.batch.correct).any()):
+                self._find(Finding(wrong & self.batch.correct, companions.x, own))
+        self._first = torch.where(new, self._iterate, self._first)
+        self._broken = self._broken | wrong
+        self._lead = torch.minimum(self._lead, -margin(logits, self.batch.y))
         self._finite = self._finite & torch.isfinite(logits).all()
-        self._excess = torch.maximum(self._excess, self.ball.excess(x, self.batch.x).amax())
+        return wrong
+
+    def _find(self, finding: Finding) -> None:
+        """Keep a finding, and drop those it makes needless."""
+        self._findings = [old for old in self._findings if bool((old.breaks & ~finding.breaks).any())]
+        self._findings.append(finding)
+
+    def _prefer(self, point: Point, logits: Tensor) -> None:
+        """Keep each sample's own point of the lowest lead."""
+        lead = -margin(logits, self.batch.y)
+        lower = lead < self._best_lead
+        best = self._best
+        self._best = Point(
+            torch.where(_per_image(lower, point.x), point.x, best.x),
+            torch.where(_per_image(lower, point.z), point.z, best.z),
+        )
+        self._best_lead = torch.where(lower, lead, self._best_lead)
+        if self._company is not None and isinstance(self._defense, OneAtATime):
+            index = self._defense.company_index()
+            assert index is not None
+            self._company = torch.where(lower.unsqueeze(1), index, self._company)
 
 
 @dataclass(frozen=True)
-class _Point:
-    """A batch of points, their features and the target's logits."""
+class _Answered:
+    """A batch of points and the target's logits."""
 
-    x: Tensor
-    z: Tensor
+    point: Point
     logits: Tensor
 
 

@@ -7,6 +7,7 @@ decision too. The registry holds the named ones; a function of a user's own is u
 if __name__ != "msa_eval.surrogates":
     raise ImportError("import this package as msa_eval.surrogates, after 'pip install' or 'pip install -e .'")
 
+from msa_eval.surrogates.ensemble import Ensemble, ensemble
 from msa_eval.surrogates.registry import Surrogate, available, get, register, register_family
 from msa_eval.surrogates.shipped import FC_ORACLE, FROZEN_ASSIGNMENT, FROZEN_PROTOTYPES, SOFT_HYBRID, STE
 
@@ -16,8 +17,10 @@ __all__ = [
     "FROZEN_PROTOTYPES",
     "SOFT_HYBRID",
     "STE",
+    "Ensemble",
     "Surrogate",
     "available",
+    "ensemble",
     "get",
     "register",
     "register_family",

@@ -2,6 +2,7 @@
 
 from msa_eval.attacks.apgd import Found, apgd
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import Queries, square
 
-__all__ = ["Ball", "Found", "Queries", "apgd", "square"]
+__all__ = ["Ball", "Found", "Queries", "apgd", "spsa", "square"]

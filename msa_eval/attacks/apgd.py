@@ -39,6 +39,8 @@ def apgd(
     steps: int,
     generator: torch.Generator,
     start: Tensor | None = None,
+    first_step: float = 2.0,
+    draws: int = 1,
     rho: float = 0.75,
     momentum: float = 0.75,
 ) -> Found:
@@ -50,7 +52,7 @@ def apgd(
 
     Args:
         logits: a differentiable map of the whole batch ``(B, ...)`` to logits ``(B, k)``; it is called
-            ``steps + 1`` times, the last time without gradient.
+            ``steps + 1`` times ``draws``, for the last point without gradient.
         x: images ``(B, C, H, W)`` in [0, 1].
         y: labels ``(B,)``.
         loss: what to raise.
@@ -58,6 +60,9 @@ def apgd(
         steps: gradient steps, at least 1.
         generator: draws the starting point.
         start: a starting point ``(B, C, H, W)`` instead of a random one; it is clipped to [0, 1].
+        first_step: the first step size in units of ε; 2 in the paper.
+        draws: calls for each point, over which values and gradients are averaged (expectation over transformation,
+            for a model that answers at random).
         rho: the share of improving steps below which a sample's step size is halved.
         momentum: the weight of the new step against the last move.
 
@@ -68,10 +73,10 @@ def apgd(
         raise ValueError(f"expected at least 1 step, but got {steps}")
     per_sample = (-1, *[1] * (x.ndim - 1))
     point = (ball.random(x, generator) if start is None else start).clamp(0, 1)
-    value, gradient = _value_and_gradient(logits, point, y, loss)
+    value, gradient = _value_and_gradient(logits, point, y, loss, draws)
     best = Found(point, value)
     best_gradient = gradient
-    step = torch.full_like(value, 2 * ball.eps)
+    step = torch.full_like(value, first_step * ball.eps)
     last = point
     improved = torch.zeros_like(value)
     previous = torch.zeros_like(value)
@@ -87,10 +92,10 @@ def apgd(
         last, point = point, ball.project(point + weight * move + (1 - weight) * (point - last), x)
 
         if i + 1 < steps:
-            value, gradient = _value_and_gradient(logits, point, y, loss)
+            value, gradient = _value_and_gradient(logits, point, y, loss, draws)
         else:
             with torch.no_grad():
-                value = loss(logits(point), y)
+                value = sum((loss(logits(point), y) for _ in range(draws)), torch.zeros_like(value)) / draws
         better = value > best.loss
         at = better.view(per_sample)
         best = Found(torch.where(at, point, best.x), torch.where(better, value, best.loss))
@@ -112,11 +117,17 @@ def apgd(
 
 
 def _value_and_gradient(
-    logits: Callable[[Tensor], Tensor], point: Tensor, y: Tensor, loss: Loss
+    logits: Callable[[Tensor], Tensor], point: Tensor, y: Tensor, loss: Loss, draws: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of each sample and the gradient of their sum: in a batch-dependent model, companions count."""
-    point = point.detach().requires_grad_()
-    with torch.enable_grad():
-        value = loss(logits(point), y)
-        (gradient,) = torch.autograd.grad(value.sum(), point)
-    return value.detach(), gradient
+    values, gradients = [], []
+    for _ in range(draws):
+        point = point.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(logits(point), y)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        values.append(value.detach())
+        gradients.append(gradient)
+    if draws == 1:
+        return values[0], gradients[0]
+    return torch.stack(values).mean(dim=0), torch.stack(gradients).mean(dim=0)

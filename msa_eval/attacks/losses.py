@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -73,6 +74,73 @@ def targeted_dlr(target: Tensor) -> Loss:
         return (wanted - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
     return loss
+
+
+def averaged(loss: Loss) -> Loss:
+    """A loss of an ensemble's logits ``(S, B, k)``: the mean over its members.
+
+    >>> averaged(margin)(torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]]), torch.tensor([0]))
+    tensor([1.])
+    """
+
+    def mean(logits: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([loss(member, y) for member in logits]).mean(dim=0)
+
+    return mean
+
+
+def alternating(loss: Loss, *, calls: int = 1) -> Loss:
+    """A loss of an ensemble's logits ``(S, B, k)``: its value is the mean, its gradient each member's in turn.
+
+    With one value for all steps, an attack can tell whether a step was one forward.
+
+    Args:
+        loss: of each member.
+        calls: how many calls make a step.
+    """
+    steps = itertools.count()
+
+    def turn(logits: Tensor, y: Tensor) -> Tensor:
+        losses = torch.stack([loss(member, y) for member in logits])
+        one = losses[next(steps) // calls % len(losses)]
+        return one + (losses.mean(dim=0) - one).detach()
+
+    return turn
+
+
+def focused(loss: Loss, counted: Tensor) -> Loss:
+    """A loss that counts some samples only; the others get their mean, as company that is to help break them.
+
+    Args:
+        loss: one value a sample.
+        counted: a mask ``(B,)`` with at least one sample.
+
+    >>> focused(margin, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
+    tensor([-2., -2.])
+    """
+
+    def focus(logits: Tensor, y: Tensor) -> Tensor:
+        value = loss(logits, y)
+        return torch.where(counted, value, value[counted].mean())
+
+    return focus
+
+
+def pooled(loss: Loss, counted: Tensor) -> Loss:
+    """The mean over the samples counted, for every sample: all are company, and none has a loss of its own.
+
+    Args:
+        loss: one value a sample.
+        counted: a mask ``(B,)`` with at least one sample.
+
+    >>> pooled(margin, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
+    tensor([-2., -2.])
+    """
+
+    def pool(logits: Tensor, y: Tensor) -> Tensor:
+        return loss(logits, y)[counted].mean().expand(len(y))
+
+    return pool
 
 
 LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin}

@@ -20,7 +20,7 @@ def _runs(defense: Any, name: str = "digits", classes: int = 4, **overrides: Any
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     z = defense.features(x).detach()
     batch = Batch(0, x, torch.zeros(5, dtype=torch.long), z, decide(defense, z))
-    return plan_runs(protocol, offer(protocol.apgd, defense, batch, own={}).usable, num_classes=classes)
+    return plan_runs(protocol, offer(protocol.apgd, defense, batch, own={}), num_classes=classes)
 
 
 def test_surrogates_times_losses_times_restarts_and_then_square() -> None:

@@ -1,0 +1,62 @@
+"""What all runs so far did to one batch: the runs of a cascade start from it."""
+
+from __future__ import annotations
+
+import torch
+from msa_eval.protocols.contexts import Company
+from msa_eval.protocols.trial import Batch, Finding, Outcome, Point
+from torch import Tensor
+
+from msa_eval.attacks.losses import margin
+
+
+class History:
+    """The record of one batch over all runs.
+
+    Args:
+        batch: the clean batch.
+        company: who sits beside each image at first, where the attacker chooses.
+
+    Attributes:
+        correct: the samples right on the clean batch ``(B,)``.
+        clean: the clean batch as points.
+        best: each sample's own point of the lowest lead, at first its clean image.
+        broken: the samples some run broke ``(B,)``.
+        committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
+        company: who sits beside each image, where the attacker chooses.
+        findings: adversarial batches that together break all samples broken, where these are kept.
+    """
+
+    def __init__(self, batch: Batch, company: Company | None = None) -> None:
+        self.correct = batch.correct
+        self._lead = -margin(batch.logits, batch.y)
+        self.best = self.clean = Point(batch.x, batch.z)
+        self.broken = torch.zeros_like(batch.correct)
+        self.committed = batch.correct
+        self.company = company
+        self.findings: list[Finding] = []
+
+    @property
+    def standing(self) -> Tensor:
+        """The samples that are right on the clean batch and that nothing has broken ``(B,)``."""
+        return self.correct & ~self.broken
+
+    def add(self, outcome: Outcome) -> None:
+        """Enter what a run did."""
+        lower = outcome.best_lead < self._lead
+        self.best = Point(
+            torch.where(_per_image(lower, outcome.best.x), outcome.best.x, self.best.x),
+            torch.where(_per_image(lower, outcome.best.z), outcome.best.z, self.best.z),
+        )
+        self._lead = torch.minimum(self._lead, outcome.best_lead)
+        if self.company is not None and outcome.company is not None:
+            index = torch.where(lower.unsqueeze(1), outcome.company, self.company.index)
+            self.company = Company(self.company.pool, index)
+        self.broken = self.broken | outcome.any_broken
+        if int(outcome.committed.sum()) < int(self.committed.sum()):
+            self.committed = outcome.committed
+        self.findings += outcome.findings
+
+
+def _per_image(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (like.ndim - 1))

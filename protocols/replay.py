@@ -1,0 +1,124 @@
+"""Replaying a proof: the hard target decides the real batch, with no closed form and no word of the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from msa_eval.protocols.archive import Proof
+from torch import Tensor
+
+from msa_eval.data import Samples
+from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent
+
+
+class Replay:
+    """A target that answers for proofs, in float32 and in batches put together image by image.
+
+    Features come from the trunk, each image passed once; clean ones smaller than the images are kept.
+
+    Args:
+        defense: the target, on the device, in evaluation mode.
+        samples: the whole data set.
+        batches: the plan: indices into the data set in batch order, a tensor a batch.
+        device: where to compute.
+
+    Raises:
+        ValueError: when features depend on more than their own image, so that rows can't be exchanged.
+    """
+
+    def __init__(self, defense: Defense, samples: Samples, batches: Sequence[Tensor], *, device: str) -> None:
+        self.samples, self.batches = samples, batches
+        self._defense, self._device = defense, device
+        self._kept: dict[int, Tensor] = {}
+        x = self._images(batches[0])
+        z = self._features(x)
+        check_trunk(defense, x, z)
+        declared: bool | None = getattr(defense, "batch_dependent", True)
+        if declared is None and isinstance(defense, WholeModel):
+            declared = looks_batch_dependent(defense, x, decide(defense, z))
+        self.batch_dependent = declared is not False
+
+    def images(self, number: int) -> Tensor:
+        """The clean batch ``(B, C, H, W)`` of a number.
+
+        Raises:
+            LookupError: when the plan has none of that number.
+        """
+        if number < 0:
+            raise LookupError(number)
+        return self._images(self.batches[number])
+
+    def labels(self, proof: Proof) -> Tensor:
+        """The labels of the samples that a proof breaks ``(n,)``."""
+        return self.samples.y[self.batches[proof.batch][proof.positions]].to(self._device)
+
+    def clean_logits(self, number: int, context: str) -> Tensor:
+        """The target's answer to a clean batch ``(B, k)``; in ``alone``, to each of its images in a batch of one."""
+        z = self._clean_features(self.batches[number])
+        if context == "alone" and self.batch_dependent:
+            return torch.cat([decide(self._defense, row.unsqueeze(0)) for row in z])
+        return decide(self._defense, z)
+
+    def logits(self, proof: Proof) -> Tensor:
+        """The target's answer to the rows that a proof is about ``(n, k)``, each in its batch.
+
+        Raises:
+            ValueError: when the companions of a composed batch are not others of the data set.
+        """
+        x = self._features(proof.x.to(self._device))
+        if proof.kind == "batch":
+            return decide(self._defense, x)[proof.positions]
+        rows = x if proof.own is None else self._features(proof.own.to(self._device))
+        batches = self._batches(proof, x, rows)
+        return torch.stack([decide(self._defense, z)[at] for z, at in batches])
+
+    def breaks(self, proof: Proof) -> Tensor:
+        """Which of a proof's positions the target gets wrong ``(n,)``."""
+        return self.logits(proof).argmax(dim=1) != self.labels(proof)
+
+    def _batches(self, proof: Proof, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """The features of each real batch, and where the row in question sits in it."""
+        if proof.context == "alone":
+            yield from ((row.unsqueeze(0), 0) for row in rows)
+            return
+        if proof.context == "composed":
+            yield from self._composed(proof, rows)
+            return
+        others = x if proof.kind == "victims" else self._clean_features(self.batches[proof.batch])
+        for row, at in zip(rows, proof.positions.tolist(), strict=True):
+            z = others.clone()
+            z[at] = row
+            yield z, at
+
+    def _composed(self, proof: Proof, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+        assert proof.companions is not None
+        samples = self.batches[proof.batch][proof.positions].tolist()
+        for row, at, own, index in zip(rows, proof.positions.tolist(), samples, proof.companions, strict=True):
+            if not len(index):
+                yield row.unsqueeze(0), at
+                continue
+            if int(index.min()) < 0 or int(index.max()) >= len(self.samples):
+                raise ValueError(f"the companions of sample {own} are not all in the data set")
+            if len(index.unique()) < len(index) or bool((index == own).any()):
+                raise ValueError(f"the companions of sample {own} are not different images other than itself")
+            z = self._clean_features(index)
+            yield torch.cat([z[:at], row.unsqueeze(0), z[at:]]), at
+
+    def _images(self, index: Tensor) -> Tensor:
+        return self.samples.images(index).to(self._device)
+
+    def _features(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._defense.features(x)
+
+    def _clean_features(self, index: Tensor) -> Tensor:
+        """Features ``(B, ...)`` of images of the data set, each passed through the trunk once if it can be kept."""
+        missing = torch.tensor([i for i in index.tolist() if i not in self._kept], dtype=torch.long)
+        if len(missing):
+            x = self._images(missing)
+            z = self._features(x)
+            if z[0].numel() >= x[0].numel():
+                return z  # nothing is ever kept, so all were missing
+            self._kept |= dict(zip(missing.tolist(), z, strict=True))
+        return torch.stack([self._kept[i] for i in index.tolist()])
