@@ -15,6 +15,7 @@ proof i has the tensors ``i/positions``, ``i/x`` and, by its kind, ``i/own`` or 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -427,4 +428,5 @@ def _save(path: Path, tensors: Mapping[str, Tensor], entries: Sequence[Mapping[s
         hint = "; free some space" if error.errno == errno.ENOSPC else ""
         raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -125,7 +125,7 @@ class CleanBatches:
         """Every image of a batch among its own companions; the pool follows the batch itself."""
         places = torch.arange(len(batch.x), device=batch.z.device)
         index = places.expand(len(places), -1)[~torch.eye(len(places), dtype=torch.bool, device=places.device)]
-        return Company(torch.cat([batch.z, pool]), index.view(len(places), -1))
+        return Company(torch.cat([batch.z, pool]), index.view(len(places), -1), places)
 
     def digest(self) -> str:
         """SHA-256 of all verdicts: it tells apart what weights alone do not."""

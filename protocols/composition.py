@@ -1,33 +1,78 @@
-"""The composition attack: which clean images beside an image make the target wrong on it."""
+"""Attacks that choose the company of an image from what is cached, and so cost decisions, not passes.
+
+The search is a coordinate descent: in one place after another, several images are tried, and the one is kept that
+leaves the label the smallest lead.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.contexts import Company
-from msa_eval.protocols.trial import Trial
+from msa_eval.protocols.contexts import Company, decide_each
+from msa_eval.protocols.trial import Point, Trial
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
+from msa_eval.defense import Defense
+
+Candidates = Callable[[int, Company], Tensor]
+"""``(place, company) -> (n, w)``: what each row may put in a place of its company, as places in the pool."""
 
 WIDTH = 8
-"""Images that a greedy search compares in one place."""
+"""Images that a greedy composition compares in one place."""
+
+
+def descend(
+    defense: Defense, z: Tensor, y: Tensor, company: Company, *, places: Sequence[int], candidates: Candidates
+) -> tuple[Company, Tensor]:
+    """Lower the lead of each row's label by the choice of its company.
+
+    Args:
+        defense: the target.
+        z: features of the rows ``(n, ...)``.
+        y: their labels ``(n,)``.
+        company: who sits beside each at first.
+        places: which places of the company to try, in this order.
+        candidates: what to try there, beside what is there.
+
+    Returns:
+        the company found, and the leads ``(n,)``.
+    """
+
+    def leads(index: Tensor, times: int) -> Tensor:
+        shape = (times, *[1] * (z.ndim - 1))
+        seats = company.seats.repeat(times)
+        with torch.no_grad():
+            logits = decide_each(defense, z.repeat(*shape), Company(company.pool, index, seats))
+        return -margin(logits.float(), y.repeat(times))
+
+    lead = leads(company.index, 1)
+    for place in places:
+        drawn = candidates(place, company)
+        width = drawn.shape[1]
+        index = company.index.repeat(width, 1)
+        index[:, place] = drawn.T.flatten()
+        found, which = leads(index, width).view(width, -1).min(dim=0)
+        best = index.view(width, len(z), -1)[which, torch.arange(len(z), device=z.device)]
+        company = company.seating(torch.where((found < lead).unsqueeze(1), best, company.index))
+        lead = torch.minimum(found, lead)
+    return company, lead
 
 
 @dataclass(frozen=True)
 class CompositionAttack:
-    """A search over the company of every image of a batch, whose own points stay as they are.
+    """The choice of the clean images that sit beside each image of a batch, whose own points stay as they are.
 
-    A random search puts one image of the pool in one place at a time and keeps it where the lead of the label falls; a
-    greedy one compares several in that place and keeps the best. No image sits twice in a batch.
+    No image sits twice in a batch.
 
-    Args:
-        company: the pool and who sits where at first.
-        identity: of each image of the pool ``(P,)``, so that none is taken twice.
-        own: identity of the batch's images ``(B,)``.
+    Attributes:
+        company: the pool, and who sits where at first.
+        identity: of each image of the pool ``(P,)``.
+        own: of the batch's images ``(B,)``.
         trials: batches tried for each image.
-        greedy: whether to compare several images in a place.
+        greedy: whether to compare several images in a place, or one.
     """
 
     company: Company
@@ -38,26 +83,87 @@ class CompositionAttack:
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points, unchanged; the company found is in the trial's record."""
-        index = self.company.index
-        lead = -margin(trial.regroup(self.company), trial.batch.y)
-        if index.shape[1] == 0:
+        trial.regroup(self.company)
+        seats = self.company.index.shape[1]
+        if seats == 0:
             return trial.start.x
         width = WIDTH if self.greedy else 1
-        place = index.new_zeros(len(index))
-        for attempt in range(self.trials):
-            if attempt % width == 0:
-                place = torch.randint(index.shape[1], (len(index),), generator=generator).to(index)
-            drawn = torch.randint(len(self.identity), (len(index),), generator=generator).to(index)
-            proposed = index.scatter(1, place.unsqueeze(1), drawn.unsqueeze(1))
-            proposed = torch.where(self._allowed(index, drawn).unsqueeze(1), proposed, index)
-            found = -margin(trial.regroup(Company(self.company.pool, proposed)), trial.batch.y)
-            lower = found < lead
-            index, lead = torch.where(lower.unsqueeze(1), proposed, index), torch.minimum(found, lead)
-        trial.regroup(Company(self.company.pool, index))
+        places = torch.randint(seats, (-(-self.trials // width),), generator=generator).tolist()
+
+        def candidates(place: int, company: Company) -> Tensor:
+            drawn = torch.randint(len(self.identity), (len(self.own), width), generator=generator).to(company.index)
+            return torch.where(self._allowed(company.index, drawn), drawn, company.index[:, place : place + 1])
+
+        found, _ = descend(
+            trial.target, trial.start.z, trial.batch.y, self.company, places=places, candidates=candidates
+        )
+        trial.regroup(found)
         return trial.start.x
 
     def _allowed(self, index: Tensor, drawn: Tensor) -> Tensor:
-        """Whether the image drawn for each row is neither its own nor in its company ``(B,)``."""
-        drawn_identity = self.identity[drawn].unsqueeze(1)
-        taken = (self.identity[index] == drawn_identity).any(dim=1)
-        return ~taken & (drawn_identity.squeeze(1) != self.own)
+        """Whether an image drawn for a row ``(n, w)`` is neither its own nor in its company."""
+        identity = self.identity[drawn]
+        taken = (self.identity[index].unsqueeze(2) == identity.unsqueeze(1)).any(dim=1)
+        return ~taken & (identity != self.own.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class RecombinationAttack:
+    """The choice, for each sample that stands, among the points that earlier runs found for every image of its batch.
+
+    Any mixture of points of one ball is an adversarial batch. Each sample gets the mixture that serves against it
+    alone; what breaks it by cached features is confirmed by a pass of that batch.
+
+    Attributes:
+        points: what earlier runs found, each a whole batch.
+        sweeps: how often each place is visited.
+    """
+
+    points: Sequence[Point]
+    sweeps: int
+
+    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+        """Return the starting points; every batch put together is in the trial's record."""
+        rows = (trial.counted & trial.batch.correct).nonzero().flatten()
+        size, many = len(trial.batch.x), len(self.points)
+        pool = torch.cat([point.z for point in self.points])  # the point k of image j lies at k * size + j
+        images = torch.arange(size, device=rows.device)
+        others = images.expand(len(rows), -1)[images != rows.unsqueeze(1)].view(len(rows), -1)
+        choices = torch.arange(many, device=rows.device) * size
+
+        def candidates(place: int, company: Company) -> Tensor:
+            return others[:, place : place + 1] + choices
+
+        company = Company(pool, others, rows)
+        chosen = rows
+        for _ in range(self.sweeps):
+            chosen = self._own(trial, pool, chosen, company, choices)
+            places = torch.randperm(size - 1, generator=generator).tolist()
+            company, _ = descend(
+                trial.target, pool[chosen], trial.batch.y[rows], company, places=places, candidates=candidates
+            )
+        self._confirm(trial, rows, chosen, company)
+        return trial.start.x
+
+    def _own(self, trial: Trial, pool: Tensor, chosen: Tensor, company: Company, choices: Tensor) -> Tensor:
+        """Each row's own point ``(n,)`` that its company serves best, as a place in the pool."""
+        rows = company.seats
+        options = rows.unsqueeze(0) + choices.unsqueeze(1)
+        index, seats = company.index.repeat(len(choices), 1), rows.repeat(len(choices))
+        with torch.no_grad():
+            logits = decide_each(trial.target, pool[options.flatten()], Company(pool, index, seats))
+        leads = -margin(logits.float(), trial.batch.y[seats])
+        found = leads.view(len(choices), -1).argmin(dim=0)
+        return options[found, torch.arange(len(rows), device=rows.device)]
+
+    def _confirm(self, trial: Trial, rows: Tensor, chosen: Tensor, company: Company) -> None:
+        """Pass every batch on which a sample seems to be broken."""
+        with torch.no_grad():
+            logits = decide_each(trial.target, company.pool[chosen], company)
+        wrong = logits.argmax(dim=1) != trial.batch.y[rows]
+        images = torch.stack([point.x for point in self.points])
+        size = len(trial.batch.x)
+        for i in wrong.nonzero().flatten().tolist():
+            seat = int(rows[i])
+            places = torch.cat([company.index[i, :seat], chosen[i : i + 1], company.index[i, seat:]])
+            trial.judge(images[places // size, places % size])

@@ -22,19 +22,21 @@ NEAR_TIE = 1e-4
 
 @dataclass(frozen=True)
 class Company:
-    """Clean images chosen to sit beside each row of a batch.
+    """Images chosen to sit beside each of some rows.
 
     Attributes:
         pool: features of the images to choose from ``(P, ...)``.
-        index: places in the pool ``(B, B - 1)``: row i's companions, in the order of the batch without row i.
+        index: places in the pool ``(n, B - 1)``: each row's companions, in the order of the batch without the row.
+        seats: each row's own position in its batch ``(n,)``.
     """
 
     pool: Tensor
     index: Tensor
+    seats: Tensor
 
-    def beside(self, row: int) -> Tensor:
-        """Features ``(B - 1, ...)`` of one row's companions."""
-        return self.pool[self.index[row]]
+    def seating(self, index: Tensor) -> Company:
+        """The same rows among others of the pool."""
+        return Company(self.pool, index, self.seats)
 
 
 class OneAtATime:
@@ -136,10 +138,11 @@ def _decide_row(
     if companions is None:
         return defense.logits(z[i : i + 1], **settings)[0]
     if isinstance(companions, Company):
-        beside = companions.beside(i)
+        beside, seat = companions.pool[companions.index[i]], int(companions.seats[i])
     else:
-        beside = torch.cat([companions[:i], companions[i + 1 :]])
-    return defense.logits(torch.cat([beside[:i], z[i : i + 1], beside[i:]]), **settings)[i]
+        beside, seat = torch.cat([companions[:i], companions[i + 1 :]]), i
+    batch = torch.cat([beside[:seat], z[i : i + 1], beside[seat:]])
+    return defense.logits(batch, **settings)[seat]
 
 
 def in_context(

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from msa_eval.protocols.clean import CleanBatches, seeded
-from msa_eval.protocols.composition import CompositionAttack
+from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
 from msa_eval.protocols.history import History
 from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
-from msa_eval.protocols.runs import Offers, Run, offer, plan_runs
+from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
 from msa_eval.surrogates.registry import Own
@@ -193,7 +193,7 @@ class _Entrant:
         seed: int,
     ) -> _Entrant:
         """Plan the runs of a target; the caller's own surrogates are the defence's."""
-        offers = Offers((), (), "", batch_dependent=clean.batch_dependent)
+        offers = Offers((), (), "")
         if protocol.apgd is not None:
             with seeded(seed):
                 offers = offer(
@@ -201,9 +201,12 @@ class _Entrant:
                     batch_dependent=clean.batch_dependent,
                 )  # fmt: skip
         runs = {
-            context: plan_runs(protocol, offers, num_classes=clean.num_classes, context=context)
+            context: plan_runs(
+                protocol, offers, num_classes=clean.num_classes, context=context,
+                batch_dependent=clean.batch_dependent, caches=not isinstance(defense, WholeModel),
+            )
             for context in protocol.contexts
-        }
+        }  # fmt: skip
         if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
             warnings.warn(
                 f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
@@ -272,7 +275,7 @@ class _Entrant:
             target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
         generator = run.generator(self.seed, self.name, context, batch.number)
-        attack = run.attack or self._composition(batch, history, pool)
+        attack = run.attack or self._choice(run, batch, history, pool)
         try:
             # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
             with seeded(generator.initial_seed()):
@@ -287,17 +290,17 @@ class _Entrant:
             return None
         return (self.clean.chosen[self.clean.seats[batch.number]] == self.protocol.apgd.victim).to(batch.y.device)
 
-    def _composition(
-        self, batch: Batch, history: History, pool: tuple[Tensor, Tensor] | None
-    ) -> CompositionAttack:  # fmt: skip
+    def _choice(self, run: Run, batch: Batch, history: History, pool: tuple[Tensor, Tensor] | None) -> Attack:
+        """An attack that chooses from what is cached."""
+        if run.label == "recombination":
+            assert self.protocol.recombination is not None
+            return RecombinationAttack(history.points, self.protocol.recombination.sweeps)
         assert pool is not None
         assert history.company is not None
-        own = self.clean.chosen[self.clean.seats[batch.number]]
+        own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
         budget = self.protocol.composition
-        identity = torch.cat([own, pool[1]]).to(batch.y.device)
-        return CompositionAttack(
-            history.company, identity, own.to(batch.y.device), budget.trials, budget.search == "greedy"
-        )  # fmt: skip
+        identity = torch.cat([own, pool[1].to(own.device)])
+        return CompositionAttack(history.company, identity, own, budget.trials, budget.search == "greedy")
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

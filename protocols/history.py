@@ -9,6 +9,9 @@ from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 
+POINTS = 24
+"""So many points of each image are kept."""
+
 
 class History:
     """The record of one batch over all runs.
@@ -24,6 +27,7 @@ class History:
         broken: the samples some run broke ``(B,)``.
         committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
         company: who sits beside each image, where the attacker chooses.
+        points: where the runs ended, and each sample's best, for recombination.
         findings: adversarial batches that together break all samples broken, where these are kept.
     """
 
@@ -34,6 +38,7 @@ class History:
         self.broken = torch.zeros_like(batch.correct)
         self.committed = batch.correct
         self.company = company
+        self.points = [self.clean]
         self.findings: list[Finding] = []
 
     @property
@@ -51,10 +56,11 @@ class History:
         self._lead = torch.minimum(self._lead, outcome.best_lead)
         if self.company is not None and outcome.company is not None:
             index = torch.where(lower.unsqueeze(1), outcome.company, self.company.index)
-            self.company = Company(self.company.pool, index)
+            self.company = self.company.seating(index)
         self.broken = self.broken | outcome.any_broken
         if int(outcome.committed.sum()) < int(self.committed.sum()):
             self.committed = outcome.committed
+        self.points = [*self.points, outcome.final, outcome.best][-POINTS:]
         self.findings += outcome.findings
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
-from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
-from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec, SpsaBudget, SquareBudget
+from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
 from msa_eval.protocols.trial import Batch, Setting, Trial
 from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
@@ -135,8 +134,8 @@ class Run:
 
     Attributes:
         surrogate: what is attacked; ``None`` is the hard target itself.
-        attack: the search; ``None`` is the search for company, which depends on the batch.
-        label: the attack's name: ``apgd``, ``square``, ``spsa``, ``composition``.
+        attack: the search; ``None`` is one among what the batch's history holds.
+        label: the attack's name: ``apgd``, ``recombination``, ``square``, ``spsa``, ``composition``.
         loss: the loss's name.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -203,10 +202,9 @@ class Offers:
     Attributes:
         usable: those it has, in order.
         missing: the names of those it has not.
+        sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
         among: the names of those whose gradient reaches the companions of an image.
         together: all usable ones as an ensemble, where there are several.
-        batch_dependent: whether the target looks at companions.
-        sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
     """
 
     usable: Sequence[Surrogate]
@@ -214,7 +212,6 @@ class Offers:
     sha256: str
     among: Sequence[str] = ()
     together: Ensemble | None = None
-    batch_dependent: bool = True
 
 
 def offer(
@@ -269,7 +266,7 @@ def offer(
     if budget.combine in ("mean", "alternate") and len(usable) > 1:
         together = ensemble(budget.combine, usable, defense, batch.x, batch.z)
     missing = [s.name for s in known if s not in usable]
-    return Offers(usable, missing, digest.hexdigest(), among, together, batch_dependent)
+    return Offers(usable, missing, digest.hexdigest(), among, together)
 
 
 def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
@@ -282,7 +279,15 @@ def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | No
     return None if gradient is None else logits.detach()
 
 
-def plan_runs(protocol: Protocol, offers: Offers, *, num_classes: int, context: str = "joint") -> list[Run]:
+def plan_runs(
+    protocol: Protocol,
+    offers: Offers,
+    *,
+    num_classes: int,
+    context: str = "joint",
+    batch_dependent: bool = True,
+    caches: bool = True,
+) -> list[Run]:
     """All runs of a protocol against one target in one context, in the order they are made.
 
     Args:
@@ -290,6 +295,8 @@ def plan_runs(protocol: Protocol, offers: Offers, *, num_classes: int, context: 
         offers: the surrogates the target has.
         num_classes: k, which some losses need to be high enough.
         context: what the attacker controls.
+        batch_dependent: whether the target looks at companions.
+        caches: whether its decision costs less than a pass.
 
     Raises:
         ValueError: when a loss needs more classes.
@@ -298,8 +305,10 @@ def plan_runs(protocol: Protocol, offers: Offers, *, num_classes: int, context: 
     if protocol.apgd is not None:
         _check_losses(protocol.apgd, num_classes)
         runs += _apgd_runs(protocol.apgd, offers, num_classes, apart=context == "joint")
+    if protocol.recombination is not None and context == "joint" and batch_dependent and caches:
+        runs.append(Run(None, None, "recombination", "margin", 0, chained=True))
     runs += _query_runs(protocol)
-    if context == "composed" and offers.batch_dependent:
+    if context == "composed" and batch_dependent:
         # Before the runs on clean images, and after them on the points they found.
         first, last = (Run(None, None, "composition", "margin", i, chained=True) for i in range(2))
         runs = [first, *runs, last]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
 
-T = TypeVar("T", "ApgdBudget", "SquareBudget", "SpsaBudget", "CompositionBudget", "StochasticBudget")
+T = TypeVar("T")
 
 SCHEMA = 1
 CONTEXTS = ("joint", "solo", "alone", "composed")
@@ -128,6 +128,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.spsa.queries": _whole(2),
     "attack.spsa.samples": _whole(1),
     "attack.spsa.restarts": _whole(1),
+    "attack.recombination.sweeps": _whole(1),
     "attack.composition.pool": _whole(1),
     "attack.composition.search": _choice("greedy", "random"),
     "attack.composition.trials": _whole(1),
@@ -218,6 +219,17 @@ class SpsaBudget:
 
 
 @dataclass(frozen=True)
+class RecombinationBudget:
+    """In ``joint``, on a batch-dependent target with a trunk: mixtures of the points that the runs found.
+
+    Attributes:
+        sweeps: how often each image of the batch is given another of its points, for each sample that stands.
+    """
+
+    sweeps: int = 2
+
+
+@dataclass(frozen=True)
 class CompositionBudget:
     """In the context ``composed``, the search for the clean images that sit beside each image.
 
@@ -266,6 +278,7 @@ class Protocol:
         apgd: the white-box part, or ``None``.
         square: the gradient-free part, or ``None``.
         spsa: a second gradient-free part, or ``None``.
+        recombination: of the points found, or ``None``.
         composition: the choice of companions in ``composed``.
         stochastic: what is done about a target that answers at random.
         overrides: what was changed against the file, by dotted key.
@@ -286,6 +299,7 @@ class Protocol:
     apgd: ApgdBudget | None = None
     square: SquareBudget | None = None
     spsa: SpsaBudget | None = None
+    recombination: RecombinationBudget | None = None
     composition: CompositionBudget = CompositionBudget()
     stochastic: StochasticBudget = StochasticBudget()
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -378,6 +392,7 @@ def make_protocol(
         apgd=_section(ApgdBudget, "attack.apgd.", parsed),
         square=_section(SquareBudget, "attack.square.", parsed),
         spsa=_section(SpsaBudget, "attack.spsa.", parsed),
+        recombination=_section(RecombinationBudget, "attack.recombination.", parsed),
         composition=_section(CompositionBudget, "attack.composition.", parsed) or CompositionBudget(),
         stochastic=_section(StochasticBudget, "stochastic.", parsed) or StochasticBudget(),
         overrides=changed,

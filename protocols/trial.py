@@ -85,6 +85,7 @@ class Outcome:
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
+        final: the final points.
         best: each sample's own point of the lowest lead.
         best_lead: that lead.
         company: who sat beside it, where the attacker chooses.
@@ -101,6 +102,7 @@ class Outcome:
     forwards: int
     backwards: int
     decisions: int
+    final: Point
     best: Point
     best_lead: Tensor
     company: Tensor | None
@@ -184,6 +186,11 @@ class Trial:
         self._kept = self._proposed = _Answered(self.start, kept)
 
     @property
+    def target(self) -> Defense:
+        """The hard target, for attacks that choose among cached features; what they choose is judged here."""
+        return self._defense
+
+    @property
     def ensemble(self) -> bool:
         """Whether several surrogates are attacked at once."""
         return isinstance(self._surrogate, Ensemble)
@@ -251,6 +258,13 @@ class Trial:
         self._judge(self.start, logits)
         return logits
 
+    def judge(self, x: Tensor) -> None:
+        """Pass a batch of points and judge it."""
+        with torch.no_grad():
+            z = self._features(x)
+        self._iterate += 1
+        self._judge(Point(x, z), self._decide(self._defense, z))
+
     def finish(self, x: Tensor) -> Outcome:
         """Judge the batch of final points by a fresh pass, and report.
 
@@ -282,6 +296,7 @@ class Trial:
             forwards=self._forwards,
             backwards=self._backwards,
             decisions=self._decisions,
+            final=Point(x, z),
             best=self._best,
             best_lead=self._best_lead,
             company=self._company,

@@ -122,7 +122,7 @@ def verify(
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
-    samples = x if isinstance(x, Samples) else Samples(torch.as_tensor(x), torch.as_tensor(y))
+    samples = _samples(x, y)
     device = check_device(device)
     targets = _targets(target, fc, device)
     case = _Case(folder, targets, samples, device, progress)
@@ -134,6 +134,14 @@ def verify(
         case.check()
     seconds = time.perf_counter() - started
     return Verification(tuple(case.checks), len(case.claims), len(case.proven), round(seconds, 3))
+
+
+def _samples(x: Any, y: Any) -> Samples:
+    if isinstance(x, Samples):
+        return x
+    if y is None:
+        raise ValueError("expected labels y beside the images, or Samples that hold both")
+    return Samples(torch.as_tensor(x), torch.as_tensor(y))
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
@@ -430,8 +438,8 @@ def _read_tables(folder: Path) -> tuple[str, Tables]:
     for name in COLUMNS:
         path = folder / f"{name}.csv"
         try:
-            # The default parser is off by a last digit, and guesses a column's type piece by piece.
-            tables[name] = pd.read_csv(path, float_precision="round_trip", low_memory=False)
+            # At once, or a column's type would be guessed piece by piece.
+            tables[name] = pd.read_csv(path, low_memory=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path.name} is not readable: {error}") from error
         check_columns(name, tables[name])

@@ -206,7 +206,7 @@ def test_the_limit_leaves_out_and_counts(tmp_path: Path) -> None:
         assert written.samples + written.left_out == 61
         assert written.left_out > 0
         assert len(read(tmp_path / "a", _clean, LINF)) == written.proofs
-    assert _write(tmp_path / "a", [big] * 20 + [small], limit_bytes=1950).samples == 1
+    assert _write(tmp_path / "a", [big] * 20 + [small], limit_bytes=1700).samples == 1
 
 
 def test_the_size_of_cifar10_batches(tmp_path: Path) -> None:

@@ -1,0 +1,431 @@
+"""Signs that a robustness figure should not be believed, and the verdict they add up to.
+
+Each sign is a function of what was measured: numbers in, one plain sentence out. What measures them is
+`msa_eval.protocols.audit`; `signs_from` reads those that a finished evaluation holds.
+
+References:
+    Obfuscated Gradients Give a False Sense of Security (Athalye, Carlini & Wagner, 2018), arXiv:1802.00420,
+    section 3.1; On Evaluating Adversarial Robustness (Carlini et al., 2019), arXiv:1902.06705, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from msa_eval.protocols.evidence import Results
+from scipy.stats import binomtest
+from torch import Tensor
+
+Severity = Literal["note", "suspect", "unreliable"]
+Mask = npt.NDArray[np.bool_]
+
+GRADIENT_FREE = frozenset({"square", "spsa"})
+"""Attacks that use no gradient; all others are white-box."""
+
+SAME = 1e-5
+"""Answers whose drift, as a share of the range of the logits, is below this are the same."""
+
+ALONE = 1e-3
+"""Likewise, where the shape of the batch differs: other kernels add up in another order, in TF32 on some GPUs."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign.
+
+    Attributes:
+        name: what was looked at.
+        fired: whether it was seen.
+        severity: what it counts for when it fires.
+        value: what was measured.
+        threshold: above (or, where the reason says so, below) which it fires.
+        reason: one sentence: what was seen, and what to do about it.
+    """
+
+    name: str
+    fired: bool
+    severity: Severity
+    value: float
+    threshold: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a figure can be believed.
+
+    Attributes:
+        verdict: ``sound``, ``suspect`` or ``unreliable``.
+        reasons: of the signs that made it so, the gravest first.
+    """
+
+    verdict: Literal["sound", "suspect", "unreliable"]
+    reasons: tuple[str, ...]
+
+
+def verdict_of(signs: Iterable[Sign]) -> Verdict:
+    """Add signs up: the gravest that fired decides, and notes never do.
+
+    >>> verdict_of([Sign("large_eps", True, "unreliable", 0.3, 0.05, "30 % are left.")])
+    Verdict(verdict='unreliable', reasons=('30 % are left.',))
+    >>> verdict_of([Sign("randomness", True, "note", 0.1, 1e-5, "It draws.")])
+    Verdict(verdict='sound', reasons=())
+    """
+    fired = [sign for sign in signs if sign.fired]
+    grave = [sign.reason for sign in fired if sign.severity == "unreliable"]
+    doubtful = [sign.reason for sign in fired if sign.severity == "suspect"]
+    return Verdict("unreliable" if grave else "suspect" if doubtful else "sound", (*grave, *doubtful))
+
+
+class Change(NamedTuple):
+    """How two answers to the same images differ.
+
+    Attributes:
+        drift: the largest difference of a logit, as a share of the range of all logits; infinite if there was no
+            second answer.
+        mean: the mean difference, likewise.
+        flips: the share of samples whose class differs.
+    """
+
+    drift: float
+    mean: float
+    flips: float
+
+
+def change(before: Tensor, after: Tensor) -> Change:
+    """Compare two answers ``(B, k)``.
+
+    >>> import torch
+    >>> change(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 3.0]]))
+    Change(drift=0.25, mean=0.125, flips=0.0)
+    """
+    scale = max(float(before.max() - before.min()), 1e-12)
+    difference = (after - before).abs() / scale
+    flips = (after.argmax(dim=1) != before.argmax(dim=1)).float().mean()
+    return Change(float(difference.max()), float(difference.mean()), float(flips))
+
+
+def probabilities(logits: Tensor) -> Sign:
+    """Whether clean logits ``(N, k)`` are probabilities: a loss on top is then a double softmax, or saturates."""
+    inside = ((logits >= -1e-4) & (logits <= 1 + 1e-4)).all(dim=1) & ((logits.sum(dim=1) - 1).abs() < 1e-3)
+    share = float(inside.float().mean())
+    fired = share >= 1
+    seen = "all outputs are probabilities, on which losses saturate; return the logits before the softmax"
+    reason = seen if fired else f"outputs are no probabilities ({_percent(share)} of the rows look like some)"
+    return Sign("probabilities", fired, "suspect", share, 1.0, _sentence(reason))
+
+
+def randomness(other_seeds: Change) -> Sign:
+    """Whether the target answers at random: answers under two seeds differ."""
+    fired = not other_seeds.drift <= SAME
+    if fired:
+        reason = (
+            f"the same batch is answered differently under another seed (drift {other_seeds.drift:.2g} of the logits' "
+            f"range, {_percent(other_seeds.flips)} of the classes flip); verdicts need a majority of draws and "
+            f"gradients an expectation over them (stochastic.draws, stochastic.eot)"
+        )
+    else:
+        reason = f"the same batch gets the same answer under two seeds (drift {other_seeds.drift:.2g})"
+    return Sign("randomness", fired, "note", other_seeds.drift, SAME, _sentence(reason))
+
+
+def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Change | None = None) -> Sign:
+    """Whether an image's answer depends on who sits beside it.
+
+    Args:
+        changes: by what was done to the batch; empty where there was nobody to sit beside.
+        declared: whether the engine takes the target for batch-dependent, and gives every verdict in its batch.
+        noise: of a target that answers at random: the change that two seeds make.
+    """
+    severity: Severity = "note" if declared else "unreliable"
+    if not changes:
+        reason = "there is only one image, so nothing was learnt about its companions; audit at least two"
+        return Sign("batch_dependence", False, severity, 0.0, ALONE, _sentence(reason))
+    worst = max(changes, key=lambda name: changes[name].mean)
+    found = changes[worst]
+    # Chance gives each row of a changed batch other draws, so only what goes beyond that counts.
+    value, threshold = (found.drift, ALONE) if noise is None else (found.mean, 2 * noise.mean + ALONE)
+    if noise is None:
+        worst = max(changes, key=lambda name: changes[name].drift)
+        found, value = changes[worst], changes[worst].drift
+    fired = not value <= threshold
+    seen = f"answers change by {value:.2g} of the logits' range, {_percent(found.flips)} of the classes flip ({worst})"
+    if fired and declared:
+        reason = f"{seen}: verdicts hold for the batches of the plan alone; try contexts solo and alone too"
+    elif fired:
+        reason = f"{seen}, though the defence says batch_dependent = False; set it to True and evaluate again"
+    else:
+        reason = f"an image's answer does not depend on its companions ({seen})"
+    return Sign("batch_dependence", fired, severity, value, threshold, _sentence(reason))
+
+
+def state(repeated: Change, after_use: Change, *, other_generators: bool) -> Sign:
+    """Whether answers change though inputs and seed are the same.
+
+    Args:
+        repeated: the change between two answers in a row.
+        after_use: after passes with gradients and of other batches.
+        other_generators: whether answers repeat once NumPy's and Python's generators are seeded too: that is chance,
+            which can't be made again from a seed of torch, but no state.
+    """
+    value = max(repeated.drift, after_use.drift)
+    fired = not value <= SAME
+    severity: Severity = "suspect" if fired and other_generators else "unreliable"
+    if not fired:
+        reason = f"answers stay the same over passes, with gradients and of other batches (drift {value:.2g})"
+    elif other_generators:
+        reason = (
+            f"answers to the same batch differ by {value:.2g} of the logits' range under the same seed of torch: the "
+            f"defence draws from NumPy or random; draw from torch, so that evidence can be made again"
+        )
+    else:
+        flips = max(repeated.flips, after_use.flips)
+        reason = (
+            f"answers to the same batch under the same seed differ by {value:.2g} of the logits' range "
+            f"({_percent(flips)} of the classes flip): the defence keeps a state, or draws from a generator that can't "
+            f"be seeded; freeze it, since a verdict depends on what was asked before"
+        )
+    return Sign("state", fired, severity, value, SAME, _sentence(reason))
+
+
+def zero_gradients(dead: float, by_surrogate: Mapping[str, float]) -> Sign:
+    """Whether gradients vanish through every surrogate.
+
+    Args:
+        dead: the share of samples without a gradient through any surrogate under any loss.
+        by_surrogate: that share through each alone.
+    """
+    fired = dead > 0.05
+    seen = f"{_percent(dead)} of the samples have no gradient under any loss through any surrogate"
+    each = _listed(by_surrogate, _percent)
+    if fired:
+        reason = f"{seen} ({each}), so white-box attacks can't move them; add a surrogate that is differentiable"
+    else:
+        reason = f"{seen} ({each})"
+    return Sign("zero_gradients", fired, "unreliable", dead, 0.05, _sentence(reason))
+
+
+def own_gradient_zero(own: float, dead: float) -> Sign:
+    """Whether only the defence's own gradient vanishes while a surrogate has one.
+
+    Args:
+        own: the share of samples without a gradient through the defence's own decision.
+        dead: the share without one through any surrogate.
+    """
+    fired = own > 0.05 >= dead
+    reason = f"{_percent(own)} of the samples have no gradient through the defence's own decision"
+    if fired:
+        reason += "; a surrogate has one, so the figure rests on surrogates and gradient-free attacks"
+    return Sign("own_gradient_zero", fired, "note", own, 0.05, _sentence(reason))
+
+
+def gradient_free_beats_white_box(only: int, n: int, *, continued: bool = False) -> Sign:
+    """Whether gradient-free attacks break what no white-box attack breaks, which gradients should make easy.
+
+    Args:
+        only: samples that only gradient-free attacks broke.
+        n: all samples.
+        continued: whether those attacks went on from white-box points, where a last touch is no wonder.
+
+    >>> gradient_free_beats_white_box(4, 100).severity, gradient_free_beats_white_box(1, 10).fired
+    ('suspect', False)
+    """
+    share = only / n
+    severity: Severity = "note" if continued else "unreliable" if share > 0.05 else "suspect"
+    fired = share > 0.01 and only >= 2
+    seen = f"only gradient-free attacks broke {only} of {n} samples ({_percent(share)})"
+    if fired and continued:
+        reason = f"{seen}, from points that white-box attacks had found; more white-box steps may find them too"
+    elif fired:
+        reason = f"{seen}: gradients mislead; add surrogates, losses or restarts, and more queries"
+    else:
+        reason = seen
+    return Sign("gradient_free_beats_white_box", fired, severity, share, 0.01, _sentence(reason))
+
+
+def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign | None:
+    """Whether points found through another surrogate break more than the direct attack through ``ste``.
+
+    Tested by McNemar's exact test, its level 0.05 shared among the surrogates.
+
+    Args:
+        direct: the samples that the direct attack broke ``(N,)``.
+        transfers: those that each other surrogate's broke.
+
+    Returns:
+        the sign; ``None`` where there is no other surrogate.
+    """
+    if not transfers:
+        return None
+    worst = max(transfers, key=lambda name: int(transfers[name].sum()))
+    gain, loss = int((transfers[worst] & ~direct).sum()), int((direct & ~transfers[worst]).sum())
+    lead = (gain - loss) / len(direct)
+    chance = binomtest(gain, gain + loss, alternative="greater").pvalue if gain + loss else 1.0
+    fired = lead > 0.05 and chance < 0.05 / len(transfers)
+    seen = f"points found through {worst} break {100 * lead:+.1f} points more than the direct attack (ste)"
+    reason = f"{seen}, p = {chance:.2g}"
+    if fired:
+        reason += ": the defence hides its own gradient; trust the surrogates' figures alone, and look for more of them"
+    return Sign("transfer_beats_direct", fired, "suspect", lead, 0.05, _sentence(reason))
+
+
+def large_eps(left: int, n: int, ball: str, *, failure: str = "") -> Sign:
+    """Whether samples survive white-box attacks in a ball in which every image can be erased.
+
+    Args:
+        left: samples that no attack broke.
+        n: all samples.
+        ball: the ball in words.
+        failure: what went wrong, where the attacks could not be finished.
+    """
+    share = left / n
+    fired = bool(failure) or (share > 0.05 and left >= min(2, n))
+    seen = f"{_percent(share)} of the samples survive in a ball of {ball}, in which every image can be erased"
+    if failure:
+        reason = f"the attack in a ball of {ball} failed ({failure}); make the defence answer to any image in [0, 1]"
+    elif fired:
+        reason = f"{seen}: the attacks can't find what must be there; add surrogates, or look for masked gradients"
+    else:
+        reason = seen
+    return Sign("large_eps", fired, "unreliable", share, 0.05, _sentence(reason))
+
+
+def one_step_beats_forty(one: Mapping[str, int], forty: Mapping[str, int], n: int) -> Sign:
+    """Whether a single step through a surrogate breaks more samples than forty through the same."""
+    worst = max(one, key=lambda name: one[name] - forty[name])
+    lead = one[worst] - forty[worst]
+    fired = lead > 2 and lead / n > 0.02
+    reason = f"through {worst} a single step breaks {one[worst]} of {n} samples, forty steps {forty[worst]}"
+    if fired:
+        reason += ": the gradient leads astray away from clean images; add restarts, losses and surrogates"
+    return Sign("one_step", fired, "suspect", lead / n, 0.02, _sentence(reason))
+
+
+def loss_not_rising(rises: Mapping[str, float]) -> Sign:
+    """Whether forty steps raise the loss through no surrogate.
+
+    Args:
+        rises: for each surrogate, the rise of the mean loss from the random start to the last quarter of the run, in
+            units of the mean change that the random start itself made: that makes it free of scale and of ε.
+    """
+    best = max(rises.values())
+    fired = not best > 0.5
+    each = _listed(rises, lambda rise: f"{rise:.2g}")
+    reason = f"forty steps raise the loss by {best:.2g} times what a random start changes ({each})"
+    if fired:
+        reason += ": the search finds no way up; look for masked gradients, and raise steps and restarts"
+    return Sign("loss_not_rising", fired, "suspect", best, 0.5, _sentence(reason))
+
+
+def surrogate_disagrees(rates: Mapping[str, float]) -> Sign:
+    """Whether even the best surrogate answers differently from the target on clean images.
+
+    Args:
+        rates: for each surrogate, the share of clean samples on which its class differs from the target's.
+    """
+    best = min(rates.values())
+    fired = best > 0.05
+    reason = (
+        f"the best surrogate differs from the target on {_percent(best)} of the clean samples "
+        f"({_listed(rates, _percent)})"
+    )
+    if fired:
+        reason += ", so what fools it need not fool the target; add a surrogate that is closer"
+    return Sign("surrogate_disagrees", fired, "suspect", best, 0.05, _sentence(reason))
+
+
+def state_guard(changes: Sequence[str]) -> Sign:
+    """Whether a defence is not as it was before: names of what changed."""
+    fired = bool(changes)
+    more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+    if fired:
+        reason = (
+            f"the defence is not as it was before: {', '.join(changes[:5])}{more} changed, so verdicts depend on what "
+            f"was asked before; freeze it for the evaluation"
+        )
+    else:
+        reason = "parameters, buffers, modes and the answer to a clean batch are as they were before"
+    return Sign("state_guard", fired, "unreliable", float(len(changes)), 0.0, _sentence(reason))
+
+
+def signs_from(results: Results, *, target: str = "defense") -> list[Sign]:
+    """The signs that finished evidence holds: of gradient-free against white-box, and of transfer against direct runs.
+
+    Where there are several contexts, the one in which a sign is strongest speaks.
+
+    Args:
+        results: of an evaluation.
+        target: ``defense`` or ``fc``.
+    """
+    of_target = results.attacks["target"] == target
+    by_context = [_signs_in(results, target, context) for context in results.attacks[of_target]["context"].unique()]
+    found: dict[str, Sign] = {}
+    for sign in (sign for signs in by_context for sign in signs):
+        if sign.name not in found or (sign.fired, sign.value) > (found[sign.name].fired, found[sign.name].value):
+            found[sign.name] = sign
+    return list(found.values())
+
+
+def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
+    """The signs of one target in one context."""
+    attacks, samples, outcomes = (
+        table[(table["target"] == target) & (table["context"] == context)]
+        for table in (results.attacks, results.samples, results.outcomes)
+    )
+    if samples.empty:
+        return []
+    right = samples.set_index("index")["clean_correct"].astype(bool)
+    wide = outcomes.pivot(index="index", columns="run", values="any_broken").loc[right.index]
+    broken: dict[str, Mask] = {str(run): wide[run].to_numpy(dtype=bool) & right.to_numpy() for run in wide.columns}
+    kinds = {str(row["run"]): row for row in attacks.to_dict(orient="records")}
+    free = [run for run in broken if kinds[run]["attack"] in GRADIENT_FREE]
+    white = [run for run in broken if kinds[run]["attack"] not in GRADIENT_FREE]
+    # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
+    continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")
+    signs = []
+    if free:
+        only = _union(broken, free, len(right)) & ~_union(broken, white, len(right))
+        signs.append(gradient_free_beats_white_box(int(only.sum()), len(right), continued=continued))
+    if not continued:
+        pairs = {
+            run: (kinds[run]["surrogate"], *(kinds[run][key] for key in ("attack", "loss", "restart"))) for run in white
+        }
+        signs += _transfer_sign(broken, pairs)
+    return signs
+
+
+def _transfer_sign(broken: Mapping[str, Mask], runs: Mapping[str, tuple[object, ...]]) -> list[Sign]:
+    """Compare each surrogate with ``ste`` on the runs that both made, so that none has more tries."""
+    made: dict[object, dict[tuple[object, ...], str]] = {}
+    for run, (surrogate, *key) in runs.items():
+        made.setdefault(surrogate, {})[tuple(key)] = run
+    direct = made.pop("ste", {})
+    transfers = {}
+    for surrogate, others in made.items():
+        if set(others) == set(direct):
+            transfers[str(surrogate)] = np.logical_or.reduce([broken[run] for run in others.values()])
+    if not transfers:
+        return []
+    sign = transfer_beats_direct(np.logical_or.reduce([broken[run] for run in direct.values()]), transfers)
+    return [] if sign is None else [sign]
+
+
+def _union(broken: Mapping[str, Mask], runs: Sequence[str], n: int) -> Mask:
+    union: Mask = np.logical_or.reduce([np.zeros(n, dtype=bool), *(broken[run] for run in runs)])
+    return union
+
+
+def _listed(values: Mapping[str, float], show: Callable[[float], str]) -> str:
+    return ", ".join(f"{name} {show(value)}" for name, value in values.items()) or "no surrogate"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
