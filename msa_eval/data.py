@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -65,6 +65,19 @@ class Samples:
                 f"{self.name}: expected images in [0, 1] (or uint8), but they range from {low:.4g} to {high:.4g}; "
                 f"put any normalisation inside the model"
             )
+
+    @classmethod
+    def of(cls, x: Any, y: Any = None) -> Samples:
+        """Samples as they are, or made of images and labels as tensors or arrays.
+
+        Raises:
+            ValueError: when the labels are missing, or images and labels are not what `Samples` takes.
+        """
+        if isinstance(x, cls):
+            return x
+        if y is None:
+            raise ValueError("expected labels y beside the images, or Samples that hold both")
+        return cls(*(v if isinstance(v, Tensor) else torch.tensor(np.asarray(v)) for v in (x, y)))
 
     def __len__(self) -> int:
         return len(self.y)

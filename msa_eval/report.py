@@ -11,6 +11,9 @@ import pandas as pd
 from msa_eval.protocols.evidence import Results
 
 
+METRICS = ("clean", "paper", "realised", "worst_case")
+
+
 def render_table(results: Results) -> str:
     """The table of an evaluation as text: the FC head's column beside the defence's, in percent.
 
@@ -61,6 +64,22 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
         rows[metric] = [number(target, metric) for target in targets]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)
     return f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval\n{frame.to_string()}"
+
+
+def render_sizes(table: pd.DataFrame) -> str:
+    """Batch-size dependence as text: a row a batch size, in percent with 95 % intervals.
+
+    Args:
+        table: of a `msa_eval.protocols.sizes.SizeReport`.
+    """
+    cells = [
+        f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        for row in table.to_dict(orient="records")
+    ]
+    wide = table.assign(cell=cells).pivot_table(
+        index=["context", "batch_size"], columns="metric", values="cell", aggfunc="first", sort=False
+    )  # fmt: skip
+    return "accuracy in % by batch size, with 95 % intervals\n" + wide[list(METRICS)].to_string()
 
 
 BAR, ROW, LEFT, RIGHT = 9, 30, 190, 60

@@ -127,7 +127,7 @@ def decide_each(
     logits: Tensor = closed_form(z, known, **settings)
     if not torch.is_grad_enabled():
         top = logits.topk(2, dim=1).values
-        for i in (top[:, 0] - top[:, 1] <= NEAR_TIE * top[:, 0].abs()).nonzero().flatten().tolist():
+        for i in (top[:, 0] - top[:, 1] <= NEAR_TIE * logits.abs().amax(dim=1)).nonzero().flatten().tolist():
             logits[i] = _decide_row(defense, z, companions, i, settings)
     return logits
 

@@ -19,7 +19,7 @@ from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack
 from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
 from msa_eval.protocols.history import History
-from msa_eval.protocols.plan import plan_batches, select
+from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
 from msa_eval.protocols.spec import Protocol, load_protocol
@@ -40,7 +40,7 @@ def evaluate(
     x: Samples | Tensor | Any,
     y: Tensor | Any = None,
     *,
-    protocol: str | Path | Protocol = "quick",
+    protocol: str | Path | Protocol = "msa",
     fc: object = None,
     surrogates: Mapping[str, Own] | None = None,
     seed: int = 0,
@@ -48,6 +48,7 @@ def evaluate(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    save_adversarial: bool = False,
     progress: Progress = silent,
 ) -> Results:
     """Find out how robust a defence is under a protocol.
@@ -66,6 +67,8 @@ def evaluate(
         overrides: values to put in place of the protocol's, by dotted key.
         out: a folder to write the results to; it is checked after the clean pass, before any attack.
         force: write over other results there.
+        save_adversarial: keep there, for every broken sample, an adversarial batch that breaks it, confirmed by a
+            pass of its own.
         progress: shows how far each run has come.
 
     Returns:
@@ -82,7 +85,7 @@ def evaluate(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     if surrogates and protocol.apgd is None:
         raise ValueError(f"protocol {protocol.name} has no attack.apgd, so it has no use for surrogates")
-    samples = _samples(x, y)
+    samples = Samples.of(x, y)
     device = check_device(device)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
@@ -114,6 +117,8 @@ def _evaluate(
     started = time.perf_counter()
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    if protocol.apgd is not None and protocol.apgd.victim is not None:
+        chosen, seats = batch_of(protocol.apgd.victim, chosen, seats)
     with without_weight_gradients(*targets.values()):
         entrants = [
             _Entrant.enter(
@@ -155,18 +160,6 @@ def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
     for module in (module for entrant in targets.values() for module in modules_of(entrant)):
         module.to(device)
     return targets
-
-
-def _samples(x: Any, y: Any) -> Samples:
-    if isinstance(x, Samples):
-        return x
-    if y is None:
-        raise ValueError("expected labels y beside the images, or Samples that hold both")
-    return Samples(_tensor(x), _tensor(y))
-
-
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ class Change(NamedTuple):
     """How two answers to the same images differ.
 
     Attributes:
-        drift: the largest difference of a logit, as a share of the range of all logits; infinite if there was no
-            second answer.
+        drift: the largest difference of a logit, as a share of the range of all logits.
         mean: the mean difference, likewise.
         flips: the share of samples whose class differs.
     """
@@ -96,6 +95,10 @@ class Change(NamedTuple):
     flips: float
 
 
+NO_ANSWER = Change(1.0, 1.0, 1.0)
+"""What counts as the change to no answer at all, or to one that is not finite."""
+
+
 def change(before: Tensor, after: Tensor) -> Change:
     """Compare two answers ``(B, k)``.
 
@@ -103,6 +106,8 @@ def change(before: Tensor, after: Tensor) -> Change:
     >>> change(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 3.0]]))
     Change(drift=0.25, mean=0.125, flips=0.0)
     """
+    if not bool(after.isfinite().all()):
+        return NO_ANSWER
     scale = max(float(before.max() - before.min()), 1e-12)
     difference = (after - before).abs() / scale
     flips = (after.argmax(dim=1) != before.argmax(dim=1)).float().mean()
@@ -119,10 +124,17 @@ def probabilities(logits: Tensor) -> Sign:
     return Sign("probabilities", fired, "suspect", share, 1.0, _sentence(reason))
 
 
-def randomness(other_seeds: Change) -> Sign:
-    """Whether the target answers at random: answers under two seeds differ."""
-    fired = not other_seeds.drift <= SAME
-    if fired:
+def randomness(other_seeds: Change, *, repeats: bool = True) -> Sign:
+    """Whether the target answers at random: alike under one seed, differently under two.
+
+    Args:
+        other_seeds: the change between answers under two seeds.
+        repeats: whether answers under one seed are alike.
+    """
+    fired = repeats and other_seeds.drift > SAME
+    if not repeats:
+        reason = "answers differ even under one seed, so chance can't be told from state (see state)"
+    elif fired:
         reason = (
             f"the same batch is answered differently under another seed (drift {other_seeds.drift:.2g} of the logits' "
             f"range, {_percent(other_seeds.flips)} of the classes flip); verdicts need a majority of draws and "
@@ -145,13 +157,11 @@ def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Ch
     if not changes:
         reason = "there is only one image, so nothing was learnt about its companions; audit at least two"
         return Sign("batch_dependence", False, severity, 0.0, ALONE, _sentence(reason))
-    worst = max(changes, key=lambda name: changes[name].mean)
-    found = changes[worst]
     # Chance gives each row of a changed batch other draws, so only what goes beyond that counts.
-    value, threshold = (found.drift, ALONE) if noise is None else (found.mean, 2 * noise.mean + ALONE)
-    if noise is None:
-        worst = max(changes, key=lambda name: changes[name].drift)
-        found, value = changes[worst], changes[worst].drift
+    sizes = {name: found.drift if noise is None else found.mean for name, found in changes.items()}
+    threshold = ALONE + (0.0 if noise is None else 2 * noise.mean)
+    worst = max(sizes, key=lambda name: sizes[name])
+    value, found = sizes[worst], changes[worst]
     fired = not value <= threshold
     seen = f"answers change by {value:.2g} of the logits' range, {_percent(found.flips)} of the classes flip ({worst})"
     if fired and declared:

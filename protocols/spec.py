@@ -249,7 +249,8 @@ class StochasticBudget:
     """What is done about a target that answers at random; others are asked once.
 
     Attributes:
-        draws: a sample is broken when the majority of so many answers to one batch are wrong.
+        draws: a sample is broken when the majority of so many answers to one batch are wrong, and then the majority
+            of five times as many more to the same batch.
         eot: answers a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
     """
 
@@ -421,12 +422,23 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("samples.fraction and samples.per_class exclude each other")
     if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.")) for key in values):
         found.append("no attack: give attack.apgd, attack.square or attack.spsa")
+    moves = [*_listed(values, "moves"), *(str(run).rpartition(":")[2] for run in _listed(values, "runs"))]
+    if "attack.apgd.victim" in values and "companions" not in moves:
+        found.append(
+            "attack.apgd.victim names the sample whose companions are moved, but no run moves companions; "
+            "use a protocol that has such runs (msa), or give attack.apgd.moves"
+        )
     if "attack.apgd.runs" in values:
         other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
         found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]
         if values.get("attack.apgd.combine") in ("mean", "alternate"):
             found.append("attack.apgd.runs can't be combined by mean or alternate; give surrogates and losses")
     return found
+
+
+def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
+    given = values.get(f"attack.apgd.{key}", [])
+    return given if isinstance(given, list) else []
 
 
 def _section(kind: type[T], prefix: str, parsed: Mapping[str, Any]) -> T | None:

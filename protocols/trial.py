@@ -19,6 +19,10 @@ from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, decide
 
 
+CONFIRM = 5
+"""A stochastic target's break is confirmed by so many times the draws of a verdict."""
+
+
 class AttackError(RuntimeError):
     """An attack or a defence failed in a way that must never read as robustness."""
 
@@ -118,7 +122,8 @@ class Setting:
         counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
         known: the samples broken before ``(B,)``, of which no finding is due.
         view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
-        draws: verdicts of a stochastic target are by the majority of so many, an odd number.
+        draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by that of
+            `CONFIRM` times as many more.
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
         keep: whether findings are kept.
     """
@@ -360,9 +365,24 @@ class Trial:
         self._finite = self._finite & torch.isfinite(logits.detach()).all()
         return logits
 
-    def _decide(self, target: Defense, z: Tensor) -> Tensor:
-        self._decisions += len(z) * self._setting.draws
-        return decide(target, z, y=self.batch.y, draws=self._setting.draws)
+    def _decide(self, target: Defense, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Ask the hard target; a stochastic one is asked again, and more often, before a break is believed.
+
+        An attack shows it hundreds of batches. Were the first majority enough, chance alone would break what is wrong
+        in three draws out of ten.
+        """
+        draws = self._setting.draws
+        y, doubt = self.batch.y, self.batch.correct & ~self._broken
+        if rows is not None:
+            y, doubt = y[rows], doubt[rows]
+        self._decisions += len(z) * draws
+        logits = decide(target, z, y=y, draws=draws)
+        claimed = doubt & (logits.argmax(dim=1) != y)
+        if draws > 1 and bool(claimed.any()):
+            self._decisions += len(z) * draws * CONFIRM
+            again = decide(target, z, y=y, draws=draws * CONFIRM)
+            logits = torch.where(claimed.unsqueeze(1), again, logits)
+        return logits
 
     def _believed(self, point: Point, rows: Tensor, *, confirmed: bool) -> _Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole."""
@@ -379,11 +399,8 @@ class Trial:
 
     def _decide_some(self, z: Tensor, rows: Tensor, others: Tensor) -> Tensor:
         """Decide some rows of a target that decides each by itself."""
-        draws = self._setting.draws
         logits = others.clone()
-        part = z[rows]
-        self._decisions += len(part) * draws
-        logits[rows] = decide(self._defense, part, y=self.batch.y[rows], draws=draws)
+        logits[rows] = self._decide(self._defense, z[rows], rows)
         return logits
 
     def _claims(self, logits: Tensor) -> bool:
@@ -401,6 +418,8 @@ class Trial:
             verdict = logits.float()
         elif self._moving is not None and not self._mixes_rows:
             verdict = self._decide_some(point.z, self._moving, self._kept.logits)
+            if self._claims(verdict):
+                verdict = self._decide(self._defense, point.z)
         else:
             verdict = self._decide(self._defense, point.z)
         self._judge(point, verdict)

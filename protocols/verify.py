@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from msa_eval.protocols.archive import Archive, Proof
 from msa_eval.protocols.evidence import ARCHIVE, SCHEMA_VERSION, TABLES, run_digest
-from msa_eval.protocols.plan import plan_batches, select
+from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash
 from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
 from msa_eval.protocols.replay import Replay
@@ -122,7 +122,7 @@ def verify(
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
-    samples = _samples(x, y)
+    samples = Samples.of(x, y)
     device = check_device(device)
     targets = _targets(target, fc, device)
     case = _Case(folder, targets, samples, device, progress)
@@ -134,14 +134,6 @@ def verify(
         case.check()
     seconds = time.perf_counter() - started
     return Verification(tuple(case.checks), len(case.claims), len(case.proven), round(seconds, 3))
-
-
-def _samples(x: Any, y: Any) -> Samples:
-    if isinstance(x, Samples):
-        return x
-    if y is None:
-        raise ValueError("expected labels y beside the images, or Samples that hold both")
-    return Samples(torch.as_tensor(x), torch.as_tensor(y))
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
@@ -305,7 +297,7 @@ class _Case:
             for target, context, index in sorted(referee.proven - self.claims)
         ]
         if reasons:
-            raise ValueError(f"{found}; {_first(reasons)}")
+            raise ValueError(f"{found}{_short(stated)}; {_first(reasons)}")
         return found, None
 
 
@@ -380,6 +372,16 @@ class _Referee:
 def _near_tie(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the verdict on each row ``(B, k)`` hangs on rounding ``(B,)``."""
     return margin(logits, y).abs() < NEAR_TIE * logits.abs().amax(dim=1)
+
+
+def _short(stated: _Stated) -> str:
+    """What the archive is known to lack, as run.json tells it."""
+    about = stated.archive or {}
+    left_out, unconfirmed = about.get("left_out"), about.get("unconfirmed")
+    if not left_out and not unconfirmed:
+        return ""
+    count = len(unconfirmed) if isinstance(unconfirmed, list) else unconfirmed
+    return f" (the run left out {left_out!r:.20} for the archive's size, and could not confirm {count!r:.20} itself)"
 
 
 def _first(faults: Sequence[str]) -> str:
@@ -492,6 +494,8 @@ def _check_batches(tables: Tables, protocol: Protocol, stated: _Stated, samples:
     """Make the plan again; hand on indices into the data set, a tensor a batch."""
     chosen = select(samples.y, protocol)
     plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    if protocol.apgd is not None and protocol.apgd.victim is not None:
+        chosen, plan = batch_of(protocol.apgd.victim, chosen, plan)
     seats = [chosen[places] for places in plan]
     expected = [(number, at, index) for number, seat in enumerate(seats) for at, index in enumerate(seat.tolist())]
     found = tables.batches[["batch", "position", "index"]].to_numpy().tolist()

@@ -23,16 +23,4 @@ def demo(out: Path, quiet: bool) -> None:
     """Evaluate the packaged digits defence on 600 real test digits, offline."""
     from msa_eval.references import reference_path
 
-    checkpoint = reference_path("digits")
-    run(
-        checkpoint,
-        "digits",
-        "digits",
-        out,
-        overrides={},
-        seed=0,
-        device="cpu",
-        data_root="data",
-        force=False,
-        quiet=quiet,
-    )
+    run(reference_path("digits"), "digits", "digits", out, overrides={}, quiet=quiet)

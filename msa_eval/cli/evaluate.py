@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,26 @@ import click
 
 from msa_eval.cli import options
 
+NOT_SOUND = 3
+"""Exit status of ``--strict`` where the verdict is anything but sound."""
+
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
-@click.option("--protocol", required=True, help="A shipped protocol (see 'msa-eval protocols') or a .toml file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most so many samples, uniformly drawn.")
+@options.checkpoint
+@options.data
+@options.protocol
+@options.out
+@options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), help="Largest batch.")
+@options.context
 @click.option(
-    "--set", "assignments", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
+    "--victim",
+    type=click.IntRange(min=0),
+    help="Evaluate the batch of this sample only (its index in the data), and move its companions to break it.",
 )
+@options.assignments
+@click.option("--save-adversarial", is_flag=True, help="Keep a verified adversarial batch for every broken sample.")
+@click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.seed
 @options.device
 @options.data_root
@@ -32,16 +42,14 @@ def evaluate(
     out: Path,
     limit: int | None,
     batch_size: int | None,
+    context: tuple[str, ...],
+    victim: int | None,
     assignments: tuple[tuple[str, Any], ...],
     **common: Any,
 ) -> None:
     """Evaluate CHECKPOINT, and the classifier it was built on, under a protocol."""
-    overrides = dict(assignments)
-    if limit is not None:
-        overrides["samples.limit"] = limit
-    if batch_size is not None:
-        overrides["batches.size"] = batch_size
-    run(checkpoint, data, protocol, out, overrides=overrides, **common)
+    chosen = options.overrides(assignments, context=context, limit=limit, batch_size=batch_size, victim=victim)
+    run(checkpoint, data, protocol, out, overrides=chosen, **common)
 
 
 def run(
@@ -51,11 +59,13 @@ def run(
     out: Path,
     *,
     overrides: dict[str, Any],
-    seed: int,
-    device: str,
-    data_root: str,
-    force: bool,
+    seed: int = 0,
+    device: str = "cpu",
+    data_root: str = "data",
+    force: bool = False,
     quiet: bool,
+    save_adversarial: bool = False,
+    strict: bool = False,
 ) -> None:
     """Evaluate a checkpoint, show the table and write the results."""
     from msa_eval.checkpoint import load_checkpoint
@@ -74,7 +84,10 @@ def run(
         device=device,
         out=out,
         force=force,
+        save_adversarial=save_adversarial,
         progress=options.bars(quiet),
     )
     click.echo(render_table(results))
-    click.echo(f"\nfive CSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
+    click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
+    if strict and results.run["verdict"] != "sound":
+        sys.exit(NOT_SOUND)

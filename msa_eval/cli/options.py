@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,6 +44,24 @@ class _Assignment(click.ParamType[tuple[str, Any]]):
 NUMBER = _Number()
 ASSIGNMENT = _Assignment()
 
+checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path))
+data = click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
+protocol = click.option(
+    "--protocol",
+    default="msa",
+    show_default=True,
+    help="A shipped protocol (see 'msa-eval protocols') or a .toml file.",
+)
+out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+limit = click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most so many samples, uniformly drawn.")
+context = click.option(
+    "--context",
+    multiple=True,
+    help="What the attacker controls: joint, solo, alone or composed; give it several times for several.",
+)
+assignments = click.option(
+    "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
+)
 data_root = click.option(
     "--data-root", default="data", show_default=True, help="Folder of torchvision's data sets (cifar10, cifar100)."
 )
@@ -52,6 +71,13 @@ quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
 )
+
+
+def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] = (), **given: Any) -> dict[str, Any]:
+    """Protocol keys set by ``--set`` and by options of their own, where these were given."""
+    keys = {"limit": "samples.limit", "batch_size": "batches.size", "victim": "attack.apgd.victim"}
+    named = {keys[name]: value for name, value in given.items() if value is not None}
+    return dict(assignments) | named | ({"threat.contexts": list(context)} if context else {})
 
 
 def bars(quiet: bool) -> Progress:

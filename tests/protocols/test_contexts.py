@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.contexts import OneAtATime, in_context
+from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, in_context
 from msa_eval.surrogates import get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
@@ -63,28 +63,91 @@ def test_its_gradient_is_that_of_the_loop(name: str, context: str) -> None:
     clean, z = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator).requires_grad_()
     weight = torch.randn(7, 4, generator=generator)
 
-    class Plain:
-        """The same defence without its closed form."""
-
-        def features(self, x: Tensor) -> Tensor:
-            return hpm.features(x)
-
-        def fc_logits(self, features: Tensor) -> Tensor:
-            return hpm.fc_logits(features)
-
-        def logits(self, features: Tensor, **settings: Any) -> Tensor:
-            return hpm.logits(features, **settings)
-
     values, gradients = zip(
         *(
             (value, torch.autograd.grad((value * weight).sum(), z)[0])
-            for defense in (hpm, Plain())
+            for defense in (hpm, Plain(hpm))
             for value in [surrogate.logits(in_context(defense, context, clean, batch_dependent=True), z)]
         ),
         strict=True,
     )
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+class Plain:
+    """A defence without its closed form."""
+
+    def __init__(self, hpm: HPM) -> None:
+        self.hpm = hpm
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.hpm.features(x)
+
+    def fc_logits(self, features: Tensor) -> Tensor:
+        return self.hpm.fc_logits(features)
+
+    def logits(self, features: Tensor, **settings: Any) -> Tensor:
+        return self.hpm.logits(features, **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_among_others_is_the_batch_once_a_sample_and_so_is_its_gradient(name: str) -> None:
+    """The row stays, its companions move: the gradient goes to the companions alone."""
+    hpm, surrogate = make_hpm().requires_grad_(False), get(name)
+    generator = torch.Generator().manual_seed(0)
+    own, z = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator).requires_grad_()
+    weight = torch.randn(7, 4, generator=generator)
+    views = [AmongOthers(hpm, own), AmongOthers(Plain(hpm), own)]
+    values = [surrogate.logits(view, z) for view in views]
+    with torch.no_grad():
+        by_hand = torch.stack(
+            [surrogate.logits(hpm, torch.cat([z[:i], own[i : i + 1], z[i + 1 :]]))[i] for i in range(7)]
+        )
+    torch.testing.assert_close(values[0], by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values[1], by_hand, atol=1e-5, rtol=1e-5)
+    if name in ("fc-oracle", "frozen-prototypes"):  # no companion changes these, so there is nothing to follow
+        assert not values[0].requires_grad
+        return
+    gradients = [torch.autograd.grad((value * weight).sum(), z)[0] for value in values]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    one = torch.autograd.grad((surrogate.logits(views[0], z)[2] * weight[2]).sum(), z)[0]
+    assert float(one[2].abs().max()) == 0
+    assert float(one.abs().max()) > 0
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_company_is_seated_in_the_order_of_the_batch(plain: bool) -> None:
+    hpm = make_hpm()
+    generator = torch.Generator().manual_seed(0)
+    pool, z = torch.randn(20, 6, generator=generator), torch.randn(3, 6, generator=generator)
+    index, seats = torch.randint(20, (3, 4), generator=generator), torch.tensor([4, 0, 2])
+    with torch.no_grad():
+        found = decide_each(Plain(hpm) if plain else hpm, z, Company(pool, index, seats))
+        for i, seat in enumerate(seats.tolist()):
+            beside = pool[index[i]]
+            batch = torch.cat([beside[:seat], z[i : i + 1], beside[seat:]])
+            torch.testing.assert_close(found[i], hpm.logits(batch)[seat], atol=1e-5, rtol=1e-5)
+
+
+def test_where_the_closed_form_could_be_wrong_the_defence_itself_decides() -> None:
+    """A closed form that rounds towards a break: near ties are asked of the batch, clear verdicts are not."""
+
+    class Rounding:
+        asked = 0
+
+        def logits(self, z: Tensor) -> Tensor:
+            self.asked += 1
+            return torch.cat([z, torch.zeros_like(z), torch.full_like(z, -5)], dim=1)
+
+        def logits_one_at_a_time(self, z: Tensor, companions: Tensor | None) -> Tensor:
+            return torch.cat([z, torch.full_like(z, 2e-5), torch.full_like(z, -5)], dim=1)
+
+    defense: Any = Rounding()
+    z = torch.tensor([[1.0], [1e-5], [-1.0]])
+    with torch.no_grad():
+        assert decide_each(defense, z, z).argmax(dim=1).tolist() == [0, 0, 1]
+    assert defense.asked == 1
 
 
 @pytest.mark.parametrize(

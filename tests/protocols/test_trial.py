@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from msa_eval.protocols.runs import ApgdAttack, SquareAttack
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
-from msa_eval.surrogates import get
+from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Point, Setting, Trial
+from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
@@ -300,3 +301,215 @@ def test_verdicts_are_float32_whatever_the_search_uses() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert decide(hpm, batch.z).dtype == torch.float32
         torch.testing.assert_close(decide(hpm, batch.z), batch.logits)
+
+
+def _start(defense: Any, batch: Batch, seed: int = 0) -> Point:
+    """Points that an earlier run may have found."""
+    x = BALL.random(batch.x, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return Point(x, defense.features(x))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_on_a_static_target_only_the_samples_searched_for_are_passed(whole: bool) -> None:
+    """The others stay at their start; what is claimed of the rest is decided with the whole batch."""
+    plain = make_classifier().requires_grad_(False)
+    defense: Any = WholeModel(plain, batch_dependent=False) if whole else plain
+    batch = _batch(defense, plain)
+    start, counted = _start(defense, batch), torch.arange(24) % 3 == 0
+    trunk: Any = plain.trunk
+    trial = Trial(
+        defense, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(start=start, counted=counted)
+    )  # fmt: skip
+    trunk.batches.clear()
+    asked: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        asked.append(x.detach().clone())
+        return trial(x)
+
+    moved = torch.where(counted.view(-1, 1, 1, 1), BALL.random(batch.x, torch.Generator().manual_seed(1)), start.x)
+    found = apgd(
+        watched, batch.x, batch.y, loss=LOSSES["margin"], ball=BALL, steps=10, start=moved,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    outcome = trial.finish(found.x)
+    passes = list(trunk.batches)
+    for x in asked:
+        assert torch.equal(x[~counted], start.x[~counted])
+    naive = _naive(defense, batch, [*asked, found.x])
+    assert torch.equal(outcome.any_broken, naive["any_broken"])
+    torch.testing.assert_close(outcome.min_margin, naive["min_margin"], atol=1e-5, rtol=1e-5)
+    if not whole:
+        assert passes == [8] * 11 + [24]
+        assert (outcome.forwards, outcome.backwards) == (8 * 11 + 24, 8 * 10)
+
+
+def test_a_hidden_batch_dependence_can_not_fake_one_in_a_cascade_either() -> None:
+    class Sly(Classifier):
+        def logits(self, z: Tensor) -> Tensor:
+            out = super().logits(z)
+            return out if len(z) == 24 else -out
+
+    plain = make_classifier().requires_grad_(False)
+    sly = Sly(plain.trunk, plain.fc).eval().requires_grad_(False)
+    batch = _batch(sly, plain)
+    setting = Setting(start=Point(batch.x, batch.z), counted=torch.arange(24) < 9)
+    trial = Trial(sly, get("ste"), batch, Ball("Linf", 1e-6), mixes_rows=False, setting=setting)
+    outcome = trial.finish(ApgdAttack("margin", steps=5)(trial, torch.Generator().manual_seed(0)))
+    assert not (outcome.any_broken & batch.correct).any()
+
+
+@pytest.mark.parametrize("moves", ["image", "companions"])
+def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside_them(moves: str) -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    start = _start(hpm, batch)
+    view: Any = OneAtATime(hpm, start.z) if moves == "image" else AmongOthers(hpm, start.z)
+    trial = Trial(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
+    asked: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        asked.append(x.detach().clone())
+        return trial(x)
+
+    found = apgd(
+        watched, batch.x, batch.y, loss=LOSSES["margin"], ball=BALL, steps=6,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    outcome = trial.finish(found.x)
+    whole = _naive(hpm, batch, [*asked, found.x])
+    broken, lead = whole["any_broken"], whole["min_margin"]
+    for x in asked:
+        for i in range(24):
+            mixed = (start.x if moves == "image" else x).clone()
+            mixed[i] = (x if moves == "image" else start.x)[i]
+            logits = hpm(mixed)
+            broken[i] |= bool(logits[i].argmax() != batch.y[i])
+            lead[i] = torch.minimum(lead[i], -margin(logits, batch.y)[i])
+    assert torch.equal(outcome.any_broken, broken)
+    torch.testing.assert_close(outcome.min_margin, lead, atol=1e-5, rtol=1e-5)
+    assert outcome.committed.sum() == whole["left"]  # nobody commits to many batches at once
+    assert torch.equal(outcome.final_broken, whole["final_broken"])
+
+    proven = torch.zeros_like(broken)
+    for finding in outcome.findings:
+        for i in finding.breaks.nonzero().flatten().tolist():
+            mixed = finding.x.clone()
+            if finding.own is not None:
+                mixed[i] = finding.own[i]
+            assert int(hpm(mixed)[i].argmax()) != int(batch.y[i])
+            proven[i] = True
+    assert torch.equal(proven, broken & batch.correct)
+
+
+def test_the_best_point_of_every_sample_is_its_lowest() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    trial = Trial(hpm, get("soft-hybrid"), batch, BALL)
+    asked: list[Tensor] = [batch.x]
+
+    def watched(x: Tensor) -> Tensor:
+        asked.append(x.detach().clone())
+        return trial(x)
+
+    generator = torch.Generator().manual_seed(0)
+    found = apgd(watched, batch.x, batch.y, loss=LOSSES["dlr"], ball=BALL, steps=8, generator=generator)
+    outcome = trial.finish(found.x)
+    asked.append(found.x)
+    leads = torch.stack([-margin(hpm(x), batch.y) for x in asked])
+    torch.testing.assert_close(outcome.best_lead, leads.amin(dim=0), atol=1e-6, rtol=1e-6)
+    for i, t in enumerate(leads.argmin(dim=0).tolist()):
+        assert torch.equal(outcome.best.x[i], asked[t][i])
+    torch.testing.assert_close(outcome.best.z, hpm.features(outcome.best.x))
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
+    """The mean of the members' losses, or each in turn with the mean as its value, on one trunk pass."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    members = [get("fc-oracle"), get("soft-hybrid"), get("ste")]
+    together = ensemble("mean", members, hpm, batch.x, batch.z)
+    trial = Trial(hpm, together, batch, BALL)
+    loss = ApgdAttack("ce", steps=3, turns=turns)._loss(trial)
+    gradients, values = [], []
+    for member in members:
+        x = batch.x.clone().requires_grad_()
+        logits = member.logits(hpm, hpm.features(x))
+        clean = member.logits(hpm, batch.z)
+        scaled = logits / (clean - clean.mean(dim=1, keepdim=True)).pow(2).mean().sqrt()
+        value = LOSSES["ce"](scaled, batch.y)
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(value.sum(), x)[0])
+    for step in range(4):
+        x = batch.x.clone().requires_grad_()
+        value = loss(trial(x), batch.y)
+        gradient = torch.autograd.grad(value.sum(), x)[0]
+        expected = gradients[step % 3] if turns else torch.stack(gradients).mean(dim=0)
+        torch.testing.assert_close(value, torch.stack(values).mean(dim=0))
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
+    outcome = trial.finish(batch.x)
+    assert outcome.forwards == 5 * 24
+
+
+class _Noisy(nn.Module):
+    """Two classes by one pixel, wrong at random: always below 0, never above 1, in between in proportion."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = x.flatten(1)[:, 0] - torch.rand(len(x))
+        return torch.stack([lead, -lead], dim=1)
+
+
+def test_a_stochastic_target_is_wrong_where_most_draws_are() -> None:
+    """Majorities of 9 draws of a coin of known bias, against the binomial law."""
+    defense = WholeModel(_Noisy(), batch_dependent=True)
+    torch.manual_seed(0)
+    for chance, expected in ((0.9, 0.00089), (0.5, 0.5), (0.3, 0.9012)):
+        x = torch.full((4000, 1, 1, 1), chance)
+        y = torch.zeros(4000, dtype=torch.long)
+        wrong = (decide(defense, x, y=y, draws=9).argmax(dim=1) != y).float().mean()
+        assert float(wrong) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_majority_is_told_even_in_a_tie() -> None:
+    """Ties of the logits are right or wrong by the place of the label, and so is their median."""
+
+    class Tied:
+        answers = iter([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+
+        def logits(self, z: Tensor) -> Tensor:
+            return torch.tensor([next(self.answers)])
+
+    tied: Any = Tied()
+    z = torch.zeros(1, 1)
+    assert int(decide(tied, z, y=torch.tensor([0]), draws=3).argmax()) == 0
+    assert int(decide(tied, z, y=torch.tensor([1]), draws=3).argmax()) == 0
+
+
+def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point() -> None:
+    torch.manual_seed(0)
+    defense = WholeModel(_Noisy(), batch_dependent=True)
+    x = torch.full((8, 1, 1, 1), 0.999)
+    y = torch.zeros(8, dtype=torch.long)
+    batch = Batch(0, x, y, x, decide(defense, x, y=y, draws=9))
+    trial = Trial(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
+    outcome = trial.finish(ApgdAttack("margin", steps=10)(trial, torch.Generator().manual_seed(0)))
+    assert outcome.decisions == 8 * 9 * 12
+    assert outcome.forwards == 8 * (4 * 11 + 1)
+    assert outcome.backwards == 8 * 4 * 10
+    assert not outcome.any_broken.any()
+
+
+@pytest.mark.parametrize(("chance", "broken"), [(0.7, 0.0), (0.3, 1.0)])
+def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: float, broken: float) -> None:
+    """Wrong in 3 draws of 10: of 40 majorities of 9 some are wrong (0.099 each), but none is confirmed by 45 more."""
+    torch.manual_seed(0)
+    defense = WholeModel(_Noisy(), batch_dependent=True)
+    x = torch.full((20, 1, 1, 1), chance)
+    y = torch.zeros(20, dtype=torch.long)
+    trial = Trial(defense, get("ste"), Batch(0, x, y, x, torch.tensor([[1.0, 0.0]]).expand(20, -1)), Ball("Linf", 1e-6),
+                  setting=Setting(draws=9))  # fmt: skip
+    for _ in range(40):
+        trial(x)
+    assert float(trial.finish(x).any_broken.float().mean()) == pytest.approx(broken, abs=0.11)

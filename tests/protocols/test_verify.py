@@ -322,6 +322,25 @@ def test_a_break_that_is_withheld_throughout_is_not_found(folder: Path, hpm: HPM
     assert verify(folder, hpm, samples).passed
 
 
+def test_what_the_run_could_not_keep_is_told(folder: Path, hpm: HPM, samples: Samples) -> None:
+    _rewrite(folder, _keeping(lambda i, entry: i > 0))
+    _seal(folder, lambda run: run["adversarial"].update(left_out=2, unconfirmed=[["defense", "alone", 0, 1]]))
+    failed = _failed(verify(folder, hpm, samples))
+    assert (
+        "claims (the run left out 2 for the archive's size, and could not confirm 1 itself); sample" in failed["replay"]
+    )
+
+
+def test_the_batch_of_a_victim(hpm: HPM, tmp_path: Path) -> None:
+    """An evaluation of one batch of the plan."""
+    samples = make_samples(hpm.fc_target, 24)
+    keys = {"threat.contexts": ["joint"], "attack.apgd.moves": ["batch", "companions"], "attack.apgd.victim": 5}
+    results, _ = make_results(hpm, samples, tmp_path, **keys)
+    assert len(results.batches) == 8
+    found = verify(tmp_path, hpm, samples)
+    assert [check.name for check in found.checks if not check.passed] in ([], ["replay"])
+
+
 def _keeping(
     wanted: Callable[[int, dict[str, Any]], bool],
 ) -> Callable[[list[dict[str, Any]], dict[str, Tensor]], None]:
@@ -574,13 +593,28 @@ def test_a_static_target_is_proven_in_all_contexts_at_once(tmp_path: Path) -> No
     assert found.replayed == everything.replayed > 0
 
 
-def _replay(hpm: HPM, count: int = 30, size: int = 6) -> Replay:
-    samples = make_samples(hpm.fc_target, count)
-    return Replay(hpm, samples, list(torch.arange(count).split(size)), device="cpu")
+def _replay(defense: Any, count: int = 30, size: int = 6) -> Replay:
+    samples = make_samples(make_classifier(), count)
+    return Replay(defense, samples, list(torch.arange(count).split(size)), device="cpu")
 
 
-def test_every_kind_of_proof_is_the_batch_made_by_hand(hpm: HPM) -> None:
-    replay = _replay(hpm)
+class Ordered(nn.Module):
+    """A defence that cares who sits where."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :4]
+
+    def logits(self, z: Tensor) -> Tensor:
+        return z + z.cumsum(dim=0).roll(1, dims=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.features(x))
+
+
+@pytest.mark.parametrize("make", [make_hpm, Ordered])
+def test_every_kind_of_proof_is_the_batch_made_by_hand(make: Any) -> None:
+    defense = make().eval()
+    replay = _replay(defense)
     clean, samples = replay.images(2), replay.samples
     generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([5, 0, 2])
@@ -604,7 +638,7 @@ def test_every_kind_of_proof_is_the_batch_made_by_hand(hpm: HPM) -> None:
     }  # fmt: skip
     for proof, batches in cases.items():
         with torch.no_grad():
-            expected = torch.stack([hpm(batch)[at] for batch, at in batches])
+            expected = torch.stack([defense(batch)[at] for batch, at in batches])
         torch.testing.assert_close(replay.logits(proof), expected, atol=1e-5, rtol=1e-5)
         assert replay.labels(proof).tolist() == samples.y[[17, 12, 14]].tolist()
 

@@ -1,0 +1,70 @@
+"""``msa-eval batch-sizes``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msa_eval.cli import options
+
+
+class _Sizes(click.ParamType[tuple[int, ...]]):
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read ``1,8,64``."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,8,64", param, ctx)
+
+
+@click.command("batch-sizes")
+@options.checkpoint
+@options.data
+@options.protocol
+@options.out
+@click.option("--sizes", type=_Sizes(), default="1,8,64,256", show_default=True, help="Batch sizes to evaluate at.")
+@options.limit
+@options.context
+@options.assignments
+@options.seed
+@options.device
+@options.data_root
+@options.force
+@options.quiet
+def batch_sizes(
+    checkpoint: Path,
+    data: str,
+    protocol: str,
+    out: Path,
+    sizes: tuple[int, ...],
+    limit: int | None,
+    context: tuple[str, ...],
+    assignments: tuple[tuple[str, Any], ...],
+    data_root: str,
+    quiet: bool,
+    **common: Any,
+) -> None:
+    """Show how the accuracy of CHECKPOINT depends on the batch size."""
+    from msa_eval.checkpoint import load_checkpoint
+    from msa_eval.data import load_samples
+    from msa_eval.protocols import load_protocol
+    from msa_eval.protocols.sizes import batch_size_report
+    from msa_eval.report import render_sizes
+
+    report = batch_size_report(
+        load_checkpoint(checkpoint).model,
+        load_samples(data, root=data_root),
+        protocol=load_protocol(protocol, overrides=options.overrides(assignments, limit=limit, context=context)),
+        sizes=sizes,
+        out=out,
+        progress=options.bars(quiet),
+        **common,
+    )
+    click.echo(render_sizes(report.table))
+    click.echo(f"\nbatch_sizes.csv and the results of every size in {out}")

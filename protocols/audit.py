@@ -1,0 +1,209 @@
+"""The audit: short measurements of a target that show whether a robustness figure can be believed.
+
+They use the engine's own batches, trials and surrogates. What is measured stands in `msa_eval.protocols.subject`, what
+it means in `msa_eval.protocols.signs`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from msa_eval.protocols import signs
+from msa_eval.protocols.clean import CleanBatches, seeded
+from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.plan import plan_batches, select
+from msa_eval.protocols.runs import offer
+from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
+from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
+from msa_eval.protocols.subject import Subject, has_gradient
+from msa_eval.protocols.trial import Batch
+from msa_eval.surrogates import Surrogate, get
+from msa_eval.surrogates.registry import Own
+from torch import Tensor
+
+from msa_eval.attacks.ball import Ball
+from msa_eval.data import Samples
+from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.device import check_device
+
+__all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found.
+
+    Attributes:
+        target: ``defense`` or ``fc``.
+        signs: all of them, fired or not.
+        n: samples looked at.
+        seconds: wall time.
+        fc: the same of the plain classifier, where it was asked for.
+    """
+
+    target: str
+    signs: tuple[Sign, ...]
+    n: int
+    seconds: float
+    fc: AuditReport | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the signs add up to."""
+        return verdict_of(self.signs)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a sign: target, sign, fired, severity, value, threshold, reason."""
+        rows = [{"target": self.target, **asdict(sign)} for sign in self.signs]
+        own = pd.DataFrame(rows).rename(columns={"name": "sign"})
+        return own if self.fc is None else pd.concat([own, self.fc.to_frame()], ignore_index=True)
+
+
+def audit(
+    target: object,
+    x: Samples | Tensor | Any,
+    y: Tensor | Any = None,
+    *,
+    protocol: str | Path | Protocol = "quick",
+    fc: object = None,
+    surrogates: Mapping[str, Own] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    overrides: Mapping[str, Any] | None = None,
+    limit: int = 128,
+) -> AuditReport:
+    """Look for signs that a robustness figure of a defence should not be believed.
+
+    Args:
+        target: an object with ``features(x)`` and ``logits(z)``, or a module from images to logits; in evaluation mode.
+        x: `Samples`, or images ``(N, C, H, W)``: float in [0, 1], or uint8.
+        y: labels ``(N,)`` from 0, unless ``x`` is `Samples`.
+        protocol: the one whose figures are in question; its ball, batches and surrogates are used.
+        fc: a plain classifier to audit beside the defence.
+        surrogates: more surrogates for the defence by name, as for `msa_eval.evaluate`.
+        seed: of everything drawn.
+        device: where to compute; modules are moved there.
+        overrides: values to put in place of the protocol's, by dotted key.
+        limit: look at the first whole batches of the plan with at most so many samples, and at one batch at least.
+
+    Raises:
+        ValueError: when target, data and protocol don't fit together.
+        AttackError: when the defence fails on an adversarial batch.
+    """
+    started = time.perf_counter()
+    if limit < 1:
+        raise ValueError(f"expected limit >= 1, but got {limit}")
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol, overrides=overrides)
+    elif overrides:
+        raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
+    samples, device = _samples(x, y), check_device(device)
+    defense = as_defense(target)
+    beside = None if fc is None or fc is False else as_defense(fc)
+    for module in [*modules_of(defense), *modules_of(beside)]:
+        module.to(device)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+        without_weight_gradients(defense, *([] if beside is None else [beside])),
+    ):
+        plain = None
+        if beside is not None:
+            plain = _audit("fc", beside, samples, protocol, {}, seed, device, limit, started, None)
+            started = time.perf_counter()
+        return _audit("defense", defense, samples, protocol, surrogates or {}, seed, device, limit, started, plain)
+
+
+def _audit(
+    name: str,
+    defense: Defense,
+    samples: Samples,
+    protocol: Protocol,
+    own: Mapping[str, Own],
+    seed: int,
+    device: str,
+    limit: int,
+    started: float,
+    fc: AuditReport | None,
+) -> AuditReport:
+    chosen = select(samples.y, protocol)
+    seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    ends = np.cumsum([len(seat) for seat in seats])
+    clean = CleanBatches(
+        defense, samples, chosen, seats[: max(int((ends <= limit).sum()), 1)], device=device,
+        stochastic=protocol.stochastic,
+    )  # fmt: skip
+    batches = list(clean)
+    guard = StateGuard(defense, batch=batches[0], seed=seed)
+    with seeded(seed):
+        usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own)
+    found = probe(
+        defense, usable, batches, protocol.ball,
+        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
+    )  # fmt: skip
+    found.append(guard.sign())
+    seconds = round(time.perf_counter() - started, 3)
+    return AuditReport(name, tuple(found), sum(len(batch.y) for batch in batches), seconds, fc)
+
+
+def _usable(budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, Own]) -> Sequence[Surrogate]:
+    """The surrogates that a defence offers; none where no gradient reaches the images, which is a sign of its own."""
+    try:
+        return offer(budget, defense, batch, own=own).usable
+    except (ValueError, RuntimeError) as error:
+        named = [get(name, own) for name in (*budget.names, *own)]
+        usable = [surrogate for surrogate in named if has_gradient(surrogate, defense, batch)]
+        if own or (usable and isinstance(error, ValueError)):
+            raise
+        return usable
+
+
+def _samples(x: Any, y: Any) -> Samples:
+    if isinstance(x, Samples):
+        return x
+    if y is None:
+        raise ValueError("expected labels y beside the images, or Samples that hold both")
+    images, labels = (v if isinstance(v, Tensor) else torch.tensor(np.asarray(v)) for v in (x, y))
+    return Samples(images, labels)
+
+
+def probe(
+    defense: Defense,
+    surrogates: Sequence[Surrogate],
+    clean_batches: Sequence[Batch],
+    ball: Ball,
+    *,
+    batch_dependent: bool,
+    num_classes: int,
+    seed: int,
+) -> list[Sign]:
+    """Measure all signs on some clean batches; weight gradients are expected to be off.
+
+    The sum of a batch's losses is followed, as the attacks do, so a gradient that reaches an image from its companions
+    alone counts as one.
+
+    Args:
+        defense: the target.
+        surrogates: those it offers; none at all is a sign.
+        clean_batches: at least one, of at least one image.
+        ball: the protocol's.
+        batch_dependent: whether the engine takes the target for batch-dependent.
+        num_classes: k.
+        seed: of everything drawn; the global generators are left as they were.
+    """
+    with seeded(seed):
+        subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
+        found = [signs.probabilities(torch.cat([batch.logits for batch in clean_batches])), *subject.determinism()]
+        found += subject.gradients(surrogates)
+        found += subject.attacks(surrogates)
+        if surrogates:
+            found.append(signs.surrogate_disagrees({s.name: subject.disagreement(s) for s in surrogates}))
+    return found

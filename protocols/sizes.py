@@ -1,0 +1,82 @@
+"""Batch-size dependence: one evaluation for each batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from msa_eval.protocols.engine import evaluate
+from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.plan import select
+from msa_eval.protocols.spec import Protocol, load_protocol, make_protocol
+
+from msa_eval.data import Samples
+
+SIZES = (1, 8, 64, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+    """How accuracy depends on the batch size.
+
+    Attributes:
+        table: a row a size, context and number: ``batch_size``, then the columns of ``summary``.
+        results: of each size.
+    """
+
+    table: pd.DataFrame
+    results: Mapping[int, Results]
+
+
+def batch_size_report(
+    target: object,
+    x: Samples | Any,
+    y: Any = None,
+    *,
+    protocol: str | Path | Protocol = "quick",
+    sizes: Sequence[int] = SIZES,
+    overrides: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> SizeReport:
+    """Evaluate a defence in batches of several sizes, on the same samples.
+
+    The plain classifier it was built on is left out: batches mean nothing to it.
+
+    Args:
+        target: as for `evaluate`.
+        x: likewise.
+        y: likewise.
+        protocol: likewise.
+        sizes: the largest batch of each evaluation.
+        overrides: likewise.
+        out: a folder that gets ``batch_sizes.csv`` and a folder of results a size.
+        options: passed on to `evaluate`.
+
+    Raises:
+        ValueError: as from `evaluate`, or when a size is larger than there are samples.
+    """
+    if not sizes or len(set(sizes)) < len(sizes) or min(sizes) < 1:
+        raise ValueError(f"expected different batch sizes of at least 1, but got {list(sizes)}")
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol, overrides=overrides)
+    samples = Samples.of(x, y)
+    n = len(select(samples.y, protocol))
+    if n < max(sizes):
+        raise ValueError(f"a batch of {max(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
+    results: dict[int, Results] = {}
+    for size in sizes:
+        sized = make_protocol(protocol.values, overrides={"batches.size": size}, source=protocol.name)
+        sized = dataclasses.replace(sized, overrides={**protocol.overrides, **sized.overrides})
+        folder = None if out is None else Path(out) / f"batch-{size}"
+        results[size] = evaluate(target, samples, protocol=sized, fc=False, out=folder, **options)
+    table = pd.concat(
+        [result.summary.assign(batch_size=size) for size, result in results.items()], ignore_index=True
+    )  # fmt: skip
+    table.insert(0, "batch_size", table.pop("batch_size"))
+    if out is not None:
+        table.to_csv(Path(out) / "batch_sizes.csv", index=False, lineterminator="\n")
+    return SizeReport(table, results)

@@ -1,0 +1,375 @@
+"""The subject of an audit: a target with clean batches, and what is measured on it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from msa_eval.protocols import signs
+from msa_eval.protocols.guard import answer
+from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
+from msa_eval.protocols.trial import AttackError, Batch, Setting, Trial
+from msa_eval.surrogates import STE, Surrogate
+from torch import Tensor
+
+from msa_eval.attacks.apgd import apgd
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
+from msa_eval.attacks.square import square
+from msa_eval.defense import Defense, decide
+
+STEPS, LARGE_STEPS, QUERIES = 40, 20, 200
+NEIGHBOURS = 8
+"""Images of a batch that are asked about among other companions."""
+
+DRAWS, EOT = 9, 4
+"""Of a target that answers at random: answers a verdict is the majority of, and answers a gradient is averaged over."""
+
+
+def has_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:
+    """Whether a defence offers a surrogate, and a gradient leads from it to the images."""
+    if not surrogate.applies(defense):
+        return False
+    x = batch.x.detach().requires_grad_()
+    try:
+        logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    except RuntimeError:
+        return False  # such as a decision in NumPy, which a tensor with a gradient can't enter
+    if not logits.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    return gradient is not None
+
+
+@contextmanager
+def _all_seeded(seed: int) -> Iterator[None]:
+    """Seed NumPy's and Python's global generators for a while, and leave them as they were."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    """What runs through one surrogate, or none, did to all samples.
+
+    Attributes:
+        broken: the clean-right samples that the target got wrong ``(N,)``.
+        losses: the surrogate's loss at each point asked about ``(T, N)``; ``(0, N)`` for a query attack.
+    """
+
+    broken: Mask
+    losses: Tensor
+
+
+class Subject:
+    """A target with the clean batches that it is measured on."""
+
+    def __init__(
+        self,
+        defense: Defense,
+        batches: Sequence[Batch],
+        ball: Ball,
+        batch_dependent: bool,
+        num_classes: int,
+        seed: int,
+    ) -> None:
+        self.defense, self.batches, self.ball = defense, batches, ball
+        self.batch_dependent, self.seed = batch_dependent, seed
+        self.n = sum(len(batch.y) for batch in batches)
+        self.right = torch.cat([batch.correct for batch in batches])
+        self.losses = {name: loss for name, loss in LOSSES.items() if num_classes >= MIN_CLASSES[name]}
+        self.chance = self._between(lambda batch: self._ask(batch.x), lambda batch: self._ask(batch.x, other=True))
+        self.stochastic = self.chance.drift > signs.SAME
+
+    def _ask(self, x: Tensor, *, other: bool = False) -> Tensor:
+        return answer(self.defense, x, self.seed + other)
+
+    def _between(self, before: Callable[[Batch], Tensor], after: Callable[[Batch], Tensor]) -> Change:
+        """Compare two ways to answer all batches."""
+        pairs = [(before(batch), after(batch)) for batch in self.batches]
+        return change(torch.cat([first for first, _ in pairs]), torch.cat([second for _, second in pairs]))
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A generator for one purpose."""
+        digest = hashlib.sha256("/".join(map(str, (self.seed, "audit", *key))).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def determinism(self) -> list[Sign]:
+        """Randomness, state and batch dependence."""
+        repeated = self._between(lambda batch: self._ask(batch.x), lambda batch: self._ask(batch.x))
+        after_use = self._after_use()
+        moves = max(repeated.drift, after_use.drift) > signs.SAME
+        others = moves and self._repeats_with_all_seeded()
+        noise = self.chance if self.stochastic else None
+        return [
+            signs.randomness(self.chance, repeats=not moves),
+            signs.state(repeated, after_use, other_generators=others),
+            signs.batch_dependence(self._companions(), declared=self.batch_dependent, noise=noise),
+        ]
+
+    def _after_use(self) -> Change:
+        """Ask about the first batch before and after passes with gradients and of the others."""
+        first = self.batches[0]
+        before = self._ask(first.x)
+        self._gradient_pass(first.x)
+        for batch in self.batches[1:]:
+            self._ask(batch.x)
+        return change(before, self._ask(first.x))
+
+    def _gradient_pass(self, x: Tensor) -> None:
+        x = x.detach().requires_grad_()
+        try:
+            logits = self.defense.logits(self.defense.features(x))
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), x, allow_unused=True)
+        except RuntimeError:
+            pass  # a decision that no gradient may enter; the other signs tell of it
+
+    def _repeats_with_all_seeded(self) -> bool:
+        """Whether what torch's seed does not repeat is repeated under those of NumPy and Python too."""
+
+        def ask(batch: Batch) -> Tensor:
+            with _all_seeded(self.seed):
+                return self._ask(batch.x)
+
+        return self._between(ask, ask).drift <= signs.SAME
+
+    def _companions(self) -> dict[str, Change]:
+        """The change of answers when batches are permuted, cut, or given other companions."""
+        if self.n < 2:
+            return {}
+        ways: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {"other companions": self._among_others}
+        if any(len(batch.y) > 1 for batch in self.batches):
+            ways |= {"another order": self._permuted, "halves": self._halved, "single images": self._alone}
+        return {name: self._changed(way) for name, way in ways.items()}
+
+    def _changed(self, way: Callable[[Batch], tuple[Tensor, Tensor]]) -> Change:
+        try:
+            pairs = [way(batch) for batch in self.batches]
+        except (RuntimeError, ValueError, IndexError):
+            return NO_ANSWER  # a batch of that shape has no answer at all
+        return change(torch.cat([before for before, _ in pairs]), torch.cat([after for _, after in pairs]))
+
+    def _permuted(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(batch.y), generator=self.generator("order", batch.number)).to(batch.y.device)
+        return self._ask(batch.x)[order], self._ask(batch.x[order])
+
+    def _halved(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        parts = batch.x.tensor_split(min(2, len(batch.x)))
+        return self._ask(batch.x), torch.cat([self._ask(part) for part in parts])
+
+    def _alone(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._ask(batch.x), torch.cat([self._ask(image) for image in batch.x.split(1)])
+
+    def _among_others(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A few images beside others of the data, drawn anew for each; a batch of one gets one companion."""
+        generator = self.generator("companions", batch.number)
+        pool = torch.cat([other.x for other in self.batches])
+        asked = torch.randperm(len(batch.y), generator=generator)[:NEIGHBOURS]
+        rows = []
+        for i in asked.tolist():
+            drawn = torch.randint(len(pool), (max(len(batch.y), 2),), generator=generator)
+            mixed = pool[drawn.to(pool.device)]
+            mixed[i] = batch.x[i]
+            rows.append(self._ask(mixed)[i])
+        return self._ask(batch.x)[asked.to(batch.y.device)], torch.stack(rows)
+
+    def gradients(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+        """Zero gradients through all surrogates, and through the defence's own decision."""
+        dead = {surrogate.name: self._dead(surrogate) for surrogate in surrogates}
+        own = dead.get(STE.name)
+        own = self._dead(STE) if own is None else own
+        everywhere = torch.stack(list(dead.values())).all(dim=0) if dead else torch.ones_like(own)
+        share = self._share(everywhere)
+        return [
+            signs.zero_gradients(share, {name: self._share(mask) for name, mask in dead.items()}),
+            signs.own_gradient_zero(self._share(own), share),
+        ]
+
+    def _share(self, mask: Tensor) -> float:
+        """The share of the clean-right samples; of all where none is right."""
+        counted = mask[self.right] if bool(self.right.any()) else mask
+        return float(counted.float().mean())
+
+    def _dead(self, surrogate: Surrogate) -> Tensor:
+        """The samples ``(N,)`` without a finite, non-zero gradient under any loss, on clean images and random ones."""
+        rows = []
+        for batch in self.batches:
+            start = self.ball.random(batch.x, self.generator("start", batch.number))
+            rows.append(self._dead_at(surrogate, batch.x, batch.y) & self._dead_at(surrogate, start, batch.y))
+        return torch.cat(rows)
+
+    def _dead_at(self, surrogate: Surrogate, x: Tensor, y: Tensor) -> Tensor:
+        dead = torch.ones_like(y, dtype=torch.bool)
+        x = x.detach().requires_grad_()
+        try:
+            logits = surrogate.logits(self.defense, x if surrogate.on_images else self.defense.features(x))
+        except RuntimeError:
+            return dead  # such as a decision in NumPy, which a tensor with a gradient can't enter
+        if not logits.requires_grad:
+            return dead
+        for loss in self.losses.values():
+            (gradient,) = torch.autograd.grad(loss(logits, y).sum(), x, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                flat = gradient.flatten(1)
+                dead = dead & ~(flat.isfinite().all(dim=1) & (flat != 0).any(dim=1))
+        return dead
+
+    def disagreement(self, surrogate: Surrogate) -> float:
+        """The share of clean samples on which a surrogate's class differs from the target's."""
+        with torch.no_grad():
+            classes = [
+                surrogate.logits(self.defense, batch.x if surrogate.on_images else batch.z).argmax(dim=1)
+                for batch in self.batches
+            ]
+        differs = torch.cat(classes) != torch.cat([batch.logits.argmax(dim=1) for batch in self.batches])
+        return float(differs.float().mean())
+
+    def attacks(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+        """What short white-box and gradient-free runs show; each run serves several signs."""
+        forty = {surrogate.name: self._apgd(surrogate) for surrogate in surrogates}
+        broken = {name: run.broken for name, run in forty.items()}
+        found = [self._gradient_free(surrogates, broken)]
+        if not surrogates:
+            return found
+        direct = broken.get(STE.name)
+        if direct is None and STE.applies(self.defense) and has_gradient(STE, self.defense, self.batches[0]):
+            direct = self._apgd(STE).broken
+        if direct is not None:
+            others = {name: mask for name, mask in broken.items() if name != STE.name}
+            sign = signs.transfer_beats_direct(direct, others)
+            found += [] if sign is None else [sign]
+        one = {surrogate.name: self._apgd(surrogate, one_step=True) for surrogate in surrogates}
+        found.append(signs.one_step_beats_forty(_counts(one), _counts(forty), self.n))
+        found.append(signs.loss_not_rising({s.name: self._rise(s, forty[s.name].losses) for s in surrogates}))
+        found.append(self._large_eps(surrogates))
+        return found
+
+    def _gradient_free(self, surrogates: Sequence[Surrogate], broken: Mapping[str, Mask]) -> Sign:
+        """What Square breaks beyond the white-box runs; before that counts as a sign, these try another loss."""
+        nothing = np.zeros(self.n, dtype=bool)
+        only = self._square().broken & ~np.logical_or.reduce([nothing, *broken.values()])
+        sign = signs.gradient_free_beats_white_box(int(only.sum()), self.n)
+        if not sign.fired:
+            return sign
+        again = [self._apgd(surrogate, loss="dlr" if "dlr" in self.losses else "ce").broken for surrogate in surrogates]
+        only = only & ~np.logical_or.reduce([nothing, *again])
+        return signs.gradient_free_beats_white_box(int(only.sum()), self.n)
+
+    def _setting(self) -> Setting:
+        return Setting(eot=EOT if self.stochastic else 1)
+
+    def _apgd(
+        self,
+        surrogate: Surrogate,
+        *,
+        loss: str = "margin",
+        ball: Ball | None = None,
+        steps: int = STEPS,
+        one_step: bool = False,
+    ) -> _Attacked:
+        """APGD; ``one_step`` is a single step of length ε from the clean images."""
+        ball = ball or self.ball
+        broken, losses = [], []
+        for batch in self.batches:
+            trial = Trial(
+                self.defense, surrogate, batch, ball, mixes_rows=self.batch_dependent, setting=self._setting()
+            )
+            watched = _Watched(trial, batch.y)
+            generator = self.generator(surrogate.name, loss, steps, one_step, ball, batch.number)
+            found = apgd(
+                watched, batch.x, batch.y, loss=self.losses[loss], ball=ball, steps=1 if one_step else steps,
+                start=batch.x if one_step else None, first_step=1.0 if one_step else 2.0,
+                generator=generator, draws=trial.eot,
+            )  # fmt: skip
+            broken.append(self._judged(trial, found.x))
+            losses.append(watched.trace(trial.eot))
+        return _Attacked(torch.cat(broken).cpu().numpy(), torch.cat(losses, dim=1))
+
+    def _square(self) -> _Attacked:
+        broken = []
+        for batch in self.batches:
+            trial = Trial(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
+            points = square(
+                trial, batch.x, batch.y, attacked=batch.correct, ball=self.ball, queries=QUERIES,
+                generator=self.generator("square", batch.number),
+            )  # fmt: skip
+            broken.append(self._judged(trial, points))
+        return _Attacked(torch.cat(broken).cpu().numpy(), torch.zeros(0, self.n))
+
+    def _judged(self, trial: Trial, points: Tensor) -> Tensor:
+        """The clean-right samples that a run broke ``(B,)``.
+
+        Of a target that answers at random only the final points count, by majority: over many answers, chance alone
+        would break some.
+        """
+        outcome, batch = trial.finish(points), trial.batch
+        if not self.stochastic:
+            return outcome.any_broken & batch.correct
+        with torch.no_grad():
+            z = self.defense.features(points)
+        wrong: Tensor = decide(self.defense, z, y=batch.y, draws=DRAWS).argmax(dim=1) != batch.y
+        return wrong & batch.correct
+
+    def _rise(self, surrogate: Surrogate, losses: Tensor) -> float:
+        """How far a run raises the mean loss, in units of the change that its random start makes."""
+        with torch.no_grad():
+            logits = [surrogate.logits(self.defense, b.x if surrogate.on_images else b.z) for b in self.batches]
+        clean = torch.cat([margin(answer.float(), b.y) for answer, b in zip(logits, self.batches, strict=True)])
+        counted = self.right if bool(self.right.any()) else torch.ones_like(self.right)
+        last = losses[-max(len(losses) // 4, 1) :].mean(dim=0)
+        rise = float((last - losses[0])[counted].mean())
+        unit = float((losses[0] - clean)[counted].abs().mean())
+        return rise / max(unit, 1e-3 * rise, 1e-12)
+
+    def _large_eps(self, surrogates: Sequence[Surrogate]) -> Sign:
+        """Attack in a ball in which every image can be erased, until no sample is left."""
+        pixels = self.batches[0].x[0].numel()
+        eps = 0.5 if self.ball.norm == "Linf" else 0.5 * pixels**0.5
+        ball = Ball(self.ball.norm, max(eps, self.ball.eps))
+        words = f"{ball.norm} radius {ball.eps:.3g}"
+        left = self.right.cpu().numpy()
+        for surrogate in surrogates:
+            try:
+                left = left & ~self._apgd(surrogate, ball=ball, steps=LARGE_STEPS).broken
+            except AttackError as error:
+                return signs.large_eps(int(left.sum()), self.n, words, failure=str(error))
+            if not left.any():
+                break
+        return signs.large_eps(int(left.sum()), self.n, words)
+
+
+def _counts(runs: Mapping[str, _Attacked]) -> dict[str, int]:
+    return {name: int(run.broken.sum()) for name, run in runs.items()}
+
+
+class _Watched:
+    """A trial as a model, its loss noted at each call; a gradient that is not finite counts as none."""
+
+    def __init__(self, trial: Trial, y: Tensor) -> None:
+        self._trial, self._y = trial, y
+        self._losses: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x = x.view_as(x)  # a node whose gradient can be mended before the attack sees it
+            x.register_hook(lambda gradient: torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
+        logits = self._trial(x)
+        self._losses.append(margin(logits.detach().float(), self._y))
+        return logits
+
+    def trace(self, draws: int) -> Tensor:
+        """The loss at each point ``(T, B)``, the mean of its draws."""
+        losses = torch.stack(self._losses)
+        return losses.view(-1, draws, losses.shape[1]).mean(dim=1)

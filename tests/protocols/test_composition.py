@@ -1,0 +1,147 @@
+"""The choice of company against trying everything, and against real batches."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack, descend
+from msa_eval.protocols.contexts import Company, OneAtATime
+from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from torch import Tensor
+from toys import make_hpm, make_samples
+
+from msa_eval import HPM, evaluate
+from msa_eval.attacks import Ball
+from msa_eval.attacks.losses import margin
+from msa_eval.defense import decide
+from msa_eval.protocols import make_protocol
+
+BALL = Ball("Linf", 0.2)
+
+
+def _batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
+    samples = make_samples(hpm, count, seed=seed)
+    with torch.no_grad():
+        z = hpm.features(samples.x)
+    return Batch(0, samples.x, samples.y, z, decide(hpm, z))
+
+
+def _lead_in(hpm: HPM, rows: list[Tensor], seat: int, y: Tensor) -> float:
+    """The lead of one row in a batch put together by hand."""
+    with torch.no_grad():
+        return float(-margin(hpm.logits(torch.stack(rows)), y.expand(len(rows)))[seat])
+
+
+def test_one_place_is_searched_as_trying_everything_would() -> None:
+    hpm = make_hpm()
+    batch = _batch(hpm, 4)
+    pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
+    start = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]])
+    company = Company(pool, start, torch.arange(4))
+    found, leads = descend(
+        hpm, batch.z, batch.y, company, places=[1], candidates=lambda place, now: torch.arange(10).expand(4, -1)
+    )
+    for i in range(4):
+        tried = []
+        for j in range(10):
+            beside = [pool[start[i, 0]], pool[j], pool[start[i, 2]]]
+            tried.append(_lead_in(hpm, [*beside[:i], batch.z[i], *beside[i:]], i, batch.y[i]))
+        assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
+        assert int(found.index[i, 1]) == min(range(10), key=tried.__getitem__)
+        assert found.index[i, [0, 2]].tolist() == start[i, [0, 2]].tolist()
+
+
+def test_a_descent_never_climbs_and_comes_close_to_the_best_of_all() -> None:
+    hpm = make_hpm()
+    batch = _batch(hpm, 3, seed=2)
+    pool = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
+    company = Company(pool, torch.tensor([[0, 1]] * 3), torch.arange(3))
+    everywhere = torch.arange(5).expand(3, -1)
+    _, at_first = descend(hpm, batch.z, batch.y, company, places=[], candidates=lambda p, c: everywhere)
+    _, leads = descend(hpm, batch.z, batch.y, company, places=[0, 1, 0, 1], candidates=lambda p, c: everywhere)
+    assert bool((leads <= at_first).all())
+    for i in range(3):
+        best = min(
+            _lead_in(hpm, [*[pool[a], pool[b]][:i], batch.z[i], *[pool[a], pool[b]][i:]], i, batch.y[i])
+            for a, b in itertools.product(range(5), repeat=2)
+        )
+        assert best - 1e-5 <= float(leads[i]) <= float(at_first[i]) + 1e-6
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_company_is_of_clean_images_none_twice_and_never_the_sample(greedy: bool) -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, 8)
+    others = make_samples(hpm, 30, seed=9)
+    with torch.no_grad():
+        pool = torch.cat([batch.z, hpm.features(others.x), batch.z[:3]])
+    identity = torch.cat([torch.arange(8), torch.arange(100, 130), torch.arange(3)])
+    index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
+    company = Company(pool, index, torch.arange(8))
+    trial = Trial(OneAtATime(hpm, company), None, batch, BALL)
+    attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=greedy)
+    outcome = trial.finish(attack(trial, torch.Generator().manual_seed(0)))
+    assert outcome.company is not None
+    for i, row in enumerate(outcome.company):
+        who = identity[row].tolist()
+        assert len(set(who)) == 7
+        assert i not in who
+        beside = list(pool[row])
+        lead = _lead_in(hpm, [*beside[:i], batch.z[i], *beside[i:]], i, batch.y[i])
+        assert lead == pytest.approx(float(outcome.min_margin[i]), abs=1e-5)
+    assert bool((outcome.min_margin <= -margin(batch.logits, batch.y) + 1e-6).all())
+    assert bool((outcome.min_margin < -margin(batch.logits, batch.y) - 1e-3).any())
+    assert float(outcome.perturbation.max()) == 0
+
+
+def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -> None:
+    """Seen from outside: every batch that the trial judged is a mixture of the points, passed as a whole."""
+    broke_more = False
+    for seed in range(6):
+        hpm = make_hpm().requires_grad_(False)
+        batch = _batch(hpm, 12, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        clouds = [batch.x, *(BALL.random(batch.x, generator) for _ in range(6))]
+        points = [Point(x, hpm.features(x)) for x in clouds]
+        broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
+        standing = batch.correct & ~broken
+        trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
+        attack = RecombinationAttack(points, sweeps=2)
+        outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
+        for finding in outcome.findings:
+            assert finding.own is None
+            for j, image in enumerate(finding.x):
+                assert any(torch.equal(image, cloud[j]) for cloud in clouds)
+            with torch.no_grad():
+                wrong = hpm(finding.x).argmax(dim=1) != batch.y
+            assert torch.equal(finding.breaks, wrong & batch.correct)
+        broke_more |= bool((outcome.any_broken & standing).any())
+        assert outcome.forwards == outcome.decisions
+    assert broke_more
+
+
+def _protocol(**overrides: Any) -> Any:
+    content = {
+        "schema": 1, "name": "composed", "version": 1, "description": "A test.",
+        "threat": {"norm": "Linf", "eps": 0.05, "contexts": ["joint", "solo", "composed"]},
+        "batches": {"size": 8},
+        "attack": {"apgd": {"runs": ["soft-hybrid:margin", "ste:margin:companions"], "combine": "cascade", "steps": 8},
+                   "recombination": {"sweeps": 1}, "composition": {"trials": 40, "pool": 20}},
+    }  # fmt: skip
+    return make_protocol(content, overrides=overrides)
+
+
+def test_the_engine_composes_and_recombines() -> None:
+    hpm = make_hpm()
+    results = evaluate(hpm, make_samples(hpm, 30), protocol=_protocol(), seed=1)
+    attacks = results.attacks[results.attacks["target"] == "defense"].groupby("context")["attack"].agg(list)
+    assert attacks["joint"] == ["apgd", "apgd-companions", "recombination"]
+    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition"]
+    value = results.summary.set_index(["target", "context", "metric"])["value"]["defense"]
+    assert value["composed", "clean"] == value["joint", "clean"]
+    assert value["composed", "worst_case"] < value["solo", "worst_case"]
+    static = results.attacks[(results.attacks["target"] == "fc")]
+    assert set(static["attack"]) == {"apgd"}
