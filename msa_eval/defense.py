@@ -100,13 +100,28 @@ def decide(defense: Defense, z: Tensor, *, y: Tensor | None = None, draws: int =
         answers = [_logits(defense, z) for _ in range(draws)]
     if y is None or draws == 1:
         return answers[0]
-    drawn = torch.stack(answers)
-    leads = torch.stack([-margin(answer, y) for answer in answers])
+    return median_draw(torch.stack(answers), y)
+
+
+def median_draw(drawn: Tensor, y: Tensor) -> Tensor:
+    """Of several answers, each sample's own with the median lead of its label.
+
+    Args:
+        drawn: logits ``(r, B, k)``, r an odd number.
+        y: labels ``(B,)``.
+
+    Returns:
+        logits ``(B, k)``: right exactly where the majority of the draws are.
+
+    >>> median_draw(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([0]))
+    tensor([[1., 0.]])
+    """
+    leads = torch.stack([-margin(answer, y) for answer in drawn])
     # Sorted by lead, and at equal leads the wrong ones first, so that the middle one tells the majority even in a tie.
     right = drawn.argmax(dim=2) == y
     by_right = right.long().argsort(dim=0, stable=True)
     order = by_right.gather(0, leads.gather(0, by_right).argsort(dim=0, stable=True))
-    return drawn[order[draws // 2], torch.arange(len(y), device=y.device)]
+    return drawn[order[len(drawn) // 2], torch.arange(len(y), device=y.device)]
 
 
 def _logits(defense: Defense, z: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import pandas as pd
 
 from msa_eval.protocols.evidence import Results
 
-
 METRICS = ("clean", "paper", "realised", "worst_case")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from msa_eval.protocols import signs
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.plan import plan_batches, select
@@ -23,7 +22,7 @@ from msa_eval.protocols.runs import offer
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject, has_gradient
-from msa_eval.protocols.trial import Batch
+from msa_eval.protocols.trial import AttackError, Batch
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
@@ -198,12 +197,13 @@ def probe(
         batch_dependent: whether the engine takes the target for batch-dependent.
         num_classes: k.
         seed: of everything drawn; the global generators are left as they were.
+
+    Raises:
+        AttackError: when the defence or a surrogate fails on a batch.
     """
-    with seeded(seed):
-        subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
-        found = [signs.probabilities(torch.cat([batch.logits for batch in clean_batches])), *subject.determinism()]
-        found += subject.gradients(surrogates)
-        found += subject.attacks(surrogates)
-        if surrogates:
-            found.append(signs.surrogate_disagrees({s.name: subject.disagreement(s) for s in surrogates}))
-    return found
+    try:
+        with seeded(seed):
+            subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
+            return subject.measure(surrogates)
+    except (RuntimeError, IndexError) as error:
+        raise AttackError(f"the audit could not be finished: {error}") from error

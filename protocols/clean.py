@@ -6,9 +6,10 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from msa_eval.protocols.contexts import Company, in_context
+from msa_eval.protocols.contexts import Company, in_context, own_companions
 from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
 from msa_eval.protocols.trial import Batch
 from torch import Tensor
@@ -24,6 +25,13 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+class Pool(NamedTuple):
+    """Clean images to choose company from: their features ``(P, ...)`` and indices into the data set ``(P,)``."""
+
+    z: Tensor
+    index: Tensor
 
 
 class CleanBatches:
@@ -62,7 +70,7 @@ class CleanBatches:
         stochastic: StochasticBudget | None = None,
     ) -> None:
         self.samples, self.chosen, self.seats = samples, chosen, seats
-        self._defense, self._device = defense, device
+        self._defense, self.device = defense, device
         self._features: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
         self.draws = self.eot = 1
@@ -93,7 +101,7 @@ class CleanBatches:
         for number, seat in enumerate(self.seats):
             x = self._images(number)
             z = self._features[number] if number in self._features else self._trunk(x)
-            y = self.samples.y[self.chosen[seat]].to(self._device)
+            y = self.samples.y[self.chosen[seat]].to(self.device)
             yield Batch(number, x, y, z, self._logits[number])
 
     def seen_in(self, context: str) -> CleanBatches:
@@ -112,20 +120,19 @@ class CleanBatches:
         """The target as an attacker in a context meets it."""
         return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent, company=company)
 
-    def pool(self, budget: CompositionBudget) -> tuple[Tensor, Tensor]:
-        """Images to choose company from, drawn from all that are evaluated: features ``(P, ...)``, indices ``(P,)``."""
+    def pool(self, budget: CompositionBudget) -> Pool:
+        """Images to choose company from, drawn from all that are evaluated."""
         generator = torch.Generator().manual_seed(len(self.chosen))
         drawn = torch.randperm(len(self.chosen), generator=generator)[: budget.pool]
         wanted = torch.zeros(len(self.chosen), dtype=torch.bool).index_fill(0, drawn, True)
         parts = [(batch.z, self.seats[batch.number], wanted[self.seats[batch.number]]) for batch in self]
         features = torch.cat([z[keep.to(z.device)] for z, _, keep in parts])
-        return features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])]
+        return Pool(features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])])
 
-    def own_company(self, batch: Batch, pool: Tensor) -> Company:
+    def own_company(self, batch: Batch, pool: Pool) -> Company:
         """Every image of a batch among its own companions; the pool follows the batch itself."""
-        places = torch.arange(len(batch.x), device=batch.z.device)
-        index = places.expand(len(places), -1)[~torch.eye(len(places), dtype=torch.bool, device=places.device)]
-        return Company(torch.cat([batch.z, pool]), index.view(len(places), -1), places)
+        index = own_companions(len(batch.x)).to(batch.z.device)
+        return Company(torch.cat([batch.z, pool.z]), index, torch.arange(len(index), device=index.device))
 
     def digest(self) -> str:
         """SHA-256 of all verdicts: it tells apart what weights alone do not."""
@@ -149,7 +156,7 @@ class CleanBatches:
         return decide(view, z, y=y, draws=self.draws)
 
     def _images(self, number: int) -> Tensor:
-        return self.samples.images(self.chosen[self.seats[number]]).to(self._device)
+        return self.samples.images(self.chosen[self.seats[number]]).to(self.device)
 
     def _trunk(self, x: Tensor) -> Tensor:
         with torch.no_grad():

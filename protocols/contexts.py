@@ -39,6 +39,15 @@ class Company:
         return Company(self.pool, index, self.seats)
 
 
+def own_companions(size: int) -> Tensor:
+    """The other places of a batch, for each of its places ``(B, B - 1)``.
+
+    >>> own_companions(3).tolist()
+    [[1, 2], [0, 2], [0, 1]]
+    """
+    return torch.arange(size).expand(size, -1)[~torch.eye(size, dtype=torch.bool)].view(size, -1)
+
+
 class OneAtATime:
     """A target whose row i is decided in a batch of its own.
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
-from msa_eval.protocols.clean import CleanBatches, seeded
-from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack
-from msa_eval.protocols.evidence import SCHEMA_VERSION, Results, RunRecord, TargetRecord, claim_folder, tabulate
-from msa_eval.protocols.history import History
+from msa_eval.protocols import archive
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
+from msa_eval.protocols.clean import CleanBatches
+from msa_eval.protocols.entrant import Entrant
+from msa_eval.protocols.evidence import ARCHIVE, SCHEMA_VERSION, Results, claim_folder, tabulate
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
-from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
+from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import Protocol, load_protocol
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 import msa_eval
-from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, as_defense, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.progress import Progress, silent
 
@@ -85,6 +84,8 @@ def evaluate(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     if surrogates and protocol.apgd is None:
         raise ValueError(f"protocol {protocol.name} has no attack.apgd, so it has no use for surrogates")
+    if save_adversarial and out is None:
+        raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
     device = check_device(device)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
@@ -98,6 +99,7 @@ def evaluate(
             device=device,
             out=None if out is None else Path(out),
             force=force,
+            keep=save_adversarial,
             progress=progress,
         )
 
@@ -112,6 +114,7 @@ def _evaluate(
     device: str,
     out: Path | None,
     force: bool,
+    keep: bool,
     progress: Progress,
 ) -> Results:
     started = time.perf_counter()
@@ -121,7 +124,7 @@ def _evaluate(
         chosen, seats = batch_of(protocol.apgd.victim, chosen, seats)
     with without_weight_gradients(*targets.values()):
         entrants = [
-            _Entrant.enter(
+            Entrant.enter(
                 name,
                 model,
                 CleanBatches(model, samples, chosen, seats, device=device, stochastic=protocol.stochastic),
@@ -132,22 +135,94 @@ def _evaluate(
         about = _identity(protocol, entrants, seed)
         if out is not None:
             claim_folder(out, about["key"], force=force)
-        records = [record for entrant in entrants for record in entrant.evaluate(progress)]
-    seconds = round(time.perf_counter() - started, 3)
-    results = tabulate(records, about | environment(device) | {"seconds": seconds, "verdict": "not audited"})
-    if out is not None:
-        _save(results, out, force)
+        signs: dict[str, list[Sign]] = {}
+        done = []
+        for entrant in entrants:
+            guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=seed)
+            signs[entrant.name] = _probe(entrant) if protocol.audited else []
+            done += entrant.evaluate(progress, keep=keep)
+            signs[entrant.name].append(guard.sign())
+        results = tabulate([one.record for one in done], about | environment(device) | {"verdict": "not audited"})
+        if protocol.audited:
+            results = _judged(results, signs)
+        results = _timed(results, started)
+        if out is not None:
+            _save(results, out, force, entrants, [proof for one in done for proof in one.proofs] if keep else None)
     return results
 
 
-def _save(results: Results, out: Path, force: bool) -> None:
+def _probe(entrant: Entrant) -> list[Sign]:
+    """Measure the signs of the audit on a few clean batches."""
+    clean = entrant.clean
+    sizes = itertools.accumulate(len(seat) for seat in clean.seats)
+    count = max(1, sum(size <= entrant.protocol.audited for size in sizes))
+    return probe(
+        entrant.defense, entrant.offers.usable, list(itertools.islice(clean, count)), entrant.protocol.ball,
+        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=entrant.seed,
+    )  # fmt: skip
+
+
+def _judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
+    """Add the audit and its verdict on each target; the defence's is the results'."""
+    rows, verdicts = [], {}
+    for target, probed in signs.items():
+        found: dict[str, Sign] = {}
+        for sign in (*probed, *signs_from(results, target=target)):
+            # Of what a few batches show and what all runs show, the graver counts.
+            if sign.name not in found or _gravity(sign) >= _gravity(found[sign.name]):
+                found[sign.name] = sign
+        verdicts[target] = verdict_of(found.values())
+        rows += [{"target": target, **dataclasses.asdict(sign)} for sign in found.values()]
+    summary = results.summary.assign(
+        verdict=[verdicts[target].verdict for target in results.summary["target"]],
+        reasons=["; ".join(verdicts[target].reasons) for target in results.summary["target"]],
+    )
+    run = dict(results.run) | {
+        "verdict": verdicts["defense"].verdict,
+        "verdicts": {target: dataclasses.asdict(verdict) for target, verdict in verdicts.items()},
+    }
+    audit = pd.DataFrame(rows).rename(columns={"name": "sign"})
+    return dataclasses.replace(results, summary=summary, audit=audit, run=run)
+
+
+def _gravity(sign: Sign) -> int:
+    return ("note", "suspect", "unreliable").index(sign.severity) + 1 if sign.fired else 0
+
+
+def _timed(results: Results, started: float) -> Results:
+    return dataclasses.replace(
+        results, run=dict(results.run) | {"seconds": round(time.perf_counter() - started, 3)}
+    )  # fmt: skip
+
+
+def _save(
+    results: Results, out: Path, force: bool, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None
+) -> None:
     """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
     try:
-        results.save(out, force=force)
+        _with_archive(results, out, entrants, proofs).save(out, force=force)
     except OSError as error:
         rescue = tempfile.mkdtemp(prefix="msa-eval-")
-        results.save(rescue)
+        _with_archive(results, Path(rescue), entrants, proofs).save(rescue)
         raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
+
+
+def _with_archive(results: Results, out: Path, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None) -> Results:
+    """Write the adversarial batches, each replayed on its target first, and note them in ``run.json``."""
+    if proofs is None:
+        return results
+    clean = entrants[0].clean
+    batches = [clean.chosen[seat] for seat in clean.seats]
+    replays = {
+        entrant.name: Replay(entrant.defense, clean.samples, batches, device=clean.device, draws=entrant.clean.draws)
+        for entrant in entrants
+    }
+    first = next(iter(replays.values()))
+    written = archive.write(
+        out / ARCHIVE, proofs, first.images, entrants[0].protocol.ball,
+        confirm=lambda proof: replays[proof.target].breaks(proof),
+    )  # fmt: skip
+    return dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
@@ -162,172 +237,7 @@ def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
     return targets
 
 
-@dataclass(frozen=True)
-class _Entrant:
-    """A target ready for its runs."""
-
-    name: str
-    defense: Defense
-    clean: CleanBatches
-    runs: Mapping[str, Sequence[Run]]
-    offers: Offers
-    protocol: Protocol
-    seed: int
-
-    @classmethod
-    def enter(
-        cls,
-        name: str,
-        defense: Defense,
-        clean: CleanBatches,
-        *,
-        protocol: Protocol,
-        own: Mapping[str, Own],
-        seed: int,
-    ) -> _Entrant:
-        """Plan the runs of a target; the caller's own surrogates are the defence's."""
-        offers = Offers((), (), "")
-        if protocol.apgd is not None:
-            with seeded(seed):
-                offers = offer(
-                    protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
-                    batch_dependent=clean.batch_dependent,
-                )  # fmt: skip
-        runs = {
-            context: plan_runs(
-                protocol, offers, num_classes=clean.num_classes, context=context,
-                batch_dependent=clean.batch_dependent, caches=not isinstance(defense, WholeModel),
-            )
-            for context in protocol.contexts
-        }  # fmt: skip
-        if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
-            warnings.warn(
-                f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
-                f"passes of a batch as the batch has images (up to {protocol.batch_size})",
-                stacklevel=2,
-            )
-        return cls(name, defense, clean, runs, offers, protocol, seed)
-
-    def evaluate(self, progress: Progress) -> Iterator[TargetRecord]:
-        """Make every run in every context; a target that ignores its companions answers the same in all."""
-        first, *others = self.protocol.contexts
-        record = self._evaluate(first, progress)
-        yield record
-        for context in others:
-            if self.clean.batch_dependent:
-                yield self._evaluate(context, progress)
-            else:
-                yield dataclasses.replace(record, context=context)
-
-    def _evaluate(self, context: str, progress: Progress) -> TargetRecord:
-        """Make every run on every batch, batch after batch: a run may go on from what earlier ones found."""
-        clean = self.clean.seen_in(context)
-        seats, chosen, samples = clean.seats, clean.chosen, clean.samples
-        runs = self.runs[context]
-        pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
-        histories = []
-        outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
-        seconds = dict.fromkeys(outcomes, 0.0)
-        bar = iter(progress(range(len(clean) * len(runs)), f"{self.name} {context}"))
-        for batch in clean:
-            history = History(batch, None if pool is None else clean.own_company(batch, pool[0]))
-            for run in runs:
-                next(bar)
-                started = time.perf_counter()
-                outcome = self._attempt(run, batch, context, history, pool)
-                seconds[run.name] += time.perf_counter() - started
-                history.add(outcome)
-                outcomes[run.name].append(outcome)
-            histories.append(history)
-        next(bar, None)
-
-        def placed(values: Sequence[Tensor]) -> Any:
-            return _place(values, seats)
-
-        return TargetRecord(
-            target=self.name,
-            context=context,
-            index=chosen.numpy(),
-            label=samples.y[chosen].numpy(),
-            batch=placed([torch.full((len(seat),), number) for number, seat in enumerate(seats)]),
-            position=placed([torch.arange(len(seat)) for seat in seats]),
-            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
-            clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
-            committed=placed([history.committed for history in histories]),
-            runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
-        )
-
-    def _attempt(
-        self, run: Run, batch: Batch, context: str, history: History, pool: tuple[Tensor, Tensor] | None
-    ) -> Outcome:
-        clean = self.clean
-        target = clean.view(context, batch, history.company)
-        setting = run.setting(target, history, victim=self._victim(batch))
-        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot)
-        trial = Trial(
-            target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
-        )
-        generator = run.generator(self.seed, self.name, context, batch.number)
-        attack = run.attack or self._choice(run, batch, history, pool)
-        try:
-            # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
-            with seeded(generator.initial_seed()):
-                points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
-                return trial.finish(points)
-        except Exception as error:
-            raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
-
-    def _victim(self, batch: Batch) -> Tensor | None:
-        """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
-        if self.protocol.apgd is None or self.protocol.apgd.victim is None:
-            return None
-        return (self.clean.chosen[self.clean.seats[batch.number]] == self.protocol.apgd.victim).to(batch.y.device)
-
-    def _choice(self, run: Run, batch: Batch, history: History, pool: tuple[Tensor, Tensor] | None) -> Attack:
-        """An attack that chooses from what is cached."""
-        if run.label == "recombination":
-            assert self.protocol.recombination is not None
-            return RecombinationAttack(history.points, self.protocol.recombination.sweeps)
-        assert pool is not None
-        assert history.company is not None
-        own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
-        budget = self.protocol.composition
-        identity = torch.cat([own, pool[1].to(own.device)])
-        return CompositionAttack(history.company, identity, own, budget.trials, budget.search == "greedy")
-
-
-def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:
-    def joined(get: Callable[[Outcome], Tensor]) -> Any:
-        return _place([get(outcome) for outcome in outcomes], seats)
-
-    return RunRecord(
-        name=run.name,
-        surrogate=run.surrogate_name,
-        attack=run.attack_name,
-        loss=run.loss,
-        restart=run.restart,
-        surrogate_fooled=joined(lambda outcome: outcome.surrogate_fooled),
-        final_broken=joined(lambda outcome: outcome.final_broken),
-        any_broken=joined(lambda outcome: outcome.any_broken),
-        first_iterate=joined(lambda outcome: outcome.first_iterate),
-        min_margin=joined(lambda outcome: outcome.min_margin),
-        perturbation=joined(lambda outcome: outcome.perturbation),
-        forwards=sum(outcome.forwards for outcome in outcomes),
-        backwards=sum(outcome.backwards for outcome in outcomes),
-        decisions=sum(outcome.decisions for outcome in outcomes),
-        seconds=seconds,
-    )
-
-
-def _place(values: Sequence[Tensor], seats: Sequence[Tensor]) -> Any:
-    """Join values a batch into one array ``(N,)``, in the order of the samples."""
-    joined = torch.cat([value.cpu() for value in values]).numpy()
-    placed = np.empty_like(joined)
-    placed[torch.cat(list(seats)).numpy()] = joined
-    return placed
-
-
-def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> dict[str, Any]:
+def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict[str, Any]:
     """What the results depend on, and a key made of it."""
     clean = entrants[0].clean
     if len({entrant.clean.num_classes for entrant in entrants}) > 1:
@@ -366,4 +276,5 @@ def _identity(protocol: Protocol, entrants: Sequence[_Entrant], seed: int) -> di
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
-    return {"key": key} | decisive | {"batch_dependent": dependent}
+    draws = {entrant.name: entrant.clean.draws for entrant in entrants}
+    return {"key": key} | decisive | {"batch_dependent": dependent, "draws": draws}

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Results:
         outcomes: a row a sample and run.
         batches: a row a sample's place.
         run: protocol, seed, hashes, versions and all else that says how the tables were made.
+        audit: a row a target and sign, where the results were audited.
     """
 
     summary: pd.DataFrame
@@ -113,9 +114,10 @@ class Results:
     outcomes: pd.DataFrame
     batches: pd.DataFrame
     run: Mapping[str, Any]
+    audit: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write the five tables as CSV and ``run.json``, all or none.
+        """Write the tables as CSV and ``run.json``, all or none.
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each table and, last, of itself
@@ -134,14 +136,16 @@ class Results:
         claim_folder(folder, self.run["key"], force=force)
         tables = {name: getattr(self, name) for name in TABLES}
         tables["attacks"] = self.attacks.assign(seconds=None)
+        if len(self.audit):
+            tables["audit"] = self.audit
         texts = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
         run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
         run["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         run["sha256"] = run_digest(run)
         texts["run.json"] = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         _write(folder, texts)
-        if run.get("adversarial") is None:
-            (folder / ARCHIVE).unlink(missing_ok=True)
+        for name in ({ARCHIVE} if run.get("adversarial") is None else set()) | ({"audit.csv"} - set(texts)):
+            (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -162,6 +166,8 @@ class Results:
             tables = {name: _read(folder / f"{name}.csv") for name in TABLES}
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no complete results: {error}") from error
+        if (folder / "audit.csv").is_file():
+            tables["audit"] = _read(folder / "audit.csv")
         seconds = run.get("seconds_by_run", {})
         tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
         return cls(**tables, run=run)
@@ -231,6 +237,8 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
 
 def _read(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path)
+    texts = [name for name in ("verdict", "reasons") if name in table]
+    table[texts] = table[texts].fillna("")
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from msa_eval.protocols.contexts import Company
+from msa_eval.protocols.archive import Proof, cover
+from msa_eval.protocols.contexts import Company, own_companions
 from msa_eval.protocols.trial import Batch, Finding, Outcome, Point
 from torch import Tensor
 
@@ -62,6 +63,40 @@ class History:
             self.committed = outcome.committed
         self.points = [*self.points, outcome.final, outcome.best][-POINTS:]
         self.findings += outcome.findings
+
+    def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:
+        """Adversarial batches that together break all samples broken, few of them, on the CPU.
+
+        Args:
+            target: ``defense`` or ``fc``.
+            context: what the attacker controls.
+            number: of the batch.
+            rows_interact: whether the target looks at companions.
+            pool: indices into the data set of the images that company is chosen from ``(P,)``.
+        """
+        broken = self.broken & self.correct
+        if not bool(broken.any()):
+            return []
+        positions = broken.nonzero().flatten().cpu()
+        if context == "joint" and rows_interact:
+            covered = cover([(finding.breaks & broken, finding) for finding in self.findings])
+            return [_proof(finding, mask, target, number) for mask, finding in covered]
+        companions = None
+        if context == "composed":
+            companions = pool[self.seating().cpu()][positions]
+        return [Proof(target, context, number, "rows", positions, self.best.x[broken].cpu(), companions=companions)]
+
+    def seating(self) -> Tensor:
+        """Who sits beside each image ``(B, B - 1)``, as places in the pool: at first the batch itself."""
+        if self.company is not None:
+            return self.company.index
+        return own_companions(len(self.broken)).to(self.broken.device)
+
+
+def _proof(finding: Finding, mask: Tensor, target: str, number: int) -> Proof:
+    own = None if finding.own is None else finding.own[mask].cpu()
+    kind = "batch" if own is None else "victims"
+    return Proof(target, "joint", number, kind, mask.nonzero().flatten().cpu(), finding.x.cpu(), own=own)
 
 
 def _per_image(mask: Tensor, like: Tensor) -> Tensor:

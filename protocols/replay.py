@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.clean import seeded
+from msa_eval.protocols.trial import CONFIRM
 from torch import Tensor
 
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent
+from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent, median_draw
 
 
 class Replay:
@@ -22,14 +24,17 @@ class Replay:
         samples: the whole data set.
         batches: the plan: indices into the data set in batch order, a tensor a batch.
         device: where to compute.
+        draws: answers that the verdict on a stochastic target is the majority of.
 
     Raises:
         ValueError: when features depend on more than their own image, so that rows can't be exchanged.
     """
 
-    def __init__(self, defense: Defense, samples: Samples, batches: Sequence[Tensor], *, device: str) -> None:
+    def __init__(
+        self, defense: Defense, samples: Samples, batches: Sequence[Tensor], *, device: str, draws: int = 1
+    ) -> None:
         self.samples, self.batches = samples, batches
-        self._defense, self._device = defense, device
+        self._defense, self._device, self.draws = defense, device, draws
         self._kept: dict[int, Tensor] = {}
         x = self._images(batches[0])
         z = self._features(x)
@@ -37,7 +42,7 @@ class Replay:
         declared: bool | None = getattr(defense, "batch_dependent", True)
         if declared is None and isinstance(defense, WholeModel):
             declared = looks_batch_dependent(defense, x, decide(defense, z))
-        self.batch_dependent = declared is not False
+        self.batch_dependent = declared is not False or draws > 1
 
     def images(self, number: int) -> Tensor:
         """The clean batch ``(B, C, H, W)`` of a number.
@@ -63,19 +68,28 @@ class Replay:
     def logits(self, proof: Proof) -> Tensor:
         """The target's answer to the rows that a proof is about ``(n, k)``, each in its batch.
 
+        Of a stochastic target it is the draw of the median lead, so that it tells the majority.
+
         Raises:
             ValueError: when the companions of a composed batch are not others of the data set.
         """
+        if self.draws == 1:
+            return self._answer(proof)
+        with seeded(0):
+            drawn = [self._answer(proof) for _ in range(self.draws * CONFIRM)]
+        return median_draw(torch.stack(drawn), self.labels(proof))
+
+    def breaks(self, proof: Proof) -> Tensor:
+        """Which of a proof's positions the target gets wrong ``(n,)``."""
+        return self.logits(proof).argmax(dim=1) != self.labels(proof)
+
+    def _answer(self, proof: Proof) -> Tensor:
         x = self._features(proof.x.to(self._device))
         if proof.kind == "batch":
             return decide(self._defense, x)[proof.positions]
         rows = x if proof.own is None else self._features(proof.own.to(self._device))
         batches = self._batches(proof, x, rows)
         return torch.stack([decide(self._defense, z)[at] for z, at in batches])
-
-    def breaks(self, proof: Proof) -> Tensor:
-        """Which of a proof's positions the target gets wrong ``(n,)``."""
-        return self.logits(proof).argmax(dim=1) != self.labels(proof)
 
     def _batches(self, proof: Proof, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The features of each real batch, and where the row in question sits in it."""

@@ -316,7 +316,7 @@ def plan_runs(
 
 
 def _check_losses(budget: ApgdBudget, num_classes: int) -> None:
-    for loss in budget.loss_names:
+    for loss in () if budget.runs else budget.losses:
         if num_classes < MIN_CLASSES[loss]:
             raise ValueError(
                 f"the {loss} loss needs at least {MIN_CLASSES[loss]} classes, but the model has {num_classes}; "
@@ -337,16 +337,20 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
         moves = wanted.moves if apart and offers.among else "batch"
         if moves == "companions" and name not in offers.among:
             name = offers.among[0]
-        again = seen.get((name, wanted.loss, moves), 0)
-        seen[name, wanted.loss, moves] = again + 1
+        loss = wanted.loss
+        if budget.runs:
+            loss = TARGETED if wanted.moves == "companions" != moves else loss
+            loss = loss if num_classes >= MIN_CLASSES[loss] else "margin"
+        again = seen.get((name, loss, moves), 0)
+        seen[name, loss, moves] = again + 1
         attack = ApgdAttack(
-            wanted.loss,
+            loss,
             budget.steps,
             target=again % (num_classes - 1),
             turns=budget.combine == "alternate",
             from_start=chained and bool(runs) and again == 0,
         )
-        runs.append(Run(has[name], attack, "apgd", wanted.loss, again, chained=chained, moves=moves))
+        runs.append(Run(has[name], attack, "apgd", loss, again, chained=chained, moves=moves))
     return runs
 
 
@@ -354,7 +358,7 @@ def _wanted(budget: ApgdBudget, names: Sequence[str], num_classes: int) -> list[
     """The runs a protocol lists and those of the caller's own surrogates, or every surrogate with every loss."""
     if budget.runs:
         own = [name for name in names if name not in budget.names] if set(names) & set(budget.names) else []
-        return [*budget.runs, *(RunSpec(name, loss) for name in own for loss in budget.loss_names if loss != TARGETED)]
+        return [*budget.runs, *(RunSpec(name, loss) for name in own for loss in ("margin", "dlr"))]
     return [
         RunSpec(name, loss, moves)
         for moves in budget.moves

@@ -276,7 +276,8 @@ def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign |
     lead = (gain - loss) / len(direct)
     chance = binomtest(gain, gain + loss, alternative="greater").pvalue if gain + loss else 1.0
     fired = lead > 0.05 and chance < 0.05 / len(transfers)
-    seen = f"points found through {worst} break {100 * lead:+.1f} points more than the direct attack (ste)"
+    size = f"{100 * abs(lead):.1f} points {'more' if lead > 0 else 'less'}"
+    seen = f"points found through {worst} break {size} than the direct attack (ste)"
     reason = f"{seen}, p = {chance:.2g}"
     if fired:
         reason += ": the defence hides its own gradient; trust the surrogates' figures alone, and look for more of them"

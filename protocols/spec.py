@@ -132,6 +132,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.composition.pool": _whole(1),
     "attack.composition.search": _choice("greedy", "random"),
     "attack.composition.trials": _whole(1),
+    "audit.samples": _whole(0),
     "stochastic.draws": _odd,
     "stochastic.eot": _whole(1),
 }
@@ -157,8 +158,9 @@ class ApgdBudget:
         restarts: runs of each surrogate and untargeted loss, each from a start of its own.
         targets: runs of each surrogate with ``dlr-targeted``, towards the likeliest other classes in turn.
         runs: the runs in their order, instead of surrogates and losses. A surrogate that a target has not is replaced
-            by its first, and a run named again has another start, or another target class: so every target is given
-            the same number of passes.
+            by its first, and a run named again has another start, or another target class. Where no companions can be
+            moved, a run that would move them goes to the next target class instead, and a loss that needs more classes
+            than there are gives way to the margin: so every target is given the same number of runs.
         moves: in ``joint``, on a batch-dependent target, which images a run moves: all of the ``batch`` at once; each
             ``image`` among companions that stay; or the ``companions`` of an image that stays.
         combine: ``separate`` runs are each surrogate's own. ``mean`` attacks the mean of the surrogates' losses, and
@@ -181,11 +183,6 @@ class ApgdBudget:
     def names(self) -> tuple[str, ...]:
         """The surrogates it names, each once."""
         return tuple(dict.fromkeys(run.surrogate for run in self.runs)) or self.surrogates
-
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """The losses it names, each once."""
-        return tuple(dict.fromkeys(run.loss for run in self.runs)) or self.losses
 
 
 @dataclass(frozen=True)
@@ -241,7 +238,7 @@ class CompositionBudget:
 
     pool: int = 512
     search: str = "greedy"
-    trials: int = 200
+    trials: int = 500
 
 
 @dataclass(frozen=True)
@@ -282,6 +279,7 @@ class Protocol:
         recombination: of the points found, or ``None``.
         composition: the choice of companions in ``composed``.
         stochastic: what is done about a target that answers at random.
+        audited: at most so many samples, in whole batches, are looked at for the signs of the audit; 0 for none.
         overrides: what was changed against the file, by dotted key.
         values: all keys as given, after overrides.
     """
@@ -303,6 +301,7 @@ class Protocol:
     recombination: RecombinationBudget | None = None
     composition: CompositionBudget = CompositionBudget()
     stochastic: StochasticBudget = StochasticBudget()
+    audited: int = 128
     overrides: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -408,6 +407,7 @@ def make_protocol(
                 "samples_seed": "samples.seed",
                 "batch_size": "batches.size",
                 "batches_seed": "batches.seed",
+                "audited": "audit.samples",
             }.items()
             if key in parsed
         },

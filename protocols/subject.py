@@ -105,12 +105,22 @@ class Subject:
         digest = hashlib.sha256("/".join(map(str, (self.seed, "audit", *key))).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
+    def measure(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+        """Measure all signs."""
+        clean = torch.cat([batch.logits for batch in self.batches])
+        found = [signs.probabilities(clean), *self.determinism()]
+        found += self.gradients(surrogates)
+        found += self.attacks(surrogates)
+        if surrogates:
+            found.append(signs.surrogate_disagrees({s.name: self.disagreement(s) for s in surrogates}))
+        return found
+
     def determinism(self) -> list[Sign]:
         """Randomness, state and batch dependence."""
-        repeated = self._between(lambda batch: self._ask(batch.x), lambda batch: self._ask(batch.x))
-        after_use = self._after_use()
+        repeated, after_use = self._repeats(self._ask), self._after_use(self._ask)
         moves = max(repeated.drift, after_use.drift) > signs.SAME
-        others = moves and self._repeats_with_all_seeded()
+        seeded_too = self._ask_all_seeded
+        others = moves and max(self._repeats(seeded_too).drift, self._after_use(seeded_too).drift) <= signs.SAME
         noise = self.chance if self.stochastic else None
         return [
             signs.randomness(self.chance, repeats=not moves),
@@ -118,14 +128,21 @@ class Subject:
             signs.batch_dependence(self._companions(), declared=self.batch_dependent, noise=noise),
         ]
 
-    def _after_use(self) -> Change:
+    def _ask_all_seeded(self, x: Tensor) -> Tensor:
+        with _all_seeded(self.seed):
+            return self._ask(x)
+
+    def _repeats(self, ask: Callable[[Tensor], Tensor]) -> Change:
+        return self._between(lambda batch: ask(batch.x), lambda batch: ask(batch.x))
+
+    def _after_use(self, ask: Callable[[Tensor], Tensor]) -> Change:
         """Ask about the first batch before and after passes with gradients and of the others."""
         first = self.batches[0]
-        before = self._ask(first.x)
+        before = ask(first.x)
         self._gradient_pass(first.x)
         for batch in self.batches[1:]:
-            self._ask(batch.x)
-        return change(before, self._ask(first.x))
+            ask(batch.x)
+        return change(before, ask(first.x))
 
     def _gradient_pass(self, x: Tensor) -> None:
         x = x.detach().requires_grad_()
@@ -135,15 +152,6 @@ class Subject:
                 torch.autograd.grad(logits.sum(), x, allow_unused=True)
         except RuntimeError:
             pass  # a decision that no gradient may enter; the other signs tell of it
-
-    def _repeats_with_all_seeded(self) -> bool:
-        """Whether what torch's seed does not repeat is repeated under those of NumPy and Python too."""
-
-        def ask(batch: Batch) -> Tensor:
-            with _all_seeded(self.seed):
-                return self._ask(batch.x)
-
-        return self._between(ask, ask).drift <= signs.SAME
 
     def _companions(self) -> dict[str, Change]:
         """The change of answers when batches are permuted, cut, or given other companions."""

@@ -18,7 +18,6 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, decide
 
-
 CONFIRM = 5
 """A stochastic target's break is confirmed by so many times the draws of a verdict."""
 

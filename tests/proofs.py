@@ -20,7 +20,7 @@ from msa_eval import Results, Samples, WholeModel, evaluate
 
 def make_content(**overrides: Any) -> Any:
     content = {
-        "schema": 1, "name": "proofs", "version": 1, "description": "A test.",
+        "schema": 1, "audit.samples": 0, "name": "proofs", "version": 1, "description": "A test.",
         "threat": {"norm": "Linf", "eps": 0.05, "contexts": ["joint", "solo", "alone"]},
         "batches": {"size": 8},
         "attack": {"apgd": {"surrogates": ["fc-oracle", "soft-hybrid"], "losses": ["dlr"], "steps": 10}},

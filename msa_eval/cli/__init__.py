@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msa_eval import __version__
+from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.demo import demo
 from msa_eval.cli.evaluate import evaluate
@@ -47,6 +48,7 @@ def main(debug: bool) -> None:
     del debug
 
 
+main.add_command(audit)
 main.add_command(batch_sizes)
 main.add_command(demo)
 main.add_command(evaluate)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msa_eval.protocols import make_protocol
 from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack, descend
 from msa_eval.protocols.contexts import Company, OneAtATime
 from msa_eval.protocols.trial import Batch, Point, Setting, Trial
@@ -17,7 +18,6 @@ from msa_eval import HPM, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
-from msa_eval.protocols import make_protocol
 
 BALL = Ball("Linf", 0.2)
 
@@ -125,7 +125,7 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
 
 def _protocol(**overrides: Any) -> Any:
     content = {
-        "schema": 1, "name": "composed", "version": 1, "description": "A test.",
+        "schema": 1, "audit.samples": 0, "name": "composed", "version": 1, "description": "A test.",
         "threat": {"norm": "Linf", "eps": 0.05, "contexts": ["joint", "solo", "composed"]},
         "batches": {"size": 8},
         "attack": {"apgd": {"runs": ["soft-hybrid:margin", "ste:margin:companions"], "combine": "cascade", "steps": 8},

@@ -200,7 +200,7 @@ class ByMean(nn.Module):
 
 def _protocol(**overrides: Any) -> Any:
     content = {
-        "schema": 1, "name": "contexts", "version": 1, "description": "A test.",
+        "schema": 1, "audit.samples": 0, "name": "contexts", "version": 1, "description": "A test.",
         "threat": {"norm": "Linf", "eps": 0.05, "contexts": ["joint", "solo", "alone"]},
         "batches": {"size": 8},
         "attack": {"apgd": {"surrogates": ["fc-oracle", "soft-hybrid", "ste"], "losses": ["dlr"], "steps": 8},

@@ -22,6 +22,7 @@ from msa_eval.architectures import Normalize
 
 SMALL: dict[str, Any] = {
     "schema": 1,
+    "audit.samples": 0,
     "name": "small",
     "version": 1,
     "description": "A test.",

@@ -30,7 +30,9 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    protocol = load_protocol("quick", overrides={"attack.square.queries": 5, "attack.apgd.steps": 2})
+    protocol = load_protocol(
+        "quick", overrides={"attack.square.queries": 5, "attack.apgd.steps": 2, "audit.samples": 16}
+    )
     return evaluate(make_hpm(), make_samples(make_classifier(), 20), protocol=protocol)
 
 
@@ -59,7 +61,7 @@ def test_run_json_says_where_it_comes_from(results: Results, tmp_path: Path) -> 
         assert run[key] is not None
     for key in ("precision", "git", "command", "seconds", "verdict", "platform", "threads", "python"):
         assert key in run
-    assert run["protocol"]["overrides"] == {"attack.square.queries": 5, "attack.apgd.steps": 2}
+    assert run["protocol"]["overrides"] == {"attack.square.queries": 5, "attack.apgd.steps": 2, "audit.samples": 16}
     assert run["protocol"]["modified"] is True
     assert "queries = 5" in run["protocol"]["text"]
     assert run["packages"]["torch"]

@@ -17,7 +17,7 @@ from msa_eval.report import render_sizes
 
 def _protocol() -> Any:
     content = {
-        "schema": 1, "name": "sizes", "version": 1, "description": "A test.",
+        "schema": 1, "audit.samples": 0, "name": "sizes", "version": 1, "description": "A test.",
         "threat": {"norm": "Linf", "eps": 0.05},
         "attack": {"apgd": {"surrogates": ["fc-oracle", "ste"], "losses": ["margin"], "steps": 5}},
     }  # fmt: skip

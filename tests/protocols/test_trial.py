@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols.runs import ApgdAttack, SquareAttack
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.runs import ApgdAttack, SquareAttack
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Point, Setting, Trial
 from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn

@@ -178,11 +178,14 @@ def test_a_missing_or_empty_file_is_found(name: str, folder: Path, hpm: HPM, sam
     assert not verify(folder, hpm, samples).intact
 
 
-def test_a_table_more_is_found(folder: Path, hpm: HPM, samples: Samples) -> None:
+def test_a_table_more_or_less_is_found(folder: Path, hpm: HPM, samples: Samples) -> None:
     (folder / "extra.csv").write_text("a\n1\n")
-    assert _failed(verify(folder, hpm, samples)) == {
-        "hashes": "extra.csv was tampered with: it does not match the hash in run.json"
-    }
+    told = {"hashes": "extra.csv was tampered with: it does not match the hash in run.json"}
+    assert _failed(verify(folder, hpm, samples)) == told
+    _seal(folder)
+    assert verify(folder, hpm, samples).passed
+    (folder / "extra.csv").unlink()
+    assert _failed(verify(folder, hpm, samples)) == told
 
 
 def _swap_labels(table: pd.DataFrame) -> None:
@@ -409,6 +412,22 @@ def test_a_point_outside_the_box_is_found_though_it_is_in_the_ball(hpm: HPM, tmp
 
     _rewrite(tmp_path, move)
     assert "a point lies " in _failed(verify(tmp_path, hpm, samples))["points"]
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.2])
+def test_victims_are_replayed_and_held_to_the_ball(outside: float, folder: Path, hpm: HPM, samples: Samples) -> None:
+    """A joint batch written as many batches, in each of which one row is replaced by what it was already."""
+    at = _make_exact(folder, samples)
+
+    def change(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        entries[at]["kind"] = "victims"
+        tensors[f"{at}/own"] = tensors[f"{at}/x"][tensors[f"{at}/positions"].long()].clone()
+        tensors[f"{at}/own"][0, 0, 0, 0] += outside
+
+    _rewrite(folder, change)
+    found = verify(folder, hpm, samples)
+    assert found.passed == (outside == 0)
+    assert set(_failed(found)) == ({"points", "replay"} if outside else set())
 
 
 def test_a_batch_that_breaks_nothing_proves_nothing(folder: Path, hpm: HPM, samples: Samples) -> None:

@@ -1,0 +1,103 @@
+"""``msa-eval audit``."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from msa_eval.cli import options
+
+if TYPE_CHECKING:
+    from msa_eval.protocols.audit import AuditReport
+    from msa_eval.protocols.signs import Sign
+
+WIDTH = 100
+DOUBTFUL = 3
+"""Exit status of ``--strict`` where the verdict is not ``sound``."""
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
+@click.option(
+    "--protocol",
+    default="quick",
+    show_default=True,
+    help="The protocol whose figures are in question, or a .toml file.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=128, show_default=True, help="Look at so many samples at most."
+)
+@click.option(
+    "--set", "assignments", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
+)
+@click.option("--strict", is_flag=True, help=f"Exit with status {DOUBTFUL} unless the verdict is sound.")
+@options.seed
+@options.device
+@options.data_root
+def audit(
+    target: Path,
+    data: str,
+    protocol: str,
+    limit: int,
+    assignments: tuple[tuple[str, Any], ...],
+    strict: bool,
+    seed: int,
+    device: str,
+    data_root: str,
+) -> None:
+    """Look for signs that a robustness figure of the checkpoint TARGET should not be believed.
+
+    A short look at the first batches of a protocol, no evaluation: randomness, state, batch dependence, vanishing
+    gradients, and attacks that do better or worse than they should.
+    """
+    from msa_eval.checkpoint import load_checkpoint
+    from msa_eval.data import load_samples
+    from msa_eval.protocols.audit import audit as audit_target
+
+    report = audit_target(
+        load_checkpoint(target).model,
+        load_samples(data, root=data_root),
+        protocol=protocol,
+        overrides=dict(assignments),
+        seed=seed,
+        device=device,
+        limit=limit,
+    )
+    click.echo(render(report, name=target.name, protocol=protocol))
+    if strict and report.verdict.verdict != "sound":
+        sys.exit(DOUBTFUL)
+
+
+def render(report: AuditReport, *, name: str, protocol: str) -> str:
+    """The table of signs and the verdict, in lines of at most 100 characters.
+
+    Args:
+        report: what an audit found.
+        name: of the target.
+        protocol: whose figures are in question.
+    """
+    wide = max(len(sign.name) for sign in report.signs)
+    verdict = report.verdict
+    title = f"audit of {name} under {protocol}: {report.n} samples, {report.seconds:.0f} s"
+    head = f"{'sign':{wide}}  {'fired':10}  {'value':>7}  what it means"
+    last = [f"verdict: {verdict.verdict}"]
+    for reason in verdict.reasons:
+        last += _wrapped(reason, "- ", "  ")
+    return "\n".join([title, "", head, *(line for sign in report.signs for line in _row(sign, wide)), "", *last])
+
+
+def _row(sign: Sign, wide: int) -> list[str]:
+    start = f"{sign.name:{wide}}  {sign.severity if sign.fired else '-':10}  {sign.value:>7.2g}  "
+    return _wrapped(sign.reason, start, " " * len(start))
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    """Lines of at most 100 characters, a number and its percent sign on one."""
+    joined = text.replace(" %", "\u00a0%")
+    lines = textwrap.wrap(joined, WIDTH, initial_indent=first, subsequent_indent=others)
+    return [line.replace("\u00a0", " ") for line in lines]

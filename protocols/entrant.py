@@ -1,0 +1,222 @@
+"""A target under a protocol: its runs, made on every batch in every context."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.clean import CleanBatches, Pool, seeded
+from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack
+from msa_eval.protocols.evidence import RunRecord, TargetRecord
+from msa_eval.protocols.history import History
+from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
+from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
+from msa_eval.surrogates.registry import Own
+from torch import Tensor
+
+from msa_eval.attacks.losses import margin
+from msa_eval.defense import Defense, WholeModel
+from msa_eval.progress import Progress
+
+
+class Evaluated(NamedTuple):
+    """A target in one context, all runs made.
+
+    Attributes:
+        record: what the tables are made of.
+        proofs: an adversarial batch for every broken sample, where these are kept; of a target that ignores companions,
+            in its first context only.
+    """
+
+    record: TargetRecord
+    proofs: list[Proof]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A target ready for its runs."""
+
+    name: str
+    defense: Defense
+    clean: CleanBatches
+    runs: Mapping[str, Sequence[Run]]
+    offers: Offers
+    protocol: Protocol
+    seed: int
+
+    @classmethod
+    def enter(
+        cls,
+        name: str,
+        defense: Defense,
+        clean: CleanBatches,
+        *,
+        protocol: Protocol,
+        own: Mapping[str, Own],
+        seed: int,
+    ) -> Entrant:
+        """Plan the runs of a target; the caller's own surrogates are the defence's."""
+        offers = Offers((), (), "")
+        if protocol.apgd is not None:
+            with seeded(seed):
+                offers = offer(
+                    protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
+                    batch_dependent=clean.batch_dependent,
+                )  # fmt: skip
+        runs = {
+            context: plan_runs(
+                protocol, offers, num_classes=clean.num_classes, context=context,
+                batch_dependent=clean.batch_dependent, caches=not isinstance(defense, WholeModel),
+            )
+            for context in protocol.contexts
+        }  # fmt: skip
+        if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
+            warnings.warn(
+                f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
+                f"passes of a batch as the batch has images (up to {protocol.batch_size})",
+                stacklevel=2,
+            )
+        return cls(name, defense, clean, runs, offers, protocol, seed)
+
+    def evaluate(self, progress: Progress, *, keep: bool = False) -> Iterator[Evaluated]:
+        """Make every run in every context; a target that ignores its companions answers the same in all.
+
+        Args:
+            progress: shows how far each context has come.
+            keep: whether to keep an adversarial batch for every broken sample.
+        """
+        first, *others = self.protocol.contexts
+        done = self._evaluate(first, progress, keep=keep)
+        yield done
+        for context in others:
+            if self.clean.batch_dependent:
+                yield self._evaluate(context, progress, keep=keep)
+            else:
+                yield Evaluated(dataclasses.replace(done.record, context=context), [])
+
+    def _evaluate(self, context: str, progress: Progress, *, keep: bool) -> Evaluated:
+        """Make every run on every batch, batch after batch: a run may go on from what earlier ones found."""
+        clean = self.clean.seen_in(context)
+        seats, chosen, samples = clean.seats, clean.chosen, clean.samples
+        runs = self.runs[context]
+        pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
+        histories = []
+        outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
+        seconds = dict.fromkeys(outcomes, 0.0)
+        bar = iter(progress(range(len(clean) * len(runs)), f"{self.name} {context}"))
+        for batch in clean:
+            history = History(batch, None if pool is None else clean.own_company(batch, pool))
+            for run in runs:
+                next(bar)
+                started = time.perf_counter()
+                outcome = self._attempt(run, batch, context, history, pool, keep=keep)
+                seconds[run.name] += time.perf_counter() - started
+                history.add(outcome)
+                outcomes[run.name].append(outcome)
+            histories.append(history)
+        next(bar, None)
+
+        def placed(values: Sequence[Tensor]) -> Any:
+            return _place(values, seats)
+
+        record = TargetRecord(
+            target=self.name,
+            context=context,
+            index=chosen.numpy(),
+            label=samples.y[chosen].numpy(),
+            batch=placed([torch.full((len(seat),), number) for number, seat in enumerate(seats)]),
+            position=placed([torch.arange(len(seat)) for seat in seats]),
+            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
+            clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
+            committed=placed([history.committed for history in histories]),
+            runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
+        )
+        return Evaluated(record, self._proofs(context, histories, pool) if keep else [])
+
+    def _proofs(self, context: str, histories: Sequence[History], pool: Pool | None) -> list[Proof]:
+        proofs = []
+        for number, history in enumerate(histories):
+            own = self.clean.chosen[self.clean.seats[number]]
+            proofs += history.proofs(
+                self.name, context, number, rows_interact=self.clean.batch_dependent,
+                pool=own if pool is None else torch.cat([own, pool.index]),
+            )  # fmt: skip
+        return proofs
+
+    def _attempt(
+        self, run: Run, batch: Batch, context: str, history: History, pool: Pool | None, *, keep: bool
+    ) -> Outcome:
+        clean = self.clean
+        target = clean.view(context, batch, history.company)
+        setting = run.setting(target, history, victim=self._victim(batch))
+        keep = keep and context == "joint" and clean.batch_dependent
+        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep)
+        trial = Trial(
+            target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
+        )
+        generator = run.generator(self.seed, self.name, context, batch.number)
+        attack = run.attack or self._choice(run, batch, history, pool)
+        try:
+            # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
+            with seeded(generator.initial_seed()):
+                points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
+                return trial.finish(points)
+        except Exception as error:
+            raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
+
+    def _victim(self, batch: Batch) -> Tensor | None:
+        """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
+        if self.protocol.apgd is None or self.protocol.apgd.victim is None:
+            return None
+        return (self.clean.chosen[self.clean.seats[batch.number]] == self.protocol.apgd.victim).to(batch.y.device)
+
+    def _choice(self, run: Run, batch: Batch, history: History, pool: Pool | None) -> Attack:
+        """An attack that chooses from what is cached."""
+        if run.label == "recombination":
+            assert self.protocol.recombination is not None
+            return RecombinationAttack(history.points, self.protocol.recombination.sweeps)
+        assert pool is not None
+        assert history.company is not None
+        own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
+        budget = self.protocol.composition
+        identity = torch.cat([own, pool.index.to(own.device)])
+        return CompositionAttack(history.company, identity, own, budget.trials, budget.search == "greedy")
+
+
+def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:
+    def joined(get: Callable[[Outcome], Tensor]) -> Any:
+        return _place([get(outcome) for outcome in outcomes], seats)
+
+    return RunRecord(
+        name=run.name,
+        surrogate=run.surrogate_name,
+        attack=run.attack_name,
+        loss=run.loss,
+        restart=run.restart,
+        surrogate_fooled=joined(lambda outcome: outcome.surrogate_fooled),
+        final_broken=joined(lambda outcome: outcome.final_broken),
+        any_broken=joined(lambda outcome: outcome.any_broken),
+        first_iterate=joined(lambda outcome: outcome.first_iterate),
+        min_margin=joined(lambda outcome: outcome.min_margin),
+        perturbation=joined(lambda outcome: outcome.perturbation),
+        forwards=sum(outcome.forwards for outcome in outcomes),
+        backwards=sum(outcome.backwards for outcome in outcomes),
+        decisions=sum(outcome.decisions for outcome in outcomes),
+        seconds=seconds,
+    )
+
+
+def _place(values: Sequence[Tensor], seats: Sequence[Tensor]) -> Any:
+    """Join values a batch into one array ``(N,)``, in the order of the samples."""
+    joined = torch.cat([value.cpu() for value in values]).numpy()
+    placed = np.empty_like(joined)
+    placed[torch.cat(list(seats)).numpy()] = joined
+    return placed
