@@ -280,7 +280,7 @@ def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign |
     seen = f"points found through {worst} break {size} than the direct attack (ste)"
     reason = f"{seen}, p = {chance:.2g}"
     if fired:
-        reason += ": the defence hides its own gradient; trust the surrogates' figures alone, and look for more of them"
+        reason += ": the defence's own gradient misleads; take the surrogates' figures, and look for more of them"
     return Sign("transfer_beats_direct", fired, "suspect", lead, 0.05, _sentence(reason))
 
 

@@ -125,7 +125,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.square.queries": _whole(1),
     "attack.square.p_init": _number(0, 1),
     "attack.square.restarts": _whole(1),
-    "attack.spsa.queries": _whole(2),
+    "attack.spsa.queries": _whole(3),
     "attack.spsa.samples": _whole(1),
     "attack.spsa.restarts": _whole(1),
     "attack.recombination.sweeps": _whole(1),

@@ -28,7 +28,7 @@ NEIGHBOURS = 8
 """Images of a batch that are asked about among other companions."""
 
 DRAWS, EOT = 9, 4
-"""Of a target that answers at random: answers a verdict is the majority of, and answers a gradient is averaged over."""
+"""Of a target that answers at random: answers to the final points of a run, and answers a gradient is averaged over."""
 
 
 def has_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:
@@ -64,12 +64,22 @@ class _Attacked:
     """What runs through one surrogate, or none, did to all samples.
 
     Attributes:
-        broken: the clean-right samples that the target got wrong ``(N,)``.
+        wrong: the share of answers in which the target got a clean-right sample wrong ``(N,)``.
         losses: the surrogate's loss at each point asked about ``(T, N)``; ``(0, N)`` for a query attack.
     """
 
-    broken: Mask
+    wrong: Tensor
     losses: Tensor
+
+    @property
+    def broken(self) -> Mask:
+        """The samples broken: wrong in most answers."""
+        return np.asarray((self.wrong > 0.5).cpu())
+
+    @property
+    def surely(self) -> Mask:
+        """The samples wrong in all answers, which is beyond chance where others leave them right."""
+        return np.asarray((self.wrong == 1).cpu())
 
 
 class Subject:
@@ -265,13 +275,13 @@ class Subject:
         return found
 
     def _gradient_free(self, surrogates: Sequence[Surrogate], broken: Mapping[str, Mask]) -> Sign:
-        """What Square breaks beyond the white-box runs; before that counts as a sign, these try another loss."""
+        """What Square breaks beyond the white-box runs; before that counts as a sign, these try all losses anew."""
         nothing = np.zeros(self.n, dtype=bool)
-        only = self._square().broken & ~np.logical_or.reduce([nothing, *broken.values()])
+        only = self._square().surely & ~np.logical_or.reduce([nothing, *broken.values()])
         sign = signs.gradient_free_beats_white_box(int(only.sum()), self.n)
         if not sign.fired:
             return sign
-        again = [self._apgd(surrogate, loss="dlr" if "dlr" in self.losses else "ce").broken for surrogate in surrogates]
+        again = [self._apgd(surrogate, loss=loss, restart=1).broken for surrogate in surrogates for loss in self.losses]
         only = only & ~np.logical_or.reduce([nothing, *again])
         return signs.gradient_free_beats_white_box(int(only.sum()), self.n)
 
@@ -286,49 +296,50 @@ class Subject:
         ball: Ball | None = None,
         steps: int = STEPS,
         one_step: bool = False,
+        restart: int = 0,
     ) -> _Attacked:
         """APGD; ``one_step`` is a single step of length ε from the clean images."""
         ball = ball or self.ball
-        broken, losses = [], []
+        wrong, losses = [], []
         for batch in self.batches:
             trial = Trial(
                 self.defense, surrogate, batch, ball, mixes_rows=self.batch_dependent, setting=self._setting()
             )
             watched = _Watched(trial, batch.y)
-            generator = self.generator(surrogate.name, loss, steps, one_step, ball, batch.number)
+            generator = self.generator(surrogate.name, loss, steps, one_step, ball, restart, batch.number)
             found = apgd(
                 watched, batch.x, batch.y, loss=self.losses[loss], ball=ball, steps=1 if one_step else steps,
                 start=batch.x if one_step else None, first_step=1.0 if one_step else 2.0,
                 generator=generator, draws=trial.eot,
             )  # fmt: skip
-            broken.append(self._judged(trial, found.x))
+            wrong.append(self._judged(trial, found.x))
             losses.append(watched.trace(trial.eot))
-        return _Attacked(torch.cat(broken).cpu().numpy(), torch.cat(losses, dim=1))
+        return _Attacked(torch.cat(wrong), torch.cat(losses, dim=1))
 
     def _square(self) -> _Attacked:
-        broken = []
+        wrong = []
         for batch in self.batches:
             trial = Trial(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
             points = square(
                 trial, batch.x, batch.y, attacked=batch.correct, ball=self.ball, queries=QUERIES,
                 generator=self.generator("square", batch.number),
             )  # fmt: skip
-            broken.append(self._judged(trial, points))
-        return _Attacked(torch.cat(broken).cpu().numpy(), torch.zeros(0, self.n))
+            wrong.append(self._judged(trial, points))
+        return _Attacked(torch.cat(wrong), torch.zeros(0, self.n))
 
     def _judged(self, trial: Trial, points: Tensor) -> Tensor:
-        """The clean-right samples that a run broke ``(B,)``.
+        """The share of answers ``(B,)`` in which a run got a clean-right sample wrong.
 
-        Of a target that answers at random only the final points count, by majority: over many answers, chance alone
-        would break some.
+        Of a target that answers at random only the final points count, asked again and again: over many points,
+        chance alone would break some.
         """
         outcome, batch = trial.finish(points), trial.batch
         if not self.stochastic:
-            return outcome.any_broken & batch.correct
+            return (outcome.any_broken & batch.correct).float()
         with torch.no_grad():
             z = self.defense.features(points)
-        wrong: Tensor = decide(self.defense, z, y=batch.y, draws=DRAWS).argmax(dim=1) != batch.y
-        return wrong & batch.correct
+        wrong = [decide(self.defense, z).argmax(dim=1) != batch.y for _ in range(DRAWS)]
+        return torch.stack(wrong).float().mean(dim=0) * batch.correct
 
     def _rise(self, surrogate: Surrogate, losses: Tensor) -> float:
         """How far a run raises the mean loss, in units of the change that its random start makes."""

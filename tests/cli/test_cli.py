@@ -22,7 +22,8 @@ from msa_eval.cli import main
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
-FAST = ("--limit", "24", "--set", "attack.square.queries=4", "--set", "attack.apgd.steps=2")
+FAST = ("--limit", "24", "--set", "attack.square.queries=4", "--set", "attack.spsa.queries=3",
+        "--set", "attack.apgd.steps=2", "--set", "audit.samples=0")  # fmt: skip
 
 
 def _run(*arguments: str) -> Result:
@@ -46,16 +47,16 @@ def test_evaluate_shows_a_table_and_writes_the_evidence(tmp_path: Path) -> None:
     result = _evaluate(tmp_path / "r")
     assert result.exit_code == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
-    assert lines["protocol"].startswith("protocol digits v1 (modified: ")
+    assert lines["protocol"].startswith("protocol digits v2 (modified: ")
     summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index(["target", "metric"])
     for metric in ("clean", "paper", "realised", "worst_case"):
         shown = re.findall(r"(\d+\.\d) \[", lines[metric])
         expected = [summary.loc[(target, metric), "value"] for target in ("fc", "defense")]
         assert shown == [f"{100 * value:.1f}" for value in expected]
-    assert "soft-hybrid:apgd-ce:0" in lines
-    assert lines["soft-hybrid:apgd-ce:0"].split()[1] == "-"
-    assert "defense joint 1/" in result.stderr
-    assert "fc joint 1/" in result.stderr
+    assert lines["soft-hybrid@0.3:apgd-margin:0"].split()[1] == "-"
+    assert lines["verdict:"] == "verdict: not audited"
+    assert "defense joint" in result.stderr
+    assert "fc joint" in result.stderr
 
 
 def test_quiet_means_nothing_on_stderr(tmp_path: Path) -> None:
@@ -75,11 +76,76 @@ def test_options_reach_the_protocol(tmp_path: Path) -> None:
         "samples.limit": 24,
         "batches.size": 5,
         "attack.square.queries": 4,
+        "attack.spsa.queries": 3,
         "attack.apgd.steps": 2,
+        "audit.samples": 0,
         "threat.eps": "2/255",
     }
     assert pd.read_csv(tmp_path / "r" / "batches.csv")["batch"].nunique() == 5
     assert pd.read_csv(tmp_path / "r" / "outcomes.csv")["perturbation"].max() <= 2 / 255 + 1e-6
+
+
+def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:
+    result = _evaluate(tmp_path / "r", "--quiet", "--context", "alone", "--context", "composed")
+    assert result.exit_code == 0, result.stderr
+    assert list(pd.read_csv(tmp_path / "r" / "summary.csv")["context"].unique()) == ["alone", "composed"]
+
+    index = int(pd.read_csv(tmp_path / "r" / "samples.csv")["index"].iloc[5])
+    few = ("--quiet", "--batch-size", "8")
+    result = _evaluate(tmp_path / "v", *few, "--victim", str(index))
+    assert result.exit_code == 0, result.stderr
+    seats = pd.read_csv(tmp_path / "v" / "batches.csv")
+    assert len(seats) == 8
+    assert index in seats["index"].tolist()
+    _check_refused(
+        _evaluate(tmp_path / "w", *few, "--victim", "99999"), "the victim, sample 99999, is not among the 24"
+    )
+    _check_refused(
+        _run(
+            "evaluate", DIGITS, "--data", "digits", "--protocol", "quick", "--out", str(tmp_path / "q"), "--victim", "3"
+        ),
+        "no run moves companions",
+    )
+
+
+def test_strict_exits_with_3_unless_the_verdict_is_sound(tmp_path: Path) -> None:
+    """Not audited is not sound; nor is a defence whose audit fires. The table and the results are the same."""
+    result = _evaluate(tmp_path / "r", "--quiet", "--strict")
+    assert result.exit_code == 3
+    assert (tmp_path / "r" / "summary.csv").is_file()
+    assert "verdict: not audited" in result.stdout
+
+
+def test_what_is_saved_is_verified_and_a_changed_bit_is_found(tmp_path: Path) -> None:
+    every = ("--context", "joint", "--context", "solo", "--context", "alone", "--context", "composed")
+    result = _evaluate(tmp_path / "r", "--quiet", "--save-adversarial", *every, "--batch-size", "12")
+    assert result.exit_code == 0, result.stderr
+    checked = _run("verify", str(tmp_path / "r"), DIGITS, "--data", "digits", "--quiet")
+    assert checked.exit_code == 0, checked.stdout + checked.stderr
+    broken = pd.read_csv(tmp_path / "r" / "samples.csv").query("clean_correct and not robust")
+    assert f"verified: {len(broken)} of {len(broken)} broken samples" in checked.stdout
+
+    path = tmp_path / "r" / "adversarial.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+    assert _run("verify", str(tmp_path / "r"), DIGITS, "--data", "digits", "--quiet").exit_code == 1
+
+
+def test_batch_sizes(tmp_path: Path) -> None:
+    result = _run(
+        "batch-sizes", DIGITS, "--data", "digits", "--protocol", "digits", "--out", str(tmp_path / "r"), *FAST,
+        "--sizes", "1,8,24", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    table = pd.read_csv(tmp_path / "r" / "batch_sizes.csv")
+    assert table["batch_size"].unique().tolist() == [1, 8, 24]
+    clean = table.query("metric == 'clean' and context == 'joint'").set_index("batch_size")["value"]
+    for size, value in clean.items():
+        assert re.search(rf"\b{size} +{100 * value:.1f} \[", result.stdout)
+    refused = _run("batch-sizes", DIGITS, "--data", "digits", "--out", str(tmp_path / "s"), "--sizes", "8,x")
+    assert refused.exit_code == 2
+    assert "is not a list of whole numbers" in refused.stderr
 
 
 def test_demo_in_a_new_folder(tmp_path: Path) -> None:
