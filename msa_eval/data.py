@@ -77,7 +77,8 @@ class Samples:
             return x
         if y is None:
             raise ValueError("expected labels y beside the images, or Samples that hold both")
-        return cls(*(v if isinstance(v, Tensor) else torch.tensor(np.asarray(v)) for v in (x, y)))
+        images, labels = (v if isinstance(v, Tensor) else torch.tensor(np.asarray(v)) for v in (x, y))
+        return cls(images, labels)
 
     def __len__(self) -> int:
         return len(self.y)

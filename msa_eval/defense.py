@@ -14,8 +14,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from msa_eval.attacks.losses import margin
-
 
 @runtime_checkable
 class Defense(Protocol):
@@ -81,51 +79,14 @@ def as_defense(target: object) -> Defense:
     )
 
 
-def decide(defense: Defense, z: Tensor, *, y: Tensor | None = None, draws: int = 1) -> Tensor:
+def decide(defense: Defense, z: Tensor) -> Tensor:
     """The verdict of the hard target: its logits ``(B, k)`` in float32, whatever the search used.
-
-    A stochastic target is asked an odd number of times, and a sample's verdict is the draw in which the lead of its
-    label is the median: it is wrong exactly when the majority of the draws are.
-
-    Args:
-        defense: the target.
-        z: features of the whole batch ``(B, ...)``.
-        y: labels ``(B,)``, needed for more than one draw.
-        draws: how many times to ask.
 
     Raises:
         ValueError: when the target returns something else.
     """
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        answers = [_logits(defense, z) for _ in range(draws)]
-    if y is None or draws == 1:
-        return answers[0]
-    return median_draw(torch.stack(answers), y)
-
-
-def median_draw(drawn: Tensor, y: Tensor) -> Tensor:
-    """Of several answers, each sample's own with the median lead of its label.
-
-    Args:
-        drawn: logits ``(r, B, k)``, r an odd number.
-        y: labels ``(B,)``.
-
-    Returns:
-        logits ``(B, k)``: right exactly where the majority of the draws are.
-
-    >>> median_draw(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([0]))
-    tensor([[1., 0.]])
-    """
-    leads = torch.stack([-margin(answer, y) for answer in drawn])
-    # Sorted by lead, and at equal leads the wrong ones first, so that the middle one tells the majority even in a tie.
-    right = drawn.argmax(dim=2) == y
-    by_right = right.long().argsort(dim=0, stable=True)
-    order = by_right.gather(0, leads.gather(0, by_right).argsort(dim=0, stable=True))
-    return drawn[order[len(drawn) // 2], torch.arange(len(y), device=y.device)]
-
-
-def _logits(defense: Defense, z: Tensor) -> Tensor:
-    logits = defense.logits(z.float())
+        logits = defense.logits(z.float())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
         raise ValueError(f"expected logits of shape ({len(z)}, k), but got {describe(logits)}")
     return logits.float()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -13,3 +14,19 @@ def silent(iterable: Iterable[Any], description: str) -> Iterable[Any]:
     """Show nothing."""
     del description
     return iterable
+
+
+@contextmanager
+def ticking(progress: Progress, total: int, description: str) -> Iterator[Callable[[], None]]:
+    """Show how far nested loops have come: the function given is called once for each of ``total`` parts.
+
+    What shows it is closed in the end, also when an error or an interrupt ends the loops.
+    """
+    bar = iter(progress(range(total), description))
+    try:
+        yield lambda: next(bar, None)
+        next(bar, None)
+    finally:
+        close = getattr(bar, "close", None)
+        if close is not None:
+            close()

@@ -18,10 +18,10 @@ import torch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.plan import plan_batches, select
-from msa_eval.protocols.runs import offer
+from msa_eval.protocols.runs import answer_with_gradient, offer
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
-from msa_eval.protocols.subject import Subject, has_gradient
+from msa_eval.protocols.subject import Subject
 from msa_eval.protocols.trial import AttackError, Batch
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
@@ -103,7 +103,7 @@ def audit(
         protocol = load_protocol(protocol, overrides=overrides)
     elif overrides:
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
-    samples, device = _samples(x, y), check_device(device)
+    samples, device = Samples.of(x, y), check_device(device)
     defense = as_defense(target)
     beside = None if fc is None or fc is False else as_defense(fc)
     for module in [*modules_of(defense), *modules_of(beside)]:
@@ -159,19 +159,10 @@ def _usable(budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str
         return offer(budget, defense, batch, own=own).usable
     except (ValueError, RuntimeError) as error:
         named = [get(name, own) for name in (*budget.names, *own)]
-        usable = [surrogate for surrogate in named if has_gradient(surrogate, defense, batch)]
+        usable = [s for s in named if s.applies(defense) and answer_with_gradient(s, defense, batch) is not None]
         if own or (usable and isinstance(error, ValueError)):
             raise
         return usable
-
-
-def _samples(x: Any, y: Any) -> Samples:
-    if isinstance(x, Samples):
-        return x
-    if y is None:
-        raise ValueError("expected labels y beside the images, or Samples that hold both")
-    images, labels = (v if isinstance(v, Tensor) else torch.tensor(np.asarray(v)) for v in (x, y))
-    return Samples(images, labels)
 
 
 def probe(

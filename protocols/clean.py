@@ -12,6 +12,7 @@ import torch
 from msa_eval.protocols.contexts import Company, in_context, own_companions
 from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
 from msa_eval.protocols.trial import Batch
+from msa_eval.protocols.verdict import decide_by_majority
 from torch import Tensor
 
 from msa_eval.data import Samples
@@ -31,7 +32,7 @@ class Pool(NamedTuple):
     """Clean images to choose company from: their features ``(P, ...)`` and indices into the data set ``(P,)``."""
 
     z: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 class CleanBatches:
@@ -153,7 +154,7 @@ class CleanBatches:
 
     def _decide(self, number: int, view: Defense, z: Tensor) -> Tensor:
         y = self.samples.y[self.chosen[self.seats[number]]].to(z.device)
-        return decide(view, z, y=y, draws=self.draws)
+        return decide_by_majority(view, z, y, draws=self.draws)
 
     def _images(self, number: int) -> Tensor:
         return self.samples.images(self.chosen[self.seats[number]]).to(self.device)

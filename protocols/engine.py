@@ -18,8 +18,8 @@ from msa_eval.protocols import archive
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.entrant import Entrant
-from msa_eval.protocols.evidence import ARCHIVE, SCHEMA_VERSION, Results, claim_folder, tabulate
+from msa_eval.protocols.entrant import Entrant, Evaluated
+from msa_eval.protocols.evidence import ARCHIVE, NEW_ARCHIVE, SCHEMA_VERSION, Results, claim_folder, tabulate
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.replay import Replay
@@ -136,7 +136,7 @@ def _evaluate(
         if out is not None:
             claim_folder(out, about["key"], force=force)
         signs: dict[str, list[Sign]] = {}
-        done = []
+        done: list[Evaluated] = []
         for entrant in entrants:
             guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=seed)
             signs[entrant.name] = _probe(entrant) if protocol.audited else []
@@ -147,7 +147,8 @@ def _evaluate(
             results = _judged(results, signs)
         results = _timed(results, started)
         if out is not None:
-            _save(results, out, force, entrants, [proof for one in done for proof in one.proofs] if keep else None)
+            proofs = [proof for one in done for proof in one.proofs] if keep else None
+            results = _save(results, out, force, entrants, proofs)
     return results
 
 
@@ -197,19 +198,22 @@ def _timed(results: Results, started: float) -> Results:
 
 def _save(
     results: Results, out: Path, force: bool, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None
-) -> None:
+) -> Results:
     """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
     try:
-        _with_archive(results, out, entrants, proofs).save(out, force=force)
+        return _write(results, out, force, entrants, proofs)
     except OSError as error:
-        rescue = tempfile.mkdtemp(prefix="msa-eval-")
-        _with_archive(results, Path(rescue), entrants, proofs).save(rescue)
+        rescue = Path(tempfile.mkdtemp(prefix="msa-eval-"))
+        _write(results, rescue, force, entrants, proofs)
         raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
 
 
-def _with_archive(results: Results, out: Path, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None) -> Results:
-    """Write the adversarial batches, each replayed on its target first, and note them in ``run.json``."""
+def _write(
+    results: Results, out: Path, force: bool, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None
+) -> Results:
+    """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
     if proofs is None:
+        results.save(out, force=force)
         return results
     clean = entrants[0].clean
     batches = [clean.chosen[seat] for seat in clean.seats]
@@ -217,12 +221,17 @@ def _with_archive(results: Results, out: Path, entrants: Sequence[Entrant], proo
         entrant.name: Replay(entrant.defense, clean.samples, batches, device=clean.device, draws=entrant.clean.draws)
         for entrant in entrants
     }
-    first = next(iter(replays.values()))
-    written = archive.write(
-        out / ARCHIVE, proofs, first.images, entrants[0].protocol.ball,
-        confirm=lambda proof: replays[proof.target].breaks(proof),
-    )  # fmt: skip
-    return dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
+    path = out / NEW_ARCHIVE
+    try:
+        written = archive.write(
+            path, proofs, next(iter(replays.values())).images, entrants[0].protocol.ball,
+            confirm=lambda proof: replays[proof.target].breaks(proof),
+        )  # fmt: skip
+        results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
+        results.save(out, force=force, archive=path)
+    finally:
+        path.unlink(missing_ok=True)
+    return results
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:

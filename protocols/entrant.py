@@ -24,7 +24,7 @@ from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, WholeModel
-from msa_eval.progress import Progress
+from msa_eval.progress import Progress, ticking
 
 
 class Evaluated(NamedTuple):
@@ -111,18 +111,17 @@ class Entrant:
         histories = []
         outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
         seconds = dict.fromkeys(outcomes, 0.0)
-        bar = iter(progress(range(len(clean) * len(runs)), f"{self.name} {context}"))
-        for batch in clean:
-            history = History(batch, None if pool is None else clean.own_company(batch, pool))
-            for run in runs:
-                next(bar)
-                started = time.perf_counter()
-                outcome = self._attempt(run, batch, context, history, pool, keep=keep)
-                seconds[run.name] += time.perf_counter() - started
-                history.add(outcome)
-                outcomes[run.name].append(outcome)
-            histories.append(history)
-        next(bar, None)
+        with ticking(progress, len(clean) * len(runs), f"{self.name} {context}") as tick:
+            for batch in clean:
+                history = History(batch, None if pool is None else clean.own_company(batch, pool))
+                for run in runs:
+                    tick()
+                    started = time.perf_counter()
+                    outcome = self._attempt(run, batch, context, history, pool, keep=keep)
+                    seconds[run.name] += time.perf_counter() - started
+                    history.add(outcome)
+                    outcomes[run.name].append(outcome)
+                histories.append(history)
 
         def placed(values: Sequence[Tensor]) -> Any:
             return _place(values, seats)
@@ -147,7 +146,7 @@ class Entrant:
             own = self.clean.chosen[self.clean.seats[number]]
             proofs += history.proofs(
                 self.name, context, number, rows_interact=self.clean.batch_dependent,
-                pool=own if pool is None else torch.cat([own, pool.index]),
+                pool=own if pool is None else torch.cat([own, pool.indices]),
             )  # fmt: skip
         return proofs
 
@@ -187,7 +186,7 @@ class Entrant:
         assert history.company is not None
         own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
         budget = self.protocol.composition
-        identity = torch.cat([own, pool.index.to(own.device)])
+        identity = torch.cat([own, pool.indices.to(own.device)])
         return CompositionAttack(history.company, identity, own, budget.trials, budget.search == "greedy")
 
 

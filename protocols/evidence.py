@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 ARCHIVE = "adversarial.safetensors"
 """The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
+NEW_ARCHIVE = f"new-{ARCHIVE}"
+"""The same while the tables are not written yet, so that earlier results stay whole."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,17 @@ class Results:
     run: Mapping[str, Any]
     audit: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> None:
+    def save(self, folder: str | Path, *, force: bool = False, archive: Path | None = None) -> None:
         """Write the tables as CSV and ``run.json``, all or none.
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each table and, last, of itself
-        (see `run_digest`). An archive of adversarial batches is written before; one that ``run`` doesn't name is left
-        from other results, and goes.
+        (see `run_digest`). What other results left there, an archive or an audit, goes.
 
         Args:
             folder: made if need be.
             force: write over other results.
+            archive: a file in the folder with adversarial batches, named by ``run``, to be moved to its place.
 
         Raises:
             ValueError: when the folder holds something else.
@@ -144,7 +146,9 @@ class Results:
         run["sha256"] = run_digest(run)
         texts["run.json"] = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         _write(folder, texts)
-        for name in ({ARCHIVE} if run.get("adversarial") is None else set()) | ({"audit.csv"} - set(texts)):
+        if archive is not None:
+            archive.replace(folder / ARCHIVE)
+        for name in {"audit.csv", ARCHIVE} - set(texts) - ({ARCHIVE} if archive is not None else set()):
             (folder / name).unlink(missing_ok=True)
 
     @classmethod
@@ -206,7 +210,7 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
         )
     try:
         # An archive without a run.json is what an interrupted evaluation left behind.
-        ours = {ARCHIVE, f"{ARCHIVE}.part"}
+        ours = {ARCHIVE, NEW_ARCHIVE, f"{NEW_ARCHIVE}.part"}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
             raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")

@@ -8,10 +8,11 @@ import torch
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.clean import seeded
 from msa_eval.protocols.trial import CONFIRM
+from msa_eval.protocols.verdict import median_draw
 from torch import Tensor
 
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent, median_draw
+from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent
 
 
 class Replay:

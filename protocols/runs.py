@@ -241,12 +241,12 @@ def offer(
     """
     names = [*budget.names, *(name for name in own if name not in budget.names)]
     known = [get(name, own) for name in names if use_own or name not in own]
-    answers = {s.name: _answer(s, defense, batch) for s in known if s.applies(defense)}
+    answers = {s.name: answer_with_gradient(s, defense, batch) for s in known if s.applies(defense)}
     usable = [s for s in known if answers.get(s.name) is not None]
     if dull := [s.name for s in known if s.name in own and s not in usable]:
         raise ValueError(f"surrogate {dull[0]!r} has no gradient with respect to the images, so it can't be attacked")
     if not usable:
-        answers["ste"] = _answer(STE, defense, batch)
+        answers["ste"] = answer_with_gradient(STE, defense, batch)
         usable = [STE]
     if answers[usable[0].name] is None:
         raise ValueError(
@@ -261,7 +261,7 @@ def offer(
     among: list[str] = []
     if batch_dependent and len(batch.x) > 1 and (set(budget.moves) | {run.moves for run in budget.runs}) != {"batch"}:
         view = AmongOthers(defense, batch.z)
-        among = [s.name for s in usable if not s.on_images and _answer(s, view, batch) is not None]
+        among = [s.name for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
     together = None
     if budget.combine in ("mean", "alternate") and len(usable) > 1:
         together = ensemble(budget.combine, usable, defense, batch.x, batch.z)
@@ -269,10 +269,15 @@ def offer(
     return Offers(usable, missing, digest.hexdigest(), among, together)
 
 
-def _answer(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
+def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
     """The surrogate's logits on a clean batch, or ``None`` where no gradient leads back to the images."""
     x = batch.x.detach().requires_grad_()
-    logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    try:
+        logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    except RuntimeError:
+        with torch.no_grad():  # a decision in NumPy, which a tensor with a gradient can't enter, answers here
+            surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
+        return None
     if not logits.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)

@@ -12,7 +12,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -441,9 +441,9 @@ def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
     return given if isinstance(given, list) else []
 
 
-def _section(kind: type[T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
+def _section(kind: Callable[..., T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
     """Build a section from its keys; ``None`` where it has none at all."""
-    given = {f.name: parsed[prefix + f.name] for f in fields(kind) if prefix + f.name in parsed}
+    given = {key.removeprefix(prefix): value for key, value in parsed.items() if key.startswith(prefix)}
     return kind(**given) if given else None
 
 

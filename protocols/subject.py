@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from msa_eval.protocols import signs
 from msa_eval.protocols.guard import answer
+from msa_eval.protocols.runs import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
 from msa_eval.protocols.trial import AttackError, Batch, Setting, Trial
 from msa_eval.surrogates import STE, Surrogate
@@ -29,21 +30,6 @@ NEIGHBOURS = 8
 
 DRAWS, EOT = 9, 4
 """Of a target that answers at random: answers to the final points of a run, and answers a gradient is averaged over."""
-
-
-def has_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:
-    """Whether a defence offers a surrogate, and a gradient leads from it to the images."""
-    if not surrogate.applies(defense):
-        return False
-    x = batch.x.detach().requires_grad_()
-    try:
-        logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
-    except RuntimeError:
-        return False  # such as a decision in NumPy, which a tensor with a gradient can't enter
-    if not logits.requires_grad:
-        return False
-    (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
-    return gradient is not None
 
 
 @contextmanager
@@ -244,6 +230,10 @@ class Subject:
                 dead = dead & ~(flat.isfinite().all(dim=1) & (flat != 0).any(dim=1))
         return dead
 
+    def _follows(self, surrogate: Surrogate) -> bool:
+        """Whether a gradient leads from a surrogate to the images."""
+        return answer_with_gradient(surrogate, self.defense, self.batches[0]) is not None
+
     def disagreement(self, surrogate: Surrogate) -> float:
         """The share of clean samples on which a surrogate's class differs from the target's."""
         with torch.no_grad():
@@ -262,7 +252,7 @@ class Subject:
         if not surrogates:
             return found
         direct = broken.get(STE.name)
-        if direct is None and STE.applies(self.defense) and has_gradient(STE, self.defense, self.batches[0]):
+        if direct is None and STE.applies(self.defense) and self._follows(STE):
             direct = self._apgd(STE).broken
         if direct is not None:
             others = {name: mask for name, mask in broken.items() if name != STE.name}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime
+from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import STE, Ensemble, Surrogate
 from torch import Tensor
 
@@ -375,11 +376,11 @@ class Trial:
         if rows is not None:
             y, doubt = y[rows], doubt[rows]
         self._decisions += len(z) * draws
-        logits = decide(target, z, y=y, draws=draws)
+        logits = decide_by_majority(target, z, y, draws=draws)
         claimed = doubt & (logits.argmax(dim=1) != y)
         if draws > 1 and bool(claimed.any()):
             self._decisions += len(z) * draws * CONFIRM
-            again = decide(target, z, y=y, draws=draws * CONFIRM)
+            again = decide_by_majority(target, z, y, draws=draws * CONFIRM)
             logits = torch.where(claimed.unsqueeze(1), again, logits)
         return logits
 

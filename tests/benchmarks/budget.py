@@ -131,11 +131,9 @@ def main() -> None:
         for target, model in (("defense", hpm), ("fc", hpm.fc_target)):
             add("autoattack", target, "joint", autoattack(model, data, judged))
     table = pd.concat(frames, ignore_index=True)
-    curves = {
-        name: rows for name, rows in table[table["target"] == "defense"].groupby("contender", sort=False)
-    }  # fmt: skip
+    curves = {str(name): rows for name, rows in table[table["target"] == "defense"].groupby("contender", sort=False)}
     title = f"HPM on {options.reference}, {options.samples} samples: worst case in %, by passes"
-    chart = render_curves({str(name): rows for name, rows in curves.items()}, title)
+    chart = render_curves(curves, title)
     (options.out / f"budget-{options.reference}.svg").write_text(chart, encoding="utf-8")
 
 

@@ -208,7 +208,7 @@ def test_protocols_are_listed_and_shown() -> None:
     assert listed.exit_code == 0
     assert listed.stdout == _run("protocols", "list").stdout
     names = [line.split()[0] for line in listed.stdout.splitlines()]
-    assert names == ["digits", "paper-cifar10", "paper-cifar100", "paper-imagenet", "quick"]
+    assert names == ["digits", "msa", "paper-cifar10", "paper-cifar100", "paper-imagenet", "quick"]
     assert 'eps = "4/255"' in _run("protocols", "show", "paper-imagenet").stdout
     _check_refused(_run("protocols", "show", "digit"), "did you mean 'digits'")
 
@@ -243,7 +243,16 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path: Path, digits: Samples) -
         ),
         "label 11, but the model has 10": evaluate(DIGITS, _npz(tmp_path, "label.npz", x, 0 * y + 11)),
         "lowest is -1": evaluate(DIGITS, _npz(tmp_path, "negative.npz", x, 0 * y - 1)),
-        "dlr loss needs at least 3 classes": evaluate(str(tmp_path / "two.safetensors"), zeros),
+        "dlr loss needs at least 3 classes": _run(
+            "evaluate",
+            str(tmp_path / "two.safetensors"),
+            "--data",
+            zeros,
+            "--protocol",
+            "quick",
+            "--out",
+            str(tmp_path / "r"),
+        ),
         r"unknown key attack\.quers \(did you": evaluate(DIGITS, good, "--set", "attack.quers=3"),
         r"attack\.apgd\.steps: expected a whole": evaluate(DIGITS, good, "--set", "attack.apgd.steps=x"),
     }
@@ -282,7 +291,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
     seen = ""
-    while "defense joint 2/" not in seen:
+    while "defense joint:   2%" not in seen:
         read = process.stderr.read(1)
         assert read, f"it ended early: {seen}"
         seen += read

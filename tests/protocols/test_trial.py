@@ -9,6 +9,7 @@ import torch
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.runs import ApgdAttack, SquareAttack
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Point, Setting, Trial
+from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
@@ -468,7 +469,7 @@ def test_a_stochastic_target_is_wrong_where_most_draws_are() -> None:
     for chance, expected in ((0.9, 0.00089), (0.5, 0.5), (0.3, 0.9012)):
         x = torch.full((4000, 1, 1, 1), chance)
         y = torch.zeros(4000, dtype=torch.long)
-        wrong = (decide(defense, x, y=y, draws=9).argmax(dim=1) != y).float().mean()
+        wrong = (decide_by_majority(defense, x, y, draws=9).argmax(dim=1) != y).float().mean()
         assert float(wrong) == pytest.approx(expected, abs=0.02)
 
 
@@ -483,8 +484,8 @@ def test_a_majority_is_told_even_in_a_tie() -> None:
 
     tied: Any = Tied()
     z = torch.zeros(1, 1)
-    assert int(decide(tied, z, y=torch.tensor([0]), draws=3).argmax()) == 0
-    assert int(decide(tied, z, y=torch.tensor([1]), draws=3).argmax()) == 0
+    assert int(decide_by_majority(tied, z, torch.tensor([0]), draws=3).argmax()) == 0
+    assert int(decide_by_majority(tied, z, torch.tensor([1]), draws=3).argmax()) == 0
 
 
 def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point() -> None:
@@ -492,7 +493,7 @@ def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point()
     defense = WholeModel(_Noisy(), batch_dependent=True)
     x = torch.full((8, 1, 1, 1), 0.999)
     y = torch.zeros(8, dtype=torch.long)
-    batch = Batch(0, x, y, x, decide(defense, x, y=y, draws=9))
+    batch = Batch(0, x, y, x, decide_by_majority(defense, x, y, draws=9))
     trial = Trial(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
     outcome = trial.finish(ApgdAttack("margin", steps=10)(trial, torch.Generator().manual_seed(0)))
     assert outcome.decisions == 8 * 9 * 12
