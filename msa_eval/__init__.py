@@ -13,6 +13,9 @@ from msa_eval.hpm import HPM, Variant
 __version__ = "0.1.0"
 
 from msa_eval.protocols import Results, evaluate
+from msa_eval.protocols.audit import audit
+from msa_eval.protocols.sizes import batch_size_report
+from msa_eval.protocols.verify import verify
 
 __all__ = [
     "HPM",
@@ -26,10 +29,13 @@ __all__ = [
     "Variant",
     "WholeModel",
     "as_defense",
+    "audit",
+    "batch_size_report",
     "evaluate",
     "finetune",
     "load_bare_classifier",
     "load_checkpoint",
     "load_samples",
     "save_checkpoint",
+    "verify",
 ]

@@ -95,6 +95,25 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
     return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}"
 
 
+def render_sample(results: Results, index: int) -> str:
+    """What happened to one sample, a line a target and context.
+
+    Args:
+        results: of an evaluation.
+        index: of the sample in the data set.
+    """
+    lines = []
+    for row in results.samples[results.samples["index"] == index].to_dict(orient="records"):
+        if not row["clean_correct"]:
+            fate = "wrong on the clean batch"
+        elif row["robust"]:
+            fate = f"not broken, smallest lead of its label {row['min_margin']:.3g}"
+        else:
+            fate = f"broken by {row['broken_by']} at iterate {row['broken_at']}"
+        lines.append(f"sample {index}, {row['target']}, {row['context']}: {fate}")
+    return "\n".join(lines)
+
+
 def render_sizes(table: pd.DataFrame) -> str:
     """Batch-size dependence as text: a row a batch size, in percent with 95 % intervals.
 

@@ -70,7 +70,7 @@ def audit(
     x: Samples | Tensor | Any,
     y: Tensor | Any = None,
     *,
-    protocol: str | Path | Protocol = "quick",
+    protocol: str | Path | Protocol = "msa",
     fc: object = None,
     surrogates: Mapping[str, Own] | None = None,
     seed: int = 0,

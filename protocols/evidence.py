@@ -241,8 +241,8 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
 
 def _read(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path)
-    texts = [name for name in ("verdict", "reasons") if name in table]
-    table[texts] = table[texts].fillna("")
+    for name in {"verdict", "reasons"} & set(table):  # a sound verdict has no reasons, which reads as a missing number
+        table[name] = table[name].astype("string").fillna("").astype(object)
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
 

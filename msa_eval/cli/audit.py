@@ -16,26 +16,17 @@ if TYPE_CHECKING:
     from msa_eval.protocols.signs import Sign
 
 WIDTH = 100
-DOUBTFUL = 3
-"""Exit status of ``--strict`` where the verdict is not ``sound``."""
 
 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
-@click.option(
-    "--protocol",
-    default="quick",
-    show_default=True,
-    help="The protocol whose figures are in question, or a .toml file.",
-)
+@options.data
+@options.protocol
 @click.option(
     "--limit", type=click.IntRange(min=1), default=128, show_default=True, help="Look at so many samples at most."
 )
-@click.option(
-    "--set", "assignments", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
-)
-@click.option("--strict", is_flag=True, help=f"Exit with status {DOUBTFUL} unless the verdict is sound.")
+@options.assignments
+@click.option("--strict", is_flag=True, help=f"Exit with status {options.NOT_SOUND} unless the verdict is sound.")
 @options.seed
 @options.device
 @options.data_root
@@ -70,7 +61,7 @@ def audit(
     )
     click.echo(render(report, name=target.name, protocol=protocol))
     if strict and report.verdict.verdict != "sound":
-        sys.exit(DOUBTFUL)
+        sys.exit(options.NOT_SOUND)
 
 
 def render(report: AuditReport, *, name: str, protocol: str) -> str:

@@ -10,9 +10,6 @@ import click
 
 from msa_eval.cli import options
 
-NOT_SOUND = 3
-"""Exit status of ``--strict`` where the verdict is anything but sound."""
-
 
 @click.command()
 @options.checkpoint
@@ -72,7 +69,7 @@ def run(
     from msa_eval.data import load_samples
     from msa_eval.protocols import evaluate as evaluate_target
     from msa_eval.protocols import load_protocol
-    from msa_eval.report import render_table
+    from msa_eval.report import render_sample, render_table
 
     loaded = load_protocol(protocol, overrides=overrides)
     model = load_checkpoint(checkpoint).model
@@ -88,6 +85,8 @@ def run(
         progress=options.bars(quiet),
     )
     click.echo(render_table(results))
+    if loaded.apgd is not None and loaded.apgd.victim is not None:
+        click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
     if strict and results.run["verdict"] != "sound":
-        sys.exit(NOT_SOUND)
+        sys.exit(options.NOT_SOUND)

@@ -13,6 +13,9 @@ from tqdm import tqdm
 
 from msa_eval.progress import Progress, silent
 
+NOT_SOUND = 3
+"""Exit status of ``--strict`` where the verdict is anything but sound."""
+
 
 class _Number(click.ParamType[float]):
     name = "number"

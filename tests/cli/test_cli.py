@@ -97,6 +97,11 @@ def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:
     seats = pd.read_csv(tmp_path / "v" / "batches.csv")
     assert len(seats) == 8
     assert index in seats["index"].tolist()
+    row = pd.read_csv(tmp_path / "v" / "samples.csv").set_index(["target", "index"]).loc[("defense", index)]
+    fate = (
+        "wrong on" if not row["clean_correct"] else "not broken" if row["robust"] else f"broken by {row['broken_by']}"
+    )
+    assert f"sample {index}, defense, joint: {fate}" in result.stdout
     _check_refused(
         _evaluate(tmp_path / "w", *few, "--victim", "99999"), "the victim, sample 99999, is not among the 24"
     )

@@ -1,0 +1,127 @@
+"""The verdict of an evaluation, end to end: in the tables, in run.json, in the text, and in the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from msa_eval.protocols import make_protocol
+from torch import Tensor, nn
+from toys import make_classifier, make_hpm, make_samples
+
+from msa_eval import HPM, Classifier, Results, evaluate, verify
+from msa_eval.report import render_table
+
+
+def _protocol(**overrides: Any) -> Any:
+    content = {
+        "schema": 1, "name": "judged", "version": 1, "description": "A test.", "audit.samples": 16,
+        "threat": {"norm": "Linf", "eps": 0.05}, "batches": {"size": 8},
+        "attack": {"apgd": {"runs": ["ste:margin", "ste:margin"], "combine": "cascade", "steps": 10},
+                   "square": {"queries": 10}},
+    }  # fmt: skip
+    return make_protocol(content, overrides=overrides)
+
+
+class Learning(HPM):
+    """Its prototypes go on moving while it is evaluated."""
+
+    def logits(self, z: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        with torch.no_grad():
+            self.prototypes.mul_(0.999).add_(0.001 * z.detach().mean())
+        return super().logits(z, *arguments, **settings)
+
+
+class Blurred(nn.Module):
+    """A classifier behind random noise."""
+
+    def __init__(self, inner: nn.Module, sigma: float) -> None:
+        super().__init__()
+        self.inner, self.sigma = inner, sigma
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x + self.sigma * torch.randn_like(x))
+        return out
+
+
+class Rounded(Classifier):
+    """Features on a coarse grid: the gradient is zero nearly everywhere, and what there is comes from elsewhere."""
+
+    def features(self, x: Tensor) -> Tensor:
+        z = super().features(x)
+        return (z * 4).round() / 4 + 0 * z
+
+
+def test_a_sound_classifier_is_called_sound_everywhere(tmp_path: Path) -> None:
+    classifier = make_classifier()
+    results = evaluate(classifier, make_samples(classifier, 32), protocol=_protocol(), out=tmp_path / "r")
+    assert results.run["verdict"] == "sound"
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv", keep_default_na=False)
+    assert set(summary["verdict"]) == {"sound"}
+    assert set(summary["reasons"]) == {""}
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert run["verdicts"]["defense"] == {"verdict": "sound", "reasons": []}
+    assert "verdict on defense: sound" in render_table(results)
+    pd.testing.assert_frame_equal(Results.load(tmp_path / "r").audit, results.audit, check_dtype=False)
+
+
+def test_a_defence_that_changes_itself_is_caught_and_what_changed_is_named() -> None:
+    plain = make_hpm()
+    learning = Learning(plain.trunk, plain.fc).eval()
+    learning.prototypes.copy_(plain.prototypes)
+    results = evaluate(learning, make_samples(plain, 16), protocol=_protocol(), fc=False)
+    assert results.run["verdict"] == "unreliable"
+    signs = results.audit.set_index("sign")
+    assert bool(signs.loc["state_guard", "fired"])
+    assert "buffer prototypes" in signs.loc["state_guard", "reason"]
+    assert "buffer prototypes" in results.summary["reasons"].iloc[0]
+    assert "verdict on defense: unreliable" in render_table(results)
+
+    still = evaluate(plain, make_samples(plain, 16), protocol=_protocol(), fc=False)
+    assert not bool(still.audit.set_index("sign").loc["state_guard", "fired"])
+
+
+def test_masked_gradients_are_no_robustness() -> None:
+    plain = make_classifier()
+    rounded = Rounded(plain.trunk, plain.fc).eval()
+    samples = make_samples(plain, 32)
+    results = evaluate(rounded, samples, protocol=_protocol(**{"threat.eps": 0.1}))
+    assert results.run["verdict"] == "unreliable"
+    assert bool(results.audit.set_index("sign").loc["zero_gradients", "fired"])
+
+
+def test_a_stochastic_defence_is_asked_nine_times_and_the_evidence_can_be_made_again(tmp_path: Path) -> None:
+    plain = make_classifier()
+    samples = make_samples(plain, 16)
+    torch.manual_seed(0)
+    found = [
+        evaluate(Blurred(plain, 0.05), samples, protocol=_protocol(), save_adversarial=True, out=tmp_path / name)
+        for name in ("a", "b")
+    ]
+    assert found[0].run["draws"] == {"defense": 9}
+    pd.testing.assert_frame_equal(found[0].outcomes, found[1].outcomes)
+    assert bool(found[0].audit.set_index("sign").loc["randomness", "fired"])
+    checked = verify(tmp_path / "a", Blurred(plain, 0.05), samples)
+    assert checked.claims > 0
+    assert checked.replayed == checked.claims, [check for check in checked.checks if not check.passed]
+
+    steady = evaluate(Blurred(plain, 0.0), samples, protocol=_protocol())
+    assert steady.run["draws"] == {"defense": 1}
+    assert not bool(steady.audit.set_index("sign").loc["randomness", "fired"])
+
+
+def test_draws_and_expectation_can_be_set() -> None:
+    plain = make_classifier()
+    protocol = _protocol(**{"stochastic.draws": 3, "stochastic.eot": 2, "audit.samples": 0})
+    results = evaluate(Blurred(plain, 0.05), make_samples(plain, 8), protocol=protocol)
+    assert results.run["draws"] == {"defense": 3}
+    row = results.attacks.iloc[0]
+    assert row["forwards"] == 8 * (2 * 11 + 1)
+    assert results.run["verdict"] == "not audited"
+    with pytest.raises(ValueError, match="an odd number"):
+        _protocol(**{"stochastic.draws": 4})
