@@ -108,7 +108,8 @@ class Entrant:
         seats, chosen, samples = clean.seats, clean.chosen, clean.samples
         runs = self.runs[context]
         pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
-        histories = []
+        committed = []
+        proofs: list[Proof] = []
         outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
         seconds = dict.fromkeys(outcomes, 0.0)
         with ticking(progress, len(clean) * len(runs), f"{self.name} {context}") as tick:
@@ -117,11 +118,10 @@ class Entrant:
                 for run in runs:
                     tick()
                     started = time.perf_counter()
-                    outcome = self._attempt(run, batch, context, history, pool, keep=keep)
+                    outcomes[run.name].append(self._attempt(run, batch, context, history, pool, keep=keep))
                     seconds[run.name] += time.perf_counter() - started
-                    history.add(outcome)
-                    outcomes[run.name].append(outcome)
-                histories.append(history)
+                committed.append(history.committed)
+                proofs += self._proofs(context, batch, history, pool) if keep else []
 
         def placed(values: Sequence[Tensor]) -> Any:
             return _place(values, seats)
@@ -135,24 +135,22 @@ class Entrant:
             position=placed([torch.arange(len(seat)) for seat in seats]),
             clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
             clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
-            committed=placed([history.committed for history in histories]),
+            committed=placed(committed),
             runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
         )
-        return Evaluated(record, self._proofs(context, histories, pool) if keep else [])
+        return Evaluated(record, proofs)
 
-    def _proofs(self, context: str, histories: Sequence[History], pool: Pool | None) -> list[Proof]:
-        proofs = []
-        for number, history in enumerate(histories):
-            own = self.clean.chosen[self.clean.seats[number]]
-            proofs += history.proofs(
-                self.name, context, number, rows_interact=self.clean.batch_dependent,
-                pool=own if pool is None else torch.cat([own, pool.indices]),
-            )  # fmt: skip
-        return proofs
+    def _proofs(self, context: str, batch: Batch, history: History, pool: Pool | None) -> list[Proof]:
+        own = self.clean.chosen[self.clean.seats[batch.number]]
+        return history.proofs(
+            self.name, context, batch.number, rows_interact=self.clean.batch_dependent,
+            pool=own if pool is None else torch.cat([own, pool.indices]),
+        )  # fmt: skip
 
     def _attempt(
         self, run: Run, batch: Batch, context: str, history: History, pool: Pool | None, *, keep: bool
     ) -> Outcome:
+        """Make one run on one batch, and enter it in the batch's history."""
         clean = self.clean
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
@@ -167,9 +165,11 @@ class Entrant:
             # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
             with seeded(generator.initial_seed()):
                 points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
-                return trial.finish(points)
+                outcome = trial.finish(points)
         except Exception as error:
             raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
+        history.add(outcome, trial.trace())
+        return outcome
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from msa_eval.protocols.archive import Proof, cover
 from msa_eval.protocols.contexts import Company, own_companions
-from msa_eval.protocols.trial import Batch, Finding, Outcome, Point
+from msa_eval.protocols.trial import Batch, Finding, Outcome, Point, Trace
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
@@ -47,22 +47,22 @@ class History:
         """The samples that are right on the clean batch and that nothing has broken ``(B,)``."""
         return self.correct & ~self.broken
 
-    def add(self, outcome: Outcome) -> None:
-        """Enter what a run did."""
-        lower = outcome.best_lead < self._lead
+    def add(self, outcome: Outcome, trace: Trace) -> None:
+        """Enter what a run did, and what it leaves."""
+        lower = trace.best_lead < self._lead
         self.best = Point(
-            torch.where(_per_image(lower, outcome.best.x), outcome.best.x, self.best.x),
-            torch.where(_per_image(lower, outcome.best.z), outcome.best.z, self.best.z),
+            torch.where(_per_image(lower, trace.best.x), trace.best.x, self.best.x),
+            torch.where(_per_image(lower, trace.best.z), trace.best.z, self.best.z),
         )
-        self._lead = torch.minimum(self._lead, outcome.best_lead)
-        if self.company is not None and outcome.company is not None:
-            index = torch.where(lower.unsqueeze(1), outcome.company, self.company.index)
+        self._lead = torch.minimum(self._lead, trace.best_lead)
+        if self.company is not None and trace.company is not None:
+            index = torch.where(lower.unsqueeze(1), trace.company, self.company.index)
             self.company = self.company.seating(index)
         self.broken = self.broken | outcome.any_broken
         if int(outcome.committed.sum()) < int(self.committed.sum()):
             self.committed = outcome.committed
-        self.points = [*self.points, outcome.final, outcome.best][-POINTS:]
-        self.findings += outcome.findings
+        self.points = [*self.points, trace.final, trace.best][-POINTS:]
+        self.findings += trace.findings
 
     def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:
         """Adversarial batches that together break all samples broken, few of them, on the CPU.

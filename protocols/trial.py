@@ -75,6 +75,25 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What a run leaves to later ones and to the proofs: images, which are not kept for the tables.
+
+    Attributes:
+        final: the final points.
+        best: each sample's own point of the lowest lead.
+        best_lead: that lead ``(B,)``.
+        company: who sat beside it ``(B, B - 1)``, where the attacker chooses.
+        findings: adversarial batches that break samples not broken before, where these are kept.
+    """
+
+    final: Point
+    best: Point
+    best_lead: Tensor
+    company: Tensor | None
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run did to a batch; one entry a sample ``(B,)`` unless said otherwise.
 
@@ -89,11 +108,6 @@ class Outcome:
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
-        final: the final points.
-        best: each sample's own point of the lowest lead.
-        best_lead: that lead.
-        company: who sat beside it, where the attacker chooses.
-        findings: adversarial batches that break samples not broken before, where these are kept.
     """
 
     surrogate_fooled: Tensor
@@ -106,11 +120,6 @@ class Outcome:
     forwards: int
     backwards: int
     decisions: int
-    final: Point
-    best: Point
-    best_lead: Tensor
-    company: Tensor | None
-    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ class Trial:
         self._broken = unbroken
         self._first = torch.full_like(batch.y, -1)
         self._lead = self._best_lead = -margin(batch.logits, batch.y)
-        self._best = Point(batch.x, batch.z)
+        self._best = self._final = Point(batch.x, batch.z)
         self._committed = batch.correct
         self._finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
         self._excess = torch.zeros((), device=batch.y.device)
@@ -282,7 +291,8 @@ class Trial:
             fooled = (logits.mean(dim=0) if logits.ndim == 3 else logits).argmax(dim=1) != self.batch.y
         hard = self._decide(self._defense, z)
         self._iterate += 1
-        self._judge(Point(x, z), hard)
+        self._final = Point(x, z)
+        self._judge(self._final, hard)
         if not bool(self._finite):
             raise AttackError("the defence or its surrogate returned logits that are not finite")
         if float(self._excess) > 0:
@@ -301,12 +311,11 @@ class Trial:
             forwards=self._forwards,
             backwards=self._backwards,
             decisions=self._decisions,
-            final=Point(x, z),
-            best=self._best,
-            best_lead=self._best_lead,
-            company=self._company,
-            findings=tuple(self._findings),
         )
+
+    def trace(self) -> Trace:
+        """What later runs may go on from, once the trial is finished."""
+        return Trace(self._final, self._best, self._best_lead, self._company, tuple(self._findings))
 
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)

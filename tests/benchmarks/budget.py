@@ -55,10 +55,23 @@ def contenders(eps: Any, samples: int) -> Iterator[tuple[str, Protocol]]:
     paper.pop("samples.fraction")
     yield "paper", make_protocol(paper)
     base = {key: value for key, value in load_protocol("msa").values.items() if not key.startswith("attack.")}
+    base |= {**common, "threat.contexts": ["joint"]}
+    runs = list(load_protocol("msa").values["attack.apgd.runs"])
+    still = [run.removesuffix(":companions") for run in runs]
+    together = {"attack.apgd.surrogates": list(dict.fromkeys(run.split(":")[0] for run in runs)),
+                "attack.apgd.losses": ["margin", "dlr", "ce", "dlr-targeted"], "attack.apgd.restarts": 2,
+                "attack.apgd.targets": 5}  # fmt: skip
+    yield "separate", make_protocol({**base, "attack.apgd.runs": still, "attack.apgd.combine": "separate"})
+    yield "mean", make_protocol({**base, **together, "attack.apgd.combine": "mean"})
+    yield "alternate", make_protocol({**base, **together, "attack.apgd.combine": "alternate"})
+    yield "cascade", make_protocol({**base, "attack.apgd.runs": still, "attack.apgd.combine": "cascade"})
+    yield "cascade, companions", make_protocol({**base, "attack.apgd.runs": runs, "attack.apgd.combine": "cascade"})
     for surrogate in SINGLE:
         runs = [f"{surrogate}:{loss}" for loss in LOSSES]
-        single = {"attack.apgd.runs": runs, "attack.apgd.combine": "cascade", "threat.contexts": ["joint"]}
-        yield f"only {surrogate}", make_protocol({**base, **common, **single})
+        yield (
+            f"only {surrogate}",
+            make_protocol({**base, "attack.apgd.runs": runs, "attack.apgd.combine": "cascade"}),
+        )
 
 
 def autoattack(model: nn.Module, data: Samples, protocol: Protocol) -> pd.DataFrame:

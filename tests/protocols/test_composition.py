@@ -84,8 +84,8 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(greedy: bool
     trial = Trial(OneAtATime(hpm, company), None, batch, BALL)
     attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=greedy)
     outcome = trial.finish(attack(trial, torch.Generator().manual_seed(0)))
-    assert outcome.company is not None
-    for i, row in enumerate(outcome.company):
+    assert trial.trace().company is not None
+    for i, row in enumerate(trial.trace().company):
         who = identity[row].tolist()
         assert len(set(who)) == 7
         assert i not in who
@@ -111,7 +111,7 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
         trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
         attack = RecombinationAttack(points, sweeps=2)
         outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
-        for finding in outcome.findings:
+        for finding in trial.trace().findings:
             assert finding.own is None
             for j, image in enumerate(finding.x):
                 assert any(torch.equal(image, cloud[j]) for cloud in clouds)

@@ -394,7 +394,7 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
     assert torch.equal(outcome.final_broken, whole["final_broken"])
 
     proven = torch.zeros_like(broken)
-    for finding in outcome.findings:
+    for finding in trial.trace().findings:
         for i in finding.breaks.nonzero().flatten().tolist():
             mixed = finding.x.clone()
             if finding.own is not None:
@@ -416,13 +416,13 @@ def test_the_best_point_of_every_sample_is_its_lowest() -> None:
 
     generator = torch.Generator().manual_seed(0)
     found = apgd(watched, batch.x, batch.y, loss=LOSSES["dlr"], ball=BALL, steps=8, generator=generator)
-    outcome = trial.finish(found.x)
+    trial.finish(found.x)
     asked.append(found.x)
     leads = torch.stack([-margin(hpm(x), batch.y) for x in asked])
-    torch.testing.assert_close(outcome.best_lead, leads.amin(dim=0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(trial.trace().best_lead, leads.amin(dim=0), atol=1e-6, rtol=1e-6)
     for i, t in enumerate(leads.argmin(dim=0).tolist()):
-        assert torch.equal(outcome.best.x[i], asked[t][i])
-    torch.testing.assert_close(outcome.best.z, hpm.features(outcome.best.x))
+        assert torch.equal(trial.trace().best.x[i], asked[t][i])
+    torch.testing.assert_close(trial.trace().best.z, hpm.features(trial.trace().best.x))
 
 
 @pytest.mark.parametrize("turns", [False, True])
