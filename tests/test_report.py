@@ -10,12 +10,14 @@ from msa_eval.protocols import load_protocol
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Results, evaluate
-from msa_eval.report import render_bars, render_table
+from msa_eval.report import render_bars, render_curves, render_sample, render_table, spending
 
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    overrides = {"attack.square.queries": 5, "attack.apgd.steps": 2, "threat.contexts": ["joint", "solo"]}
+    overrides = {
+        "attack.square.queries": 5, "attack.apgd.steps": 2, "threat.contexts": ["joint", "solo"], "audit.samples": 20
+    }  # fmt: skip
     return evaluate(
         make_hpm(), make_samples(make_classifier(), 20), protocol=load_protocol("quick", overrides=overrides)
     )
@@ -46,3 +48,40 @@ def test_the_chart_is_valid_and_its_bars_have_the_values_length(results: Results
     texts = [text.text for text in root.iter() if text.tag.endswith("text")]
     assert {"clean", "paper", "realised", "worst_case"} <= set(texts)
     assert not re.search(r"https?://(?!www\.w3\.org)", render_bars(results))
+
+
+def test_the_verdict_and_the_alarm_stand_below_the_tables(results: Results) -> None:
+    text = render_table(results)
+    assert f"verdict on defense: {results.run['verdicts']['defense']['verdict']}" in text
+    assert f"verdict on fc: {results.run['verdicts']['fc']['verdict']}" in text
+    for row in results.audit.to_dict(orient="records"):
+        assert (f"[{row['sign']}]" in text) >= row["fired"]
+    square = results.attacks[(results.attacks["attack"] == "square") & (results.attacks["context"] == "joint")]
+    added = square.set_index("target")["newly_broken"]
+    assert f"broken by gradient-free attacks alone: {added['fc']} (fc), {added['defense']} (defense)" in text
+
+
+def test_the_curve_of_spent_passes_ends_at_the_worst_case(results: Results) -> None:
+    value = results.summary.set_index(["target", "context", "metric"])["value"]
+    for target in ("defense", "fc"):
+        curve = spending(results, target=target, context="joint")
+        assert curve["passes"].is_monotonic_increasing
+        assert curve["worst_case"].is_monotonic_decreasing
+        assert curve.iloc[0].tolist() == [0.0, value[target, "joint", "clean"]]
+        runs = results.attacks[(results.attacks["target"] == target) & (results.attacks["context"] == "joint")]
+        assert curve.iloc[-1].tolist() == pytest.approx(
+            [runs["forwards"].sum() / 20, value[target, "joint", "worst_case"]]
+        )
+    chart = render_curves({"<a>": curve, "b": curve}, "title & more")
+    paths = [path for path in ElementTree.fromstring(chart).iter() if path.get("fill") == "none"]
+    assert len(paths) == 2
+
+
+def test_one_sample_is_told_in_words(results: Results) -> None:
+    rows = results.samples[results.samples["context"] == "solo"].to_dict(orient="records")
+    for row in rows:
+        line = next(
+            line for line in render_sample(results, row["index"]).splitlines() if f"{row['target']}, solo" in line
+        )
+        assert ("not broken" in line) == bool(row["robust"])
+        assert ("wrong on the clean batch" in line) == (not row["clean_correct"])

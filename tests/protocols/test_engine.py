@@ -96,7 +96,8 @@ def test_the_laws_hold_on_every_kind_of_defence(
 def test_the_tables_follow_from_each_other(digits_hpm: HPM, digits: Samples, tmp_path: Path) -> None:
     """Every number again, from the CSVs alone, by its definition."""
     protocol = load_protocol(
-        "digits", overrides={"samples.limit": 90, "attack.square.queries": 40, "attack.apgd.steps": 8}
+        "digits",
+        overrides={"samples.limit": 90, "attack.square.queries": 40, "attack.apgd.steps": 8, "audit.samples": 0},
     )
     evaluate(digits_hpm, digits, protocol=protocol, out=tmp_path)
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("summary", "attacks", "samples", "outcomes")}
@@ -134,15 +135,18 @@ def test_the_tables_follow_from_each_other(digits_hpm: HPM, digits: Samples, tmp
 
 
 def test_the_same_seed_gives_identical_tables(digits_hpm: HPM, digits: Samples, tmp_path: Path) -> None:
-    """All five files byte for byte."""
-    overrides = {"samples.limit": 70, "attack.square.queries": 30, "attack.apgd.steps": 5}
+    """All files byte for byte."""
+    overrides = {
+        "samples.limit": 40, "attack.square.queries": 10, "attack.spsa.queries": 5, "attack.apgd.steps": 3,
+        "audit.samples": 20, "batches.size": 20,
+    }  # fmt: skip
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         evaluate(digits_hpm, digits, protocol="digits", overrides=overrides, seed=seed, out=tmp_path / name)
 
     def text(run: str, table: str) -> bytes:
         return (tmp_path / run / f"{table}.csv").read_bytes()
 
-    for table in ("summary", "attacks", "samples", "outcomes", "batches"):
+    for table in ("summary", "attacks", "samples", "outcomes", "batches", "audit"):
         assert text("a", table) == text("b", table)
     assert text("a", "outcomes") != text("c", "outcomes")
     assert text("a", "batches") == text("c", "batches")
@@ -151,7 +155,7 @@ def test_the_same_seed_gives_identical_tables(digits_hpm: HPM, digits: Samples, 
 def test_both_targets_stand_in_every_table(digits_hpm: HPM, digits: Samples) -> None:
     results = evaluate(
         digits_hpm, digits, protocol="paper-cifar10",
-        overrides={"samples.limit": 40, "attack.square.queries": 5, "attack.apgd.steps": 3},
+        overrides={"samples.limit": 40, "attack.square.queries": 5, "attack.apgd.steps": 3, "audit.samples": 0},
     )  # fmt: skip
     runs = results.attacks.groupby("target")["run"].apply(list)
     both = ["fc-oracle:apgd-ce:0", "fc-oracle:apgd-dlr:0"]
@@ -163,7 +167,7 @@ def test_both_targets_stand_in_every_table(digits_hpm: HPM, digits: Samples) -> 
     assert results.run["targets"]["fc"]["not_applicable"] == ["soft-hybrid"]
     alone = evaluate(
         digits_hpm.fc_target, digits, protocol="paper-cifar10",
-        overrides={"samples.limit": 40, "attack.square.queries": 5, "attack.apgd.steps": 3},
+        overrides={"audit.samples": 0, "samples.limit": 40, "attack.square.queries": 5, "attack.apgd.steps": 3},
     )  # fmt: skip
     assert alone.run["targets"]["defense"]["sha256"] == results.run["targets"]["fc"]["sha256"]
     fc = results.samples[results.samples["target"] == "fc"]["clean_prediction"].tolist()
@@ -231,7 +235,13 @@ def test_batches_stay_whole_and_in_order(digits: Samples) -> None:
 
 
 def test_a_users_own_surrogate_attacks_beside_the_protocols(digits_hpm: HPM, digits: Samples) -> None:
-    overrides = {"samples.limit": 40, "attack.square.queries": 5, "attack.apgd.steps": 3, "threat.eps": 0.15}
+    overrides = {
+        "audit.samples": 0,
+        "samples.limit": 40,
+        "attack.square.queries": 5,
+        "attack.apgd.steps": 3,
+        "threat.eps": 0.15,
+    }
     own = {"sharp": lambda defense, z: defense.logits(z, "soft", temperature=0.1)}
     results = evaluate(digits_hpm, digits, protocol="quick", overrides=overrides, surrogates=own)
     assert "sharp:apgd-ce:0" in set(results.attacks["run"])
@@ -356,7 +366,7 @@ def test_a_naturally_trained_resnet_comes_out_at_zero(cifar10: Samples) -> None:
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     results = evaluate(
         model.eval(), Samples(cifar10.x[:24], cifar10.y[:24]), protocol="quick",
-        overrides={"threat.eps": "4/255", "attack.square.queries": 5},
+        overrides={"audit.samples": 0, "threat.eps": "4/255", "attack.square.queries": 5},
     )  # fmt: skip
     value = results.summary.set_index("metric")["value"]
     assert value["clean"] > 0.7
@@ -503,3 +513,76 @@ ONLY_SQUARE = {key: value for key, value in SMALL.items() if key != "attack"} | 
 def test_more_bad_input_is_named(call: Callable[[], Results], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_cascade_searches_only_for_what_still_stands() -> None:
+    """On a static target each run passes the standing samples, and every sample in its last pass."""
+    classifier = make_classifier()
+    samples = make_samples(classifier, 30)
+    keys = {"attack__apgd__runs": ["fc-oracle:margin"] * 4, "attack__apgd__combine": "cascade"}
+    removed = {"attack.apgd.surrogates", "attack.apgd.losses", "attack.apgd.restarts"}
+    content = {key: value for key, value in _small().values.items() if key not in removed}
+    content |= {key.replace("__", "."): value for key, value in keys.items()} | {"threat.eps": 0.05}
+    results = evaluate(classifier, samples, protocol=make_protocol(content))
+    runs = results.attacks[results.attacks["attack"] == "apgd"]
+    standing = int(results.samples["clean_correct"].sum())
+    steps = content["attack.apgd.steps"]
+    for row in runs.to_dict(orient="records"):
+        assert row["forwards"] == standing * (steps + 1) + 30
+        assert row["backwards"] == standing * steps
+        standing -= row["newly_broken"]
+    assert standing < int(results.samples["clean_correct"].sum())
+    values = results.summary.set_index("metric")["value"]
+    assert values["worst_case"] <= values["realised"] <= values["paper"] <= values["clean"]
+
+
+def test_a_victim_alone_is_searched_for_and_its_batch_alone_is_evaluated() -> None:
+    hpm = make_hpm()
+    samples = make_samples(hpm, 30)
+    content = {"attack.apgd.moves": ["companions"], "attack.apgd.surrogates": ["soft-hybrid", "ste"],
+               "batches.size": 10, "threat.eps": 0.2}  # fmt: skip
+    whole = evaluate(hpm, samples, protocol=make_protocol({**_small().values, **content}), fc=False)
+    broken = whole.samples[whole.samples["clean_correct"] & ~whole.samples["robust"]]
+    victim = int(broken["index"].iloc[0])
+    one = evaluate(
+        hpm, samples, protocol=make_protocol({**_small().values, **content, "attack.apgd.victim": victim}), fc=False
+    )
+    batch = set(whole.batches[whole.batches["batch"] == int(broken["batch"].iloc[0])]["index"])
+    assert set(one.samples["index"]) == batch
+    assert not bool(one.samples.set_index("index").loc[victim, "robust"])
+
+
+def test_companions_moved_for_one_break_it_where_its_own_image_is_clean() -> None:
+    """The find of a companions run, made again by hand: the victim's image is clean, the others lie in the ball."""
+    hpm = make_hpm()
+    samples = make_samples(hpm, 24)
+    content = {**_small().values, "attack.apgd.moves": ["companions"], "attack.apgd.surrogates": ["ste"],
+               "batches.size": 24, "threat.eps": 0.25}  # fmt: skip
+    for key in [key for key in content if key.startswith("attack.square")]:
+        content.pop(key)
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = HPM.logits_one_at_a_time
+
+    class Watched(HPM):
+        def logits_one_at_a_time(self, z: Tensor, companions: Tensor | None, *args: Any, **settings: Any) -> Tensor:
+            assert companions is not None
+            seen.append((z.detach(), companions.detach()))
+            return original(self, z, companions, *args, **settings)
+
+    watched = Watched(hpm.trunk, hpm.fc).eval()
+    watched.prototypes.copy_(hpm.prototypes)
+    results = evaluate(watched, samples, protocol=make_protocol(content), fc=False)
+    order = results.batches["index"].tolist()
+    clean = hpm.features(samples.x[order])
+    broken = torch.zeros(24, dtype=torch.bool)
+    for own, others in seen:
+        torch.testing.assert_close(own, clean)
+        for i in range(24):
+            batch = others.clone()
+            batch[i] = own[i]
+            broken[i] |= bool(hpm.logits(batch)[i].argmax() != samples.y[order[i]])
+    rows = results.outcomes.groupby("index")["any_broken"].any().loc[order]
+    assert bool((torch.tensor(rows.to_numpy()) | ~broken).all())
+    assert bool(
+        (broken & torch.tensor(results.samples.set_index("index").loc[order, "clean_correct"].to_numpy())).any()
+    )

@@ -6,21 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols import load_protocol
-from msa_eval.protocols.runs import Run, offer, plan_runs
+from msa_eval.protocols import load_protocol, make_protocol
+from msa_eval.protocols.runs import ApgdAttack, Run, offer, plan_runs
 from msa_eval.protocols.trial import Batch
 from toys import make_classifier, make_hpm
 
+from msa_eval import HPM
 from msa_eval.defense import decide
 
+PRODUCT = {
+    "schema": 1, "name": "product", "version": 1, "description": "A test.", "threat": {"norm": "Linf", "eps": 0.1},
+    "attack": {"apgd": {"surrogates": ["fc-oracle", "soft-hybrid", "ste"], "targets": 6,
+                        "losses": ["ce", "dlr", "margin", "dlr-targeted"]}, "square": {"queries": 5}},
+}  # fmt: skip
 
-def _runs(defense: Any, name: str = "digits", classes: int = 4, **overrides: Any) -> list[Run]:
-    protocol = load_protocol(name, overrides={key.replace("__", "."): value for key, value in overrides.items()})
+
+def _runs(defense: Any, name: str = "", classes: int = 4, context: str = "joint", **overrides: Any) -> list[Run]:
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    protocol = load_protocol(name, overrides=changed) if name else make_protocol(PRODUCT, overrides=changed)
     assert protocol.apgd is not None
+    dependent = isinstance(defense, HPM)
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     z = defense.features(x).detach()
     batch = Batch(0, x, torch.zeros(5, dtype=torch.long), z, decide(defense, z))
-    return plan_runs(protocol, offer(protocol.apgd, defense, batch, own={}), num_classes=classes)
+    offers = offer(protocol.apgd, defense, batch, own={}, batch_dependent=dependent)
+    return plan_runs(protocol, offers, num_classes=classes, context=context, batch_dependent=dependent)
 
 
 def test_surrogates_times_losses_times_restarts_and_then_square() -> None:
@@ -58,3 +68,53 @@ def test_random_numbers_differ_by_run_seed_target_context_and_batch() -> None:
 def test_losses_that_need_more_classes(loss: str, classes: int) -> None:
     with pytest.raises(ValueError, match=f"the {loss} loss needs at least {classes + 1} classes"):
         _runs(make_hpm(), classes=classes, attack__apgd__losses=[loss])
+
+
+def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
+    """What a target has not is made up for: its first surrogate, another start, the next target class."""
+    joint, solo, static = (
+        [run for run in _runs(defense, "msa", classes=10, context=context) if run.label == "apgd"]
+        for defense, context in ((make_hpm(), "joint"), (make_hpm(), "solo"), (make_classifier(), "joint"))
+    )
+    assert len(joint) == len(solo) == len(static) == 11
+    for runs in (joint, solo, static):
+        assert len({run.name for run in runs}) == 11
+        assert all(run.chained for run in runs)
+    assert {run.moves for run in joint} == {"batch", "companions"}
+    assert {run.moves for run in solo + static} == {"batch"}
+    assert {run.surrogate_name for run in static} == {"fc-oracle"}
+    ranks = [run.attack.target for run in static if run.loss == "dlr-targeted" and isinstance(run.attack, ApgdAttack)]
+    assert ranks == list(range(8))
+    assert "fc-oracle" not in {run.surrogate_name for run in joint if run.moves == "companions"}
+
+
+def test_a_cascade_starts_at_random_then_from_the_best_and_again_at_random_where_it_repeats() -> None:
+    runs = _runs(make_hpm(), "quick", attack__apgd__combine="cascade", attack__apgd__restarts=2)
+    starts = [run.attack.from_start for run in runs if isinstance(run.attack, ApgdAttack)]
+    assert starts == [False, False] + [True, False] * 5
+    separate = _runs(make_hpm(), "quick", attack__apgd__restarts=2)
+    assert not any(run.attack.from_start for run in separate if isinstance(run.attack, ApgdAttack))
+    assert not any(run.chained for run in separate)
+
+
+@pytest.mark.parametrize("combine", ["mean", "alternate"])
+def test_surrogates_attacked_together_are_one(combine: str) -> None:
+    runs = _runs(make_hpm(), "quick", attack__apgd__combine=combine)
+    assert [run.name for run in runs] == [f"{combine}:apgd-ce:0", f"{combine}:apgd-dlr:0", "target:square-margin:0"]
+    assert [run.attack.turns for run in runs[:2] if isinstance(run.attack, ApgdAttack)] == [combine == "alternate"] * 2
+    alone = _runs(make_classifier(), "quick", attack__apgd__combine=combine)
+    assert [run.surrogate_name for run in alone] == ["fc-oracle", "fc-oracle", "target"]
+
+
+def test_the_default_protocol_runs_on_two_classes() -> None:
+    assert {run.loss for run in _runs(make_classifier(), "msa", classes=2)} == {"margin"}
+
+
+def test_recombination_and_composition_are_for_those_who_have_companions() -> None:
+    def labels(defense: Any, context: str) -> set[str]:
+        return {run.label for run in _runs(defense, "msa", classes=10, context=context)} - {"apgd", "square", "spsa"}
+
+    assert labels(make_hpm(), "joint") == {"recombination"}
+    assert labels(make_hpm(), "solo") == set()
+    assert labels(make_hpm(), "composed") == {"composition"}
+    assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == set()

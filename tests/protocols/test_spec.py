@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,42 @@ def test_files_that_are_no_protocol(tmp_path: Path) -> None:
     bad.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not a readable TOML file"):
         load_protocol(bad)
+
+
+@pytest.mark.parametrize(
+    ("apgd", "message"),
+    [
+        ({"runs": ["ste"]}, "attack.apgd.runs: expected a list of 'surrogate:loss' or 'surrogate:loss:moves'"),
+        ({"runs": ["ste:cw"]}, "with a loss among ce, margin, dlr, dlr-targeted"),
+        ({"runs": ["ste:ce:rows"]}, "moves among batch, image, companions"),
+        ({"runs": ["ste:ce:batch:1"]}, "attack.apgd.runs: expected"),
+        ({"runs": "ste:ce"}, "attack.apgd.runs: expected a list"),
+        ({"runs": ["ste:ce"], "losses": ["ce"]}, "attack.apgd.losses has no meaning beside it"),
+        ({"runs": ["ste:ce"], "combine": "mean"}, "can't be combined by mean or alternate"),
+        ({"combine": "mixed"}, "attack.apgd.combine: expected one of separate, mean, alternate, cascade"),
+        ({"victim": 3}, "no run moves companions"),
+        ({"victim": 3, "moves": ["rows"]}, "attack.apgd.moves: expected"),
+    ],
+)
+def test_mistakes_in_a_list_of_runs_are_named(apgd: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_protocol({**GOOD, "attack": {"apgd": apgd}})
+
+
+def test_a_list_of_runs_survives_the_way_through_a_file(tmp_path: Path) -> None:
+    apgd = {"runs": ["ste:margin:companions", "soft-hybrid@0.3:dlr"], "combine": "cascade", "victim": 3}
+    protocol = make_protocol({**GOOD, "attack": {"apgd": apgd, "spsa": {"queries": 9}}})
+    (tmp_path / "mine.toml").write_text(protocol.text(), encoding="utf-8")
+    again = load_protocol(tmp_path / "mine.toml")
+    assert again.digest() == protocol.digest()
+    assert again.apgd == protocol.apgd
+    assert again.apgd is not None
+    assert again.apgd.runs == (("ste", "margin", "companions"), ("soft-hybrid@0.3", "dlr", "batch"))
+    assert again.spsa is not None
+    assert (again.spsa.queries, again.apgd.victim, again.square) == (9, 3, None)
+
+
+def test_the_digits_protocol_is_msa_at_another_radius() -> None:
+    msa, digits = (load_protocol(name).values for name in ("msa", "digits"))
+    own = ("name", "version", "description", "threat.eps", "threat.contexts")
+    assert {k: v for k, v in msa.items() if k not in own} == {k: v for k, v in digits.items() if k not in own}
