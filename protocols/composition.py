@@ -1,4 +1,4 @@
-"""Attacks that choose the company of an image from what is cached, and so cost decisions, not passes.
+"""The choice of an image's company from what is cached, which costs decisions and no passes.
 
 The search is a coordinate descent: in one place after another, several images are tried, and the one is kept that
 leaves the label the smallest lead.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from msa_eval.protocols.contexts import Company, decide_each
-from msa_eval.protocols.trial import Point, Trial
+from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
@@ -105,65 +105,3 @@ class CompositionAttack:
         identity = self.identity[drawn]
         taken = (self.identity[index].unsqueeze(2) == identity.unsqueeze(1)).any(dim=1)
         return ~taken & (identity != self.own.unsqueeze(1))
-
-
-@dataclass(frozen=True)
-class RecombinationAttack:
-    """The choice, for each sample that stands, among the points that earlier runs found for every image of its batch.
-
-    Any mixture of points of one ball is an adversarial batch. Each sample gets the mixture that serves against it
-    alone; what breaks it by cached features is confirmed by a pass of that batch.
-
-    Attributes:
-        points: what earlier runs found, each a whole batch.
-        sweeps: how often each place is visited.
-    """
-
-    points: Sequence[Point]
-    sweeps: int
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Return the starting points; every batch put together is in the trial's record."""
-        rows = (trial.counted & trial.batch.correct).nonzero().flatten()
-        size, many = len(trial.batch.x), len(self.points)
-        pool = torch.cat([point.z for point in self.points])  # the point k of image j lies at k * size + j
-        images = torch.arange(size, device=rows.device)
-        others = images.expand(len(rows), -1)[images != rows.unsqueeze(1)].view(len(rows), -1)
-        choices = torch.arange(many, device=rows.device) * size
-
-        def candidates(place: int, company: Company) -> Tensor:
-            return others[:, place : place + 1] + choices
-
-        company = Company(pool, others, rows)
-        chosen = rows
-        for _ in range(self.sweeps):
-            chosen = self._own(trial, pool, chosen, company, choices)
-            places = torch.randperm(size - 1, generator=generator).tolist()
-            company, _ = descend(
-                trial.target, pool[chosen], trial.batch.y[rows], company, places=places, candidates=candidates
-            )
-        self._confirm(trial, rows, chosen, company)
-        return trial.start.x
-
-    def _own(self, trial: Trial, pool: Tensor, chosen: Tensor, company: Company, choices: Tensor) -> Tensor:
-        """Each row's own point ``(n,)`` that its company serves best, as a place in the pool."""
-        rows = company.seats
-        options = rows.unsqueeze(0) + choices.unsqueeze(1)
-        index, seats = company.index.repeat(len(choices), 1), rows.repeat(len(choices))
-        with torch.no_grad():
-            logits = decide_each(trial.target, pool[options.flatten()], Company(pool, index, seats))
-        leads = -margin(logits.float(), trial.batch.y[seats])
-        found = leads.view(len(choices), -1).argmin(dim=0)
-        return options[found, torch.arange(len(rows), device=rows.device)]
-
-    def _confirm(self, trial: Trial, rows: Tensor, chosen: Tensor, company: Company) -> None:
-        """Pass every batch on which a sample seems to be broken."""
-        with torch.no_grad():
-            logits = decide_each(trial.target, company.pool[chosen], company)
-        wrong = logits.argmax(dim=1) != trial.batch.y[rows]
-        images = torch.stack([point.x for point in self.points])
-        size = len(trial.batch.x)
-        for i in wrong.nonzero().flatten().tolist():
-            seat = int(rows[i])
-            places = torch.cat([company.index[i, :seat], chosen[i : i + 1], company.index[i, seat:]])
-            trial.judge(images[places // size, places % size])

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.clean import CleanBatches, Pool, seeded
-from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack
+from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.history import History
+from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
 from msa_eval.protocols.spec import Protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
@@ -155,7 +156,8 @@ class Entrant:
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
         keep = keep and context == "joint" and clean.batch_dependent
-        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep)
+        trail = run.attack is not None and any(other.label == "pursuit" for other in self.runs[context])
+        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail)
         trial = Trial(
             target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
@@ -179,15 +181,16 @@ class Entrant:
 
     def _choice(self, run: Run, batch: Batch, history: History, pool: Pool | None) -> Attack:
         """An attack that chooses from what is cached."""
-        if run.label == "recombination":
-            assert self.protocol.recombination is not None
-            return RecombinationAttack(history.points, self.protocol.recombination.sweeps)
+        if run.label in ("recombination", "pursuit"):
+            budget = self.protocol.recombination
+            assert budget is not None
+            return PursuitAttack(history.points, budget.sweeps, budget.passes if run.surrogate is not None else 0)
         assert pool is not None
         assert history.company is not None
         own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
-        budget = self.protocol.composition
+        choice = self.protocol.composition
         identity = torch.cat([own, pool.indices.to(own.device)])
-        return CompositionAttack(history.company, identity, own, budget.trials, budget.search == "greedy")
+        return CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 
-POINTS = 24
-"""So many points of each image are kept."""
+POINTS = 144
+"""So many points of each image are kept at most, the latest."""
 
 
 class History:
@@ -61,7 +61,7 @@ class History:
         self.broken = self.broken | outcome.any_broken
         if int(outcome.committed.sum()) < int(self.committed.sum()):
             self.committed = outcome.committed
-        self.points = [*self.points, trace.final, trace.best][-POINTS:]
+        self.points = [*self.points, *trace.trail, trace.final, trace.best][-POINTS:]
         self.findings += trace.findings
 
     def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:

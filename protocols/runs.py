@@ -12,7 +12,7 @@ from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
 from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
 from msa_eval.protocols.trial import Batch, Setting, Trial
-from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
+from msa_eval.surrogates import SOFT_HYBRID, STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
@@ -135,7 +135,7 @@ class Run:
     Attributes:
         surrogate: what is attacked; ``None`` is the hard target itself.
         attack: the search; ``None`` is one among what the batch's history holds.
-        label: the attack's name: ``apgd``, ``recombination``, ``square``, ``spsa``, ``composition``.
+        label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``.
         loss: the loss's name.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -205,6 +205,7 @@ class Offers:
         sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
         among: the names of those whose gradient reaches the companions of an image.
         together: all usable ones as an ensemble, where there are several.
+        pursued: those of ``among`` that a pursuit follows in turn.
     """
 
     usable: Sequence[Surrogate]
@@ -212,6 +213,7 @@ class Offers:
     sha256: str
     among: Sequence[str] = ()
     together: Ensemble | None = None
+    pursued: Surrogate | Ensemble | None = None
 
 
 def offer(
@@ -266,7 +268,13 @@ def offer(
     if budget.combine in ("mean", "alternate") and len(usable) > 1:
         together = ensemble(budget.combine, usable, defense, batch.x, batch.z)
     missing = [s.name for s in known if s not in usable]
-    return Offers(usable, missing, digest.hexdigest(), among, together)
+    pursued: Surrogate | Ensemble | None = None
+    if among:
+        # The smooth surrogate finds ways that the sharp ones of a protocol don't, and here it costs no run of its own.
+        smooth = [SOFT_HYBRID] if SOFT_HYBRID.applies(defense) and SOFT_HYBRID not in usable else []
+        followed = [*(s for s in usable if s.name in among), *smooth]
+        pursued = followed[0] if len(followed) == 1 else ensemble("pursued", followed, defense, batch.x, batch.z)
+    return Offers(usable, missing, digest.hexdigest(), among, together, pursued)
 
 
 def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
@@ -311,7 +319,9 @@ def plan_runs(
         _check_losses(protocol.apgd, num_classes)
         runs += _apgd_runs(protocol.apgd, offers, num_classes, apart=context == "joint")
     if protocol.recombination is not None and context == "joint" and batch_dependent and caches:
-        runs.append(Run(None, None, "recombination", "margin", 0, chained=True))
+        budget = protocol.recombination
+        label, surrogate = ("pursuit", offers.pursued) if budget.passes and offers.among else ("recombination", None)
+        runs = [*runs[: budget.after], Run(surrogate, None, label, "margin", 0, chained=True)]
     runs += _query_runs(protocol)
     if context == "composed" and batch_dependent:
         # Before the runs on clean images, and after them on the points they found.

@@ -129,6 +129,8 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.spsa.samples": _whole(1),
     "attack.spsa.restarts": _whole(1),
     "attack.recombination.sweeps": _whole(1),
+    "attack.recombination.passes": _whole(0),
+    "attack.recombination.after": _whole(1),
     "attack.composition.pool": _whole(1),
     "attack.composition.search": _choice("greedy", "random"),
     "attack.composition.trials": _whole(1),
@@ -221,9 +223,13 @@ class RecombinationBudget:
 
     Attributes:
         sweeps: how often each image of the batch is given another of its points, for each sample that stands.
+        passes: of a batch, for a pursuit: steps from a mixture against one sample at a time. 0 for none.
+        after: so many of the listed runs are made before, and the rest only where nothing can be recombined.
     """
 
     sweeps: int = 2
+    passes: int = 0
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ class StochasticBudget:
 
     Attributes:
         draws: a sample is broken when the majority of so many answers to one batch are wrong, and then the majority
-            of five times as many more to the same batch.
+            of eleven times as many more to the same batch.
         eot: answers a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
     """
 
@@ -428,6 +434,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             "attack.apgd.victim names the sample whose companions are moved, but no run moves companions; "
             "use a protocol that has such runs (msa), or give attack.apgd.moves"
         )
+    if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
+        found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
     if "attack.apgd.runs" in values:
         other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
         found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]

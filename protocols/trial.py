@@ -19,7 +19,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, decide
 
-CONFIRM = 5
+CONFIRM = 11
 """A stochastic target's break is confirmed by so many times the draws of a verdict."""
 
 
@@ -84,6 +84,7 @@ class Trace:
         best_lead: that lead ``(B,)``.
         company: who sat beside it ``(B, B - 1)``, where the attacker chooses.
         findings: adversarial batches that break samples not broken before, where these are kept.
+        trail: the points of every iterate, where these are kept.
     """
 
     final: Point
@@ -91,6 +92,7 @@ class Trace:
     best_lead: Tensor
     company: Tensor | None
     findings: tuple[Finding, ...]
+    trail: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Setting:
             `CONFIRM` times as many more.
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
         keep: whether findings are kept.
+        trail: whether the points of every iterate are kept, for a pursuit to mix.
     """
 
     start: Point | None = None
@@ -144,6 +147,7 @@ class Setting:
     draws: int = 1
     eot: int = 1
     keep: bool = False
+    trail: bool = False
 
 
 class Trial:
@@ -196,6 +200,8 @@ class Trial:
         self._excess = torch.zeros((), device=batch.y.device)
         self._company = defense.company_index() if isinstance(defense, OneAtATime) else None
         self._findings: list[Finding] = []
+        self._trail: list[Point] = []
+        self.latest = self.start
         kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
         self._kept = self._proposed = _Answered(self.start, kept)
 
@@ -203,6 +209,11 @@ class Trial:
     def target(self) -> Defense:
         """The hard target, for attacks that choose among cached features; what they choose is judged here."""
         return self._defense
+
+    @property
+    def broken(self) -> Tensor:
+        """The samples broken so far ``(B,)``."""
+        return self._broken
 
     @property
     def ensemble(self) -> bool:
@@ -315,7 +326,9 @@ class Trial:
 
     def trace(self) -> Trace:
         """What later runs may go on from, once the trial is finished."""
-        return Trace(self._final, self._best, self._best_lead, self._company, tuple(self._findings))
+        return Trace(
+            self._final, self._best, self._best_lead, self._company, tuple(self._findings), tuple(self._trail)
+        )  # fmt: skip
 
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)
@@ -381,7 +394,7 @@ class Trial:
         in three draws out of ten.
         """
         draws = self._setting.draws
-        y, doubt = self.batch.y, self.batch.correct & ~self._broken
+        y, doubt = self.batch.y, self.batch.correct
         if rows is not None:
             y, doubt = y[rows], doubt[rows]
         self._decisions += len(z) * draws
@@ -421,6 +434,9 @@ class Trial:
     def _judge_point(self, point: Point, logits: Tensor) -> None:
         """Judge an iterate of a gradient attack in its batch and, where rows are seen apart, each in its own."""
         setting = self._setting
+        self.latest = point
+        if setting.trail:
+            self._trail.append(point)
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
         is_verdict = self._surrogate is STE and setting.view is None and setting.draws == 1 and self._moving is None
         if is_verdict:

@@ -56,7 +56,7 @@ def soft_hybrid_at(temperature: float) -> Surrogate:
         out: Tensor = defense.logits(z, assignment="soft", temperature=temperature)
         return out
 
-    return Surrogate(f"soft-hybrid@{temperature:g}", logits, applies=_assigns_softly)
+    return Surrogate(f"soft-hybrid@{temperature:g}", logits, applies=_has_a_temperature)
 
 
 def _has_fc_logits(defense: Any) -> bool:
@@ -65,6 +65,10 @@ def _has_fc_logits(defense: Any) -> bool:
 
 def _assigns_softly(defense: Any) -> bool:
     return "assignment" in inspect.signature(defense.logits).parameters
+
+
+def _has_a_temperature(defense: Any) -> bool:
+    return "temperature" in inspect.signature(defense.logits).parameters
 
 
 def _freezes_prototypes(defense: Any) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.composition import CompositionAttack, RecombinationAttack, descend
+from msa_eval.protocols.composition import CompositionAttack, descend
 from msa_eval.protocols.contexts import Company, OneAtATime
+from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.surrogates import get
 from torch import Tensor
 from toys import make_hpm, make_samples
 
@@ -109,7 +111,7 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
         broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
         standing = batch.correct & ~broken
         trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
-        attack = RecombinationAttack(points, sweeps=2)
+        attack = PursuitAttack(points, sweeps=2)
         outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
         for finding in trial.trace().findings:
             assert finding.own is None
@@ -121,6 +123,32 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
         broke_more |= bool((outcome.any_broken & standing).any())
         assert outcome.forwards == outcome.decisions
     assert broke_more
+
+
+def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_passes() -> None:
+    """It breaks what recombination alone does not, each time by a real batch in the ball, and stops in time."""
+    further = 0
+    for seed in range(4):
+        hpm = make_hpm().requires_grad_(False)
+        batch = _batch(hpm, 12, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        ball = Ball("Linf", 0.03)
+        points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
+        broken = []
+        for passes in (0, 60):
+            trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True))
+            outcome = trial.finish(PursuitAttack(points, sweeps=2, passes=passes)(trial, generator))
+            broken.append(outcome.any_broken & batch.correct)
+            # Recombination confirms what it claims, a pursuit keeps to its passes; and one pass is the final one.
+            assert outcome.forwards <= 12 * (passes + int(broken[-1].sum()) + 1)
+            assert (outcome.backwards > 0) == (passes > 0)
+            for finding in trial.trace().findings:
+                assert float((finding.x - batch.x).abs().max()) <= 0.03 + 1e-6
+                with torch.no_grad():
+                    wrong = hpm(finding.x).argmax(dim=1) != batch.y
+                assert torch.equal(finding.breaks, wrong & batch.correct)
+        further += int((broken[1] & ~broken[0]).sum())
+    assert further > 0
 
 
 def _protocol(**overrides: Any) -> Any:

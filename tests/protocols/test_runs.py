@@ -73,19 +73,26 @@ def test_losses_that_need_more_classes(loss: str, classes: int) -> None:
 def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
     """What a target has not is made up for: its first surrogate, another start, the next target class."""
     joint, solo, static = (
-        [run for run in _runs(defense, "msa", classes=10, context=context) if run.label == "apgd"]
+        [run for run in _runs(defense, "msa", classes=10, context=context) if run.label in ("apgd", "pursuit")]
         for defense, context in ((make_hpm(), "joint"), (make_hpm(), "solo"), (make_classifier(), "joint"))
     )
-    assert len(joint) == len(solo) == len(static) == 11
+    assert len(solo) == len(static) == 11
+    assert [run.label for run in joint] == ["apgd", "apgd", "pursuit"]  # which has the passes of the other nine
     for runs in (joint, solo, static):
-        assert len({run.name for run in runs}) == 11
+        assert len({run.name for run in runs}) == len(runs)
         assert all(run.chained for run in runs)
-    assert {run.moves for run in joint} == {"batch", "companions"}
     assert {run.moves for run in solo + static} == {"batch"}
     assert {run.surrogate_name for run in static} == {"fc-oracle"}
     ranks = [run.attack.target for run in static if run.loss == "dlr-targeted" and isinstance(run.attack, ApgdAttack)]
     assert ranks == list(range(8))
-    assert "fc-oracle" not in {run.surrogate_name for run in joint if run.moves == "companions"}
+
+
+def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
+    listed = {"attack__apgd__moves": ["companions"], "attack__apgd__losses": ["margin"]}
+    runs = [run for run in _runs(make_hpm(), **listed) if run.label == "apgd"]
+    assert {run.moves for run in runs} == {"companions"}
+    assert "fc-oracle" not in {run.surrogate_name for run in runs}
+    assert {run.moves for run in _runs(make_classifier(), **listed)} == {"batch"}
 
 
 def test_a_cascade_starts_at_random_then_from_the_best_and_again_at_random_where_it_repeats() -> None:
@@ -114,7 +121,7 @@ def test_recombination_and_composition_are_for_those_who_have_companions() -> No
     def labels(defense: Any, context: str) -> set[str]:
         return {run.label for run in _runs(defense, "msa", classes=10, context=context)} - {"apgd", "square", "spsa"}
 
-    assert labels(make_hpm(), "joint") == {"recombination"}
+    assert labels(make_hpm(), "joint") == {"pursuit"}
     assert labels(make_hpm(), "solo") == set()
     assert labels(make_hpm(), "composed") == {"composition"}
     assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == set()

@@ -133,6 +133,7 @@ def test_files_that_are_no_protocol(tmp_path: Path) -> None:
         ({"runs": "ste:ce"}, "attack.apgd.runs: expected a list"),
         ({"runs": ["ste:ce"], "losses": ["ce"]}, "attack.apgd.losses has no meaning beside it"),
         ({"runs": ["ste:ce"], "combine": "mean"}, "can't be combined by mean or alternate"),
+        ({"combine": "mean", "moves": ["companions"]}, "leave attack.apgd.moves out"),
         ({"combine": "mixed"}, "attack.apgd.combine: expected one of separate, mean, alternate, cascade"),
         ({"victim": 3}, "no run moves companions"),
         ({"victim": 3, "moves": ["rows"]}, "attack.apgd.moves: expected"),
