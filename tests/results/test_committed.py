@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msa_eval.protocols import load_protocol
 
-from msa_eval import Results, load_checkpoint
+from msa_eval import HPM, Results, Samples, load_checkpoint, verify
 from msa_eval.checkpoint import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.report import render_bars
@@ -16,8 +16,29 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/run.json") if path.parent.name != "demo")
 
 
-def test_there_is_the_cifar10_run() -> None:
-    assert "cifar10-wrn10-2" in [folder.name for folder in FOLDERS]
+def test_the_runs_are_there() -> None:
+    assert {"cifar10-wrn10-2", "digits"} <= {folder.name for folder in FOLDERS}
+
+
+def test_the_digits_run_is_proven_by_its_archive(digits_hpm: HPM, digits: Samples) -> None:
+    """Every broken sample of every context, replayed on the packaged defence; and the tables counted again."""
+    checked = verify(ROOT / "results/digits", digits_hpm, digits)
+    assert [check for check in checked.checks if not check.passed] == []
+    samples = Results.load(ROOT / "results/digits").samples
+    assert checked.claims == checked.replayed == int((samples["clean_correct"] & ~samples["robust"]).sum())
+    assert set(samples["context"]) == {"joint", "solo", "alone", "composed"}
+
+
+def test_the_readme_shows_the_digits_run() -> None:
+    results = Results.load(ROOT / "results/digits")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    joint = results.summary[results.summary["context"] == "joint"]
+    for metric, rows in joint.groupby("metric"):
+        values = rows.set_index("target").to_dict(orient="index")
+        cells = [f"{100 * v['value']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]" for v in
+                 (values["fc"], values["defense"])]  # fmt: skip
+        line = next(line for line in text.splitlines() if line.startswith(f"{metric} "))
+        assert all(cell in line for cell in cells)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
