@@ -148,7 +148,8 @@ class Results:
         _write(folder, texts)
         if archive is not None:
             archive.replace(folder / ARCHIVE)
-        for name in {"audit.csv", ARCHIVE} - set(texts) - ({ARCHIVE} if archive is not None else set()):
+        stale = {"audit.csv"} - set(texts) | ({ARCHIVE} if run.get("adversarial") is None else set())
+        for name in stale:
             (folder / name).unlink(missing_ok=True)
 
     @classmethod
@@ -210,7 +211,7 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
         )
     try:
         # An archive without a run.json is what an interrupted evaluation left behind.
-        ours = {ARCHIVE, NEW_ARCHIVE, f"{NEW_ARCHIVE}.part"}
+        ours = {ARCHIVE, f"{ARCHIVE}.part", NEW_ARCHIVE, f"{NEW_ARCHIVE}.part"}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
             raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")

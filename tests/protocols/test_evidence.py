@@ -38,7 +38,9 @@ def results() -> Results:
 
 def test_the_promised_columns_and_rows(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(f"{n}.csv" for n in COLUMNS), "run.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(f"{n}.csv" for n in COLUMNS), "audit.csv", "run.json"]
+    )
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in COLUMNS}
     for name, columns in COLUMNS.items():
         assert set(columns.split()) <= set(tables[name].columns)
