@@ -45,7 +45,7 @@ def test_the_readme_shows_the_digits_run() -> None:
 def test_numbers_follow_from_the_samples(folder: Path) -> None:
     results = Results.load(folder)
     for (target, context), rows in results.samples.groupby(["target", "context"]):
-        value = results.summary.set_index(["target", "context", "metric"])["value"][target, context]
+        value = results.summary.set_index(["target", "context", "metric"])["value"].sort_index()[target, context]
         outcomes = results.outcomes[(results.outcomes["target"] == target) & (results.outcomes["context"] == context)]
         correct = rows.set_index("index")["clean_correct"]
         finals = [(correct & ~run.set_index("index")["final_broken"]).mean() for _, run in outcomes.groupby("run")]
