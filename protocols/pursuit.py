@@ -156,6 +156,6 @@ class _Mixer:
         return options[best, torch.arange(len(rows), device=rows.device)]
 
     def _drawn(self) -> Tensor:
-        """Numbers of the points to try; the latest are always among them."""
+        """Numbers of the points to try, drawn without replacement."""
         many = len(self.points)
         return torch.randperm(many, generator=self.generator)[:WIDTH]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from typing import Protocol as Interface
 
 import torch
@@ -101,13 +102,7 @@ class SquareAttack:
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
-        batch = trial.batch
-        attacked = batch.correct & trial.counted
-        found = square(
-            trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, queries=self.queries, p_init=self.p_init,
-            generator=generator,
-        )  # fmt: skip
-        return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
+        return _query(trial, square, queries=self.queries, p_init=self.p_init, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -119,13 +114,15 @@ class SpsaAttack:
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
-        batch = trial.batch
-        attacked = batch.correct & trial.counted
-        found = spsa(
-            trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, queries=self.queries, samples=self.samples,
-            generator=generator,
-        )  # fmt: skip
-        return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
+        return _query(trial, spsa, queries=self.queries, samples=self.samples, generator=generator)
+
+
+def _query(trial: Trial, search: Callable[..., Tensor], **budget: Any) -> Tensor:
+    """Search for the samples counted that are right; the others stay at their start."""
+    batch = trial.batch
+    attacked = batch.correct & trial.counted
+    found = search(trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, **budget)
+    return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
 
 
 @dataclass(frozen=True)
