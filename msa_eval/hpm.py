@@ -173,9 +173,15 @@ class HPM(nn.Module):
         """
         return (p.T @ z) / (p.sum(dim=0) + EPSILON).unsqueeze(1)
 
-    def mix(self, batch_prototypes: Tensor) -> Tensor:
-        """Fuse dataset and batch prototypes ``(..., k, d)`` into the hybrid ones (Eq. 17)."""
-        anchor = batch_prototypes if self.variant.prototypes == "batch" else self.prototypes.expand_as(batch_prototypes)
+    def mix(self, batch_prototypes: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Fuse dataset and batch prototypes into the hybrid ones (Eq. 17).
+
+        Args:
+            batch_prototypes: of all classes ``(..., k, d)``, or of one class each ``(..., d)``.
+            classes: in the second case, of which ones ``(...)``.
+        """
+        anchor = self.prototypes if classes is None else self.prototypes[classes]
+        anchor = batch_prototypes if self.variant.prototypes == "batch" else anchor.expand_as(batch_prototypes)
         if self.variant.mixer == "average":
             return (anchor + batch_prototypes) / 2
         mixed: Tensor = self.mixer(torch.cat([anchor, batch_prototypes], dim=-1))
@@ -252,6 +258,31 @@ class HPM(nn.Module):
                 total, count = total + rest.to(z), count + (q.sum(dim=0) - q).to(z)
         prototypes = self.mix(total / (count + EPSILON).unsqueeze(2))
         return self.compare(z.unsqueeze(1), prototypes.detach() if constant_prototypes else prototypes).squeeze(1)
+
+    def logits_with(self, z: Tensor, staying: Tensor, offered: Tensor) -> Tensor:
+        """Decide rows in batches that differ in one row, in closed form and by the hard forward.
+
+        The offered row changes the prototype of one class, so each batch costs a distance.
+
+        Args:
+            z: the rows to decide ``(n, 1, d)``, which are among those that stay, or ``(n, w, d)``: the offered ones.
+            staying: all but one of n batches' rows ``(n, B - 1, d)``.
+            offered: what may take the place left in each ``(n, w, d)``.
+
+        Returns:
+            logits ``(n, w, k)``.
+        """
+        wide = (*offered.shape[:2], self.prototypes.shape[0])
+        if self.variant.prototypes == "global":
+            return self.compare(z, self.prototypes).expand(wide)
+        p = assign(self.fc_logits(staying), "frozen")
+        total, count = p.mT @ staying, p.sum(dim=1)
+        logits = self.compare(z, self.mix(total / (count + EPSILON).unsqueeze(2))).expand(wide)
+        joined = self.fc_logits(offered).argmax(dim=2)
+        total = total.gather(1, joined.unsqueeze(2).expand_as(offered)) + offered
+        moved = self.mix(total / (count.gather(1, joined) + 1 + EPSILON).unsqueeze(2), joined)
+        changed = self.compare(z.unsqueeze(2), moved.unsqueeze(2)).squeeze(2)
+        return logits.scatter(2, joined.unsqueeze(2), changed)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Map a batch of images to logits ``(B, k)``; in training mode labels also move the dataset prototypes.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.contexts import Company, decide_each
+from msa_eval.protocols.contexts import Company, decide_each, decide_offers
 from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
@@ -40,25 +40,27 @@ def descend(
     Returns:
         the company found, and the leads ``(n,)``.
     """
-
-    def leads(index: Tensor, times: int) -> Tensor:
-        shape = (times, *[1] * (z.ndim - 1))
-        seats = company.seats.repeat(times)
-        with torch.no_grad():
-            logits = decide_each(defense, z.repeat(*shape), Company(company.pool, index, seats))
-        return -margin(logits.float(), y.repeat(times))
-
-    lead = leads(company.index, 1)
+    with torch.no_grad():
+        lead = -margin(decide_each(defense, z, company).float(), y)
     for place in places:
-        drawn = candidates(place, company)
-        width = drawn.shape[1]
-        index = company.index.repeat(width, 1)
-        index[:, place] = drawn.T.flatten()
-        found, which = leads(index, width).view(width, -1).min(dim=0)
-        best = index.view(width, len(z), -1)[which, torch.arange(len(z), device=z.device)]
-        company = company.seating(torch.where((found < lead).unsqueeze(1), best, company.index))
-        lead = torch.minimum(found, lead)
+        offers = candidates(place, company)
+        best, found = best_offer(defense, z, y, company, offers, place=place)
+        better = found < lead
+        index = company.index.clone()
+        index[:, place] = torch.where(better, best, index[:, place])
+        company, lead = company.seating(index), torch.where(better, found, lead)
     return company, lead
+
+
+def best_offer(
+    defense: Defense, z: Tensor, y: Tensor, company: Company, offers: Tensor, *, place: int | None
+) -> tuple[Tensor, Tensor]:
+    """Which of the offers ``(n, w)`` for a place leaves each row's label the smallest lead ``(n,)``, and that lead."""
+    logits = decide_offers(defense, z, company, offers, place=place)
+    width = offers.shape[1]
+    leads = -margin(logits.flatten(0, 1).float(), y.repeat_interleave(width))
+    lowest, which = leads.view(-1, width).min(dim=1)
+    return offers.gather(1, which.unsqueeze(1)).squeeze(1), lowest
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,42 @@ def decide_each(
     return logits
 
 
+def decide_offers(defense: Defense, z: Tensor, company: Company, offers: Tensor, *, place: int | None) -> Tensor:
+    """Decide each row in as many batches as there are offers for one place of its batch.
+
+    A defence with a closed form has ``logits_with(z, staying, offered)``; any other is asked once a batch.
+
+    Args:
+        defense: the target.
+        z: features of the rows ``(n, ...)``.
+        company: who sits beside each.
+        offers: places in the pool ``(n, w)``.
+        place: which place of the company they are for; ``None`` for the row's own.
+
+    Returns:
+        logits ``(n, w, k)``, without a gradient.
+    """
+    pool, index, n, width = company.pool, company.index, *offers.shape
+    closed_form = getattr(defense, "logits_with", None)
+    with torch.no_grad():
+        if closed_form is None:
+            index, seats = index.repeat_interleave(width, dim=0), company.seats.repeat_interleave(width)
+            if place is None:
+                rows = pool[offers.flatten()]
+            else:
+                rows = z.repeat_interleave(width, dim=0)
+                index[:, place] = offers.flatten()
+            return decide_each(defense, rows, Company(pool, index, seats)).view(n, width, -1)
+        logits: Tensor
+        if place is None:
+            offered = pool[offers]
+            logits = closed_form(offered, pool[index], offered)
+        else:
+            staying = torch.cat([z.unsqueeze(1), pool[index[:, :place]], pool[index[:, place + 1 :]]], dim=1)
+            logits = closed_form(z.unsqueeze(1), staying, pool[offers])
+        return logits
+
+
 def _decide_row(
     defense: Defense, z: Tensor, companions: Tensor | Company | None, i: int, settings: dict[str, Any]
 ) -> Tensor:

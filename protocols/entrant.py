@@ -70,7 +70,7 @@ class Entrant:
             with seeded(seed):
                 offers = offer(
                     protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
-                    batch_dependent=clean.batch_dependent,
+                    batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
                 )  # fmt: skip
         runs = {
             context: plan_runs(

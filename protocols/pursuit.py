@@ -11,19 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.composition import descend
-from msa_eval.protocols.contexts import Company, decide_each
+from msa_eval.protocols.composition import best_offer, descend
+from msa_eval.protocols.contexts import Company
 from msa_eval.protocols.trial import Point, Trial
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 
 WIDTH = 48
-"""So many points, drawn anew for each place, are tried for an image."""
+"""So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
+
+POOL_BYTES = 2**31
+"""Images of points are kept up to this size."""
+
+STEPS = 10
+"""Of a pursuit against one sample, from a mixture of the points found so far."""
 
 MOMENTUM = 0.75
-FIRST_STEP, LAST_STEP = 0.4, 0.11
+FIRST_STEP, LAST_STEP = 1.0, 0.02
 """Lengths of a pursuit's steps, as shares of ε; they fall evenly."""
+
+STALLED = 0.9
+"""A pursuit that leaves more than this share of the lead is followed by one from a random start."""
 
 
 @dataclass(frozen=True)
@@ -32,47 +41,34 @@ class PursuitAttack:
 
     Attributes:
         points: what earlier runs found, each a whole batch.
-        sweeps: how often each image of the batch is given another of its points, for each sample that stands.
+        sweeps: how often, at first, each image of the batch is given another of its points, for each sample that
+            stands.
         passes: of the whole batch, for steps; 0 for recombination alone.
-        steps: in a row against one sample.
     """
 
     points: Sequence[Point]
     sweeps: int
     passes: int = 0
-    steps: int = 8
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the starting points; every batch put together is in the trial's record."""
         mixer = _Mixer(trial, list(self.points), generator)
-        rows = mixer.standing()
-        for _ in range(self.sweeps):
-            mixer.recombine(rows)
-        for row in rows.tolist():
-            mixer.confirm(row)
-        left, turn = self.passes, 0
-        while len(rows := mixer.standing()):
+        left = self.passes - mixer.recombine(sweeps=self.sweeps)
+        turn = 0
+        while left >= STEPS + 2 and len(rows := mixer.standing()):
             for row in rows[mixer.lead[rows].argsort()].tolist():
-                if left < self.steps + 2:
-                    return trial.start.x
-                if not mixer.stands(row):
-                    continue
-                mixer.pursue(row, turn, self.steps)
-                left -= self.steps + 1
-                if mixer.stands(row):
-                    mixer.recombine(torch.tensor([row], device=rows.device))
-                    left -= mixer.confirm(row)
+                if left >= STEPS + 2 and mixer.stands(row):
+                    left -= mixer.pursue(row, turn)
+            left -= mixer.recombine(sweeps=1)
             turn += 1
-            if not self.passes:
-                break
         return trial.start.x
 
 
 class _Mixer:
     """The points of a batch's images, and for each sample the mixture that serves best against it.
 
-    ``chosen`` ``(B, B)`` holds, for each sample, which point each image of the batch is at, and ``lead`` ``(B,)`` what
-    the label still leads by in that mixture.
+    ``chosen`` ``(B, B)`` holds, for each sample, which point each image of the batch is at, ``lead`` ``(B,)`` what the
+    label still leads by in that mixture, and ``before`` ``(B,)`` what it led by when it was last pursued from there.
     """
 
     def __init__(self, trial: Trial, points: list[Point], generator: torch.Generator) -> None:
@@ -83,6 +79,8 @@ class _Mixer:
         lowest = leads.min(dim=0)
         self.lead = lowest.values
         self.chosen = lowest.indices.unsqueeze(1).repeat(1, len(self.y))
+        self.before = torch.full_like(self.lead, torch.inf)
+        self._capacity = max(POOL_BYTES // (points[0].x.nbytes + 1), 2)
 
     def stands(self, row: int) -> bool:
         return bool((self.trial.counted & self.trial.batch.correct & ~self.trial.broken)[row])
@@ -90,72 +88,86 @@ class _Mixer:
     def standing(self) -> Tensor:
         return (self.trial.counted & self.trial.batch.correct & ~self.trial.broken).nonzero().flatten()
 
-    def recombine(self, rows: Tensor) -> None:
-        """Give each image of the batch, in turn, the point that serves best against each row."""
-        size = len(self.y)
-        if not len(rows) or size < 2:
-            return
-        pool = torch.cat([point.z for point in self.points])  # point p of image j lies at p * size + j
-        images = torch.arange(size, device=rows.device)
-        others = images.expand(len(rows), -1)[images != rows.unsqueeze(1)].view(len(rows), -1)
-        company = Company(pool, self.chosen[rows].gather(1, others) * size + others, rows)
-        own = self._own(rows, pool, company)
+    def recombine(self, *, sweeps: int) -> int:
+        """Mix the points anew against each sample that stands, and pass what seems to break it; passes made."""
+        for _ in range(sweeps):
+            self._sweep(self.standing())
+        passed = 0
+        for row in self.standing().tolist():
+            if self.stands(row) and self.lead[row] <= 0:
+                self.trial.judge(self._mixture(row))
+                passed += 1
+        return passed
 
-        def candidates(place: int, now: Company) -> Tensor:
-            return self._drawn().to(rows.device) * size + others[:, place : place + 1]
+    def pursue(self, row: int, turn: int) -> int:
+        """Move the whole batch against one sample; its points join the others; passes made.
 
-        places = torch.randperm(size - 1, generator=self.generator).tolist()
-        found, lead = descend(
-            self.trial.target, pool[own], self.y[rows], company, places=places, candidates=candidates
-        )  # fmt: skip
-        self.chosen[rows] = torch.div(own, size, rounding_mode="floor").unsqueeze(1).expand(-1, size)
-        self.chosen[rows] = self.chosen[rows].scatter(1, others, torch.div(found.index, size, rounding_mode="floor"))
-        self.lead[rows] = lead
-
-    def confirm(self, row: int) -> int:
-        """Pass the batch in which a sample seems to be broken; how many passes that took."""
-        if self.lead[row] > 0:
-            return 0
-        self.trial.judge(self.mixture(row))
-        return 1
-
-    def mixture(self, row: int) -> Tensor:
-        """The batch ``(B, C, H, W)`` mixed against a sample."""
-        return torch.stack([self.points[int(p)].x[j] for j, p in enumerate(self.chosen[row])])
-
-    def pursue(self, row: int, turn: int, steps: int) -> None:
-        """Move the whole batch from its mixture against one sample; its points join the others."""
+        It starts from the mixture, or at random where the last pursuit from there gained little: mixtures around one
+        start end in the same place again and again.
+        """
         trial, ball = self.trial, self.trial.ball
-        point, momentum = self.mixture(row), torch.zeros_like(trial.batch.x)
-        for step in range(steps + 1):
-            point = point.detach().requires_grad_(step < steps)
-            with torch.set_grad_enabled(step < steps):
+        anew = bool(self.lead[row] > STALLED * self.before[row])
+        self.before[row] = torch.inf if anew else self.lead[row]
+        point = ball.random(trial.batch.x, self.generator) if anew else self._mixture(row)
+        momentum = torch.zeros_like(trial.batch.x)
+        for step in range(STEPS + 1):
+            point = point.detach().requires_grad_(step < STEPS)
+            with torch.set_grad_enabled(step < STEPS):
                 logits = trial(point)
-            self.points.append(trial.latest)
-            if step == steps or not self.stands(row):
-                break
+            self._add(trial.latest)
+            if anew:
+                self.chosen[row] = len(self.points) - 1
+            if step == STEPS or not self.stands(row):
+                return step + 1
             logits = logits[turn % len(logits)] if logits.ndim == 3 else logits
             (gradient,) = torch.autograd.grad(margin(logits, self.y)[row], point)
             momentum = MOMENTUM * momentum + ball.unit(gradient)
-            length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / max(steps - 1, 1))
+            length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
             point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
+        raise AssertionError("the last step returns")
 
-    def _own(self, rows: Tensor, pool: Tensor, company: Company) -> Tensor:
-        """Each row's own point ``(n,)`` that its company serves best, as a place in the pool."""
-        size = len(self.y)
-        numbers = torch.cat(
-            [self.chosen[rows, rows].unsqueeze(0), self._drawn().to(rows.device).unsqueeze(1).expand(-1, len(rows))]
-        )
-        options = numbers * size + rows
-        times = len(options)
-        everyone = Company(pool, company.index.repeat(times, 1), rows.repeat(times))
-        with torch.no_grad():
-            logits = decide_each(self.trial.target, pool[options.flatten()], everyone)
-        leads = -margin(logits.float(), self.y[rows].repeat(times))
-        best = leads.view(times, -1).argmin(dim=0)
-        return options[best, torch.arange(len(rows), device=rows.device)]
+    def _add(self, point: Point) -> None:
+        """Keep a point; where there is no more room, the oldest that serves in no mixture gives way."""
+        self.points.append(point)
+        used = torch.zeros(len(self.points), dtype=torch.bool)
+        used[-1] = True
+        used[self.chosen[self.standing()].flatten().cpu()] = True
+        if len(self.points) > self._capacity and not bool(used.all()):
+            oldest = int((~used).nonzero()[0])
+            del self.points[oldest]
+            self.chosen = self.chosen - (self.chosen > oldest).to(self.chosen)
 
-    def _drawn(self) -> Tensor:
-        """Numbers of the points to try, drawn without replacement."""
+    def _mixture(self, row: int) -> Tensor:
+        """The batch ``(B, C, H, W)`` mixed against a sample."""
+        return torch.stack([self.points[int(p)].x[j] for j, p in enumerate(self.chosen[row])])
+
+    def _sweep(self, rows: Tensor) -> None:
+        """Give each row itself, and then each image of its batch in turn, the point that serves best against it."""
+        size, n = len(self.y), len(rows)
+        if not n or size < 2:
+            return
+        target = self.trial.target
+        pool = torch.cat([point.z for point in self.points])  # point p of image j lies at p * size + j
+        images = torch.arange(size, device=rows.device)
+        others = images.expand(n, -1)[images != rows.unsqueeze(1)].view(n, -1)
+        company = Company(pool, self.chosen[rows].gather(1, others) * size + others, rows)
+
+        now = (self.chosen[rows, rows] * size + rows).unsqueeze(1)
+        offers = torch.cat([now, self._tried() * size + rows.unsqueeze(1)], dim=1)
+        own, _ = best_offer(target, pool[now.squeeze(1)], self.y[rows], company, offers, place=None)
+
+        def candidates(place: int, now: Company) -> Tensor:
+            return self._tried() * size + others[:, place : place + 1]
+
+        places = torch.randperm(size - 1, generator=self.generator).tolist()
+        company, lead = descend(target, pool[own], self.y[rows], company, places=places, candidates=candidates)
+        chosen = self.chosen[rows].scatter(1, others, torch.div(company.index, size, rounding_mode="floor"))
+        chosen[torch.arange(n, device=rows.device), rows] = torch.div(own, size, rounding_mode="floor")
+        self.chosen[rows], self.lead[rows] = chosen, lead
+
+    def _tried(self) -> Tensor:
+        """Numbers of the points to try ``(w,)``: all that there are, or a few."""
         many = len(self.points)
-        return torch.randperm(many, generator=self.generator)[:WIDTH]
+        if hasattr(self.trial.target, "logits_with"):
+            return torch.arange(many, device=self.y.device)
+        return torch.randperm(many, generator=self.generator)[:WIDTH].to(self.y.device)

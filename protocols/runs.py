@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from typing import Protocol as Interface
 
 import torch
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
-from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
+from msa_eval.protocols.spec import ApgdBudget, Protocol, RecombinationBudget, RunSpec
 from msa_eval.protocols.trial import Batch, Setting, Trial
-from msa_eval.surrogates import SOFT_HYBRID, STE, Ensemble, Surrogate, ensemble, get
+from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
@@ -201,8 +201,9 @@ class Offers:
         missing: the names of those it has not.
         sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
         among: the names of those whose gradient reaches the companions of an image.
-        together: all usable ones as an ensemble, where there are several.
+        together: those of ``attack.apgd`` as an ensemble, where there are several.
         pursued: those of ``among`` that a pursuit follows in turn.
+        own: the names of the caller's own.
     """
 
     usable: Sequence[Surrogate]
@@ -211,6 +212,12 @@ class Offers:
     among: Sequence[str] = ()
     together: Ensemble | None = None
     pursued: Surrogate | Ensemble | None = None
+    own: Sequence[str] = ()
+
+    def of(self, budget: ApgdBudget) -> list[Surrogate]:
+        """Those that the white-box runs of a budget use: the ones it names and the caller's, or what there is."""
+        named = [s for s in self.usable if s.name in budget.names or s.name in self.own]
+        return named or [self.usable[0]]
 
 
 def offer(
@@ -221,6 +228,7 @@ def offer(
     own: Mapping[str, Own],
     use_own: bool = True,
     batch_dependent: bool = True,
+    recombination: RecombinationBudget | None = None,
 ) -> Offers:
     """Find the surrogates of a protocol that a defence can offer.
 
@@ -234,11 +242,14 @@ def offer(
         own: the caller's own.
         use_own: whether they are for this target.
         batch_dependent: whether the target looks at companions.
+        recombination: names more of them.
 
     Raises:
         ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
     """
-    names = [*budget.names, *(name for name in own if name not in budget.names)]
+    recombination = recombination or RecombinationBudget()
+    gathering = recombination.gathering(budget)
+    names = list(dict.fromkeys([*gathering.names, *budget.names, *own]))
     known = [get(name, own) for name in names if use_own or name not in own]
     answers = {s.name: answer_with_gradient(s, defense, batch) for s in known if s.applies(defense)}
     usable = [s for s in known if answers.get(s.name) is not None]
@@ -257,21 +268,23 @@ def offer(
         answer = answers[surrogate.name]
         assert answer is not None
         digest.update(answer.float().cpu().contiguous().numpy().tobytes())
-    among: list[str] = []
-    if batch_dependent and len(batch.x) > 1 and (set(budget.moves) | {run.moves for run in budget.runs}) != {"batch"}:
+    offers = Offers(
+        usable,
+        [s.name for s in known if s not in usable],
+        digest.hexdigest(),
+        own=[s.name for s in usable if s.name in own],
+    )
+    if budget.combine in ("mean", "alternate") and len(attacked := offers.of(budget)) > 1:
+        offers = replace(offers, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
+    moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
+    if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
         view = AmongOthers(defense, batch.z)
-        among = [s.name for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
-    together = None
-    if budget.combine in ("mean", "alternate") and len(usable) > 1:
-        together = ensemble(budget.combine, usable, defense, batch.x, batch.z)
-    missing = [s.name for s in known if s not in usable]
-    pursued: Surrogate | Ensemble | None = None
-    if among:
-        # The smooth surrogate finds ways that the sharp ones of a protocol don't, and here it costs no run of its own.
-        smooth = [SOFT_HYBRID] if SOFT_HYBRID.applies(defense) and SOFT_HYBRID not in usable else []
-        followed = [*(s for s in usable if s.name in among), *smooth]
-        pursued = followed[0] if len(followed) == 1 else ensemble("pursued", followed, defense, batch.x, batch.z)
-    return Offers(usable, missing, digest.hexdigest(), among, together, pursued)
+        among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
+        offers = replace(offers, among=[s.name for s in among])
+        if among:
+            pursued = among[0] if len(among) == 1 else ensemble("pursued", among, defense, batch.x, batch.z)
+            offers = replace(offers, pursued=pursued)
+    return offers
 
 
 def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
@@ -312,13 +325,16 @@ def plan_runs(
         ValueError: when a loss needs more classes.
     """
     runs: list[Run] = []
-    if protocol.apgd is not None:
-        _check_losses(protocol.apgd, num_classes)
-        runs += _apgd_runs(protocol.apgd, offers, num_classes, apart=context == "joint")
-    if protocol.recombination is not None and context == "joint" and batch_dependent and caches:
-        budget = protocol.recombination
-        label, surrogate = ("pursuit", offers.pursued) if budget.passes and offers.among else ("recombination", None)
-        runs = [*runs[: budget.after], Run(surrogate, None, label, "margin", 0, chained=True)]
+    budget, mixing = protocol.apgd, protocol.recombination
+    if context != "joint" or not batch_dependent or not caches or (budget is not None and budget.victim is not None):
+        mixing = None
+    if budget is not None:
+        _check_losses(budget, num_classes)
+        budget = budget if mixing is None else mixing.gathering(budget)
+        runs += _apgd_runs(budget, offers, num_classes, apart=context == "joint")
+    if mixing is not None:
+        label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
+        runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
     runs += _query_runs(protocol)
     if context == "composed" and batch_dependent:
         # Before the runs on clean images, and after them on the points they found.
@@ -338,13 +354,13 @@ def _check_losses(budget: ApgdBudget, num_classes: int) -> None:
 
 def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: bool) -> list[Run]:
     """The white-box runs; ``apart`` where images of one batch may be moved apart from each other."""
-    has: dict[str, Surrogate | Ensemble] = {surrogate.name: surrogate for surrogate in offers.usable}
+    has: dict[str, Surrogate | Ensemble] = {surrogate.name: surrogate for surrogate in offers.of(budget)}
     if offers.together is not None:
         has = {offers.together.name: offers.together}
     chained = budget.combine == "cascade"
     runs: list[Run] = []
     seen: dict[tuple[str, str, str], int] = {}
-    for wanted in _wanted(budget, list(has), num_classes):
+    for wanted in _wanted(budget, list(has), num_classes, own=offers.own):
         name = wanted.surrogate if wanted.surrogate in has else next(iter(has))
         moves = wanted.moves if apart and offers.among else "batch"
         if moves == "companions" and name not in offers.among:
@@ -366,11 +382,13 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
     return runs
 
 
-def _wanted(budget: ApgdBudget, names: Sequence[str], num_classes: int) -> list[RunSpec]:
+def _wanted(
+    budget: ApgdBudget, names: Sequence[str], num_classes: int, *, own: Sequence[str]
+) -> list[RunSpec]:  # fmt: skip
     """The runs a protocol lists and those of the caller's own surrogates, or every surrogate with every loss."""
     if budget.runs:
-        own = [name for name in names if name not in budget.names] if set(names) & set(budget.names) else []
-        return [*budget.runs, *(RunSpec(name, loss) for name in own for loss in ("margin", "dlr"))]
+        more = [name for name in own if name not in budget.names]
+        return [*budget.runs, *(RunSpec(name, loss) for name in more for loss in ("margin", "dlr"))]
     return [
         RunSpec(name, loss, moves)
         for moves in budget.moves

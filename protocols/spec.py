@@ -12,7 +12,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -130,7 +130,8 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.spsa.restarts": _whole(1),
     "attack.recombination.sweeps": _whole(1),
     "attack.recombination.passes": _whole(0),
-    "attack.recombination.after": _whole(1),
+    "attack.recombination.runs": _runs,
+    "attack.recombination.steps": _whole(1),
     "attack.composition.pool": _whole(1),
     "attack.composition.search": _choice("greedy", "random"),
     "attack.composition.trials": _whole(1),
@@ -224,12 +225,21 @@ class RecombinationBudget:
     Attributes:
         sweeps: how often each image of the batch is given another of its points, for each sample that stands.
         passes: of a batch, for a pursuit: steps from a mixture against one sample at a time. 0 for none.
-        after: so many of the listed runs are made before, and the rest only where nothing can be recombined.
+        runs: what gathers the points, each run on its own, in place of those of ``attack.apgd``; by default those
+            are made, and recombined after the last.
+        steps: of each of these runs; by default as many as in ``attack.apgd``.
     """
 
     sweeps: int = 2
     passes: int = 0
-    after: int | None = None
+    runs: tuple[RunSpec, ...] = ()
+    steps: int | None = None
+
+    def gathering(self, budget: ApgdBudget) -> ApgdBudget:
+        """The white-box runs that gather the points."""
+        if not self.runs:
+            return budget
+        return replace(budget, runs=self.runs, steps=self.steps or budget.steps, combine="separate")
 
 
 @dataclass(frozen=True)
@@ -436,6 +446,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         )
     if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
         found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
+    if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:
+        found.append("attack.recombination.steps is of its own runs; give attack.recombination.runs, or leave it out")
+    if "attack.recombination.runs" in values and not any(key.startswith("attack.apgd.") for key in values):
+        found.append("attack.recombination.runs stand in for those of attack.apgd in joint; give attack.apgd too")
     if "attack.apgd.runs" in values:
         other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
         found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]
