@@ -11,8 +11,8 @@ ten. So a break is asked about three times, each time with fresh and more answer
 
 With 9 draws that is 5 of 9, 60 of 99, and 563 of 999. A sample whose answers on that batch are wrong half of the time
 passes the last in 1 of 30,000 cases. Whatever its chance, it passes and then fails a replay with as many fresh draws,
-where a plain majority counts, in 1 of 1,900 at the most. The price: what is wrong in 50 to 56 % of the answers is mostly
-taken back, though a majority is wrong.
+where a plain majority counts, in 1 of 1,900 at the most. The price: what is wrong in 50 to 56 % of the answers is
+mostly taken back, though a majority is wrong.
 """
 
 from __future__ import annotations
