@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -156,6 +156,7 @@ def write(
     ball: Ball,
     *,
     confirm: Callable[[Proof], Tensor],
+    exact: Collection[str] = (),
     limit_bytes: int = LIMIT_BYTES,
 ) -> Written:
     """Write proofs to one safetensors file, each in the smallest encoding in which it still holds.
@@ -166,6 +167,7 @@ def write(
         clean_images: the clean batch ``(B, C, H, W)`` of a number.
         ball: the perturbation set.
         confirm: replays a proof, on the CPU, on the real target: which of its positions are broken ``(n,)``.
+        exact: the targets whose points are kept as they are: stochastic ones, of which no other batch was judged.
         limit_bytes: of the file; a proof that would go over it is left out and counted.
 
     Raises:
@@ -178,7 +180,7 @@ def write(
     size, samples, left_out = 1000, 0, 0
     for proof in proofs:
         clean = _clean(clean_images, proof.batch)
-        settled, rest = _settle(_checked(proof, clean), clean, ball, confirm)
+        settled, rest = _settle(_checked(proof, clean), clean, ball, confirm, exact=proof.target in exact)
         unconfirmed += [Broken(proof.target, proof.context, proof.batch, int(p)) for p in rest.positions]
         for held, entry, parts in settled:
             needed = sum(part.nbytes for part in parts.values()) + _ENTRY_BYTES + len(json.dumps(entry))
@@ -253,14 +255,15 @@ class Archive:
 
 
 def _settle(
-    proof: Proof, clean: Tensor, ball: Ball, confirm: Callable[[Proof], Tensor]
+    proof: Proof, clean: Tensor, ball: Ball, confirm: Callable[[Proof], Tensor], *, exact: bool
 ) -> tuple[list[tuple[int, dict[str, Any], dict[str, Tensor]]], Proof]:
     """Encode a proof: what is stored (number of samples, entry, tensors), and what could not be confirmed.
 
     Rows stand each for themselves and may take different encodings; a batch holds as a whole or moves on to the next.
     """
     settled = []
-    for dtype in [torch.int8, torch.float16, torch.float32] if ball.norm == "Linf" else [torch.float16, torch.float32]:
+    smaller = [] if exact else [torch.int8, torch.float16] if ball.norm == "Linf" else [torch.float16]
+    for dtype in [*smaller, torch.float32]:
         coded = _recode(proof, clean, functools.partial(_encode, ball=ball, dtype=dtype))
         holds = confirm(_recode(coded, clean, functools.partial(_decode, ball=ball))).cpu()
         if proof.kind != "rows" and dtype != torch.float32 and not bool(holds.all()):

@@ -143,14 +143,23 @@ class CleanBatches:
         return digest.hexdigest()
 
     def _answers_at_random(self) -> bool:
-        """Whether the first batch is answered differently twice; one that can't be answered is told of later."""
+        """Whether the first batch is answered differently twice; one that can't be answered is told of later.
+
+        Raises:
+            ValueError: when the chance is in the features, of which an evaluation draws each only once.
+        """
         x = self._images(0)
         try:
-            first, second = (decide(self._defense, self._trunk(x)) for _ in range(2))
+            z = self._trunk(x), self._trunk(x)
+            logits = decide(self._defense, z[0]), decide(self._defense, z[1])
         except (RuntimeError, IndexError, ValueError):
             return False
-        # Sums in another order, as GPUs make them, are not chance.
-        return not float((first - second).abs().max()) <= 1e-5 * float(first.abs().max())
+        if _differ(*logits) and _differ(*z):
+            raise ValueError(
+                "features(x) depend on chance, and a verdict would be on one draw of them; move what is random into "
+                "logits(z), or make the whole a module from images to logits: msa_eval.WholeModel(defense) if it is one"
+            )
+        return _differ(*logits)
 
     def _decide(self, number: int, view: Defense, z: Tensor) -> Tensor:
         y = self.samples.y[self.chosen[self.seats[number]]].to(z.device)
@@ -179,3 +188,8 @@ class CleanBatches:
         if z[0].numel() < x[0].numel():
             self._features[number] = z
         self._logits[number] = logits
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers are not the same; sums in another order, as GPUs make them, are no chance."""
+    return not float((first - second).abs().max()) <= 1e-5 * float(first.abs().max())

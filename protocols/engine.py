@@ -19,10 +19,17 @@ from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.entrant import Entrant, Evaluated
-from msa_eval.protocols.evidence import ARCHIVE, NEW_ARCHIVE, SCHEMA_VERSION, Results, claim_folder, tabulate
+from msa_eval.protocols.evidence import (
+    ARCHIVE,
+    NEW_ARCHIVE,
+    SCHEMA_VERSION,
+    Results,
+    TargetRecord,
+    claim_folder,
+    tabulate,
+)
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
-from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
@@ -142,7 +149,9 @@ def _evaluate(
             signs[entrant.name] = _probe(entrant) if protocol.audited else []
             done += entrant.evaluate(progress, keep=keep)
             signs[entrant.name].append(guard.sign())
-        results = tabulate([one.record for one in done], about | environment(device) | {"verdict": "not audited"})
+        records = [one.record for one in done]
+        about |= {"taken_back": _taken_back(records, about["draws"])}
+        results = tabulate(records, about | environment(device) | {"verdict": "not audited"})
         if protocol.audited:
             results = _judged(results, signs)
         results = _timed(results, started)
@@ -215,17 +224,13 @@ def _write(
     if proofs is None:
         results.save(out, force=force)
         return results
-    clean = entrants[0].clean
-    batches = [clean.chosen[seat] for seat in clean.seats]
-    replays = {
-        entrant.name: Replay(entrant.defense, clean.samples, batches, device=clean.device, draws=entrant.clean.draws)
-        for entrant in entrants
-    }
+    replays = {entrant.name: entrant.replay for entrant in entrants}
     path = out / NEW_ARCHIVE
     try:
         written = archive.write(
             path, proofs, next(iter(replays.values())).images, entrants[0].protocol.ball,
             confirm=lambda proof: replays[proof.target].breaks(proof),
+            exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip
         results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
         results.save(out, force=force, archive=path)
@@ -244,6 +249,15 @@ def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
     for module in (module for entrant in targets.values() for module in modules_of(entrant)):
         module.to(device)
     return targets
+
+
+def _taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """How many samples of each stochastic target, by context, were called broken and did not stay so."""
+    taken: dict[str, dict[str, int]] = {}
+    for record in records:
+        if draws[record.target] > 1:
+            taken.setdefault(record.target, {})[record.context] = record.taken_back
+    return taken
 
 
 def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.history import History
 from msa_eval.protocols.pursuit import PursuitAttack
+from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
 from msa_eval.protocols.spec import Protocol
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trial
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
@@ -87,6 +89,13 @@ class Entrant:
             )
         return cls(name, defense, clean, runs, offers, protocol, seed)
 
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The target as it answers for proofs."""
+        clean = self.clean
+        batches = [clean.chosen[seat] for seat in clean.seats]
+        return Replay(self.defense, clean.samples, batches, device=clean.device, draws=clean.draws)
+
     def evaluate(self, progress: Progress, *, keep: bool = False) -> Iterator[Evaluated]:
         """Make every run in every context; a target that ignores its companions answers the same in all.
 
@@ -109,7 +118,7 @@ class Entrant:
         seats, chosen, samples = clean.seats, clean.chosen, clean.samples
         runs = self.runs[context]
         pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
-        committed = []
+        committed, taken_back = [], 0
         proofs: list[Proof] = []
         outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
         seconds = dict.fromkeys(outcomes, 0.0)
@@ -122,6 +131,7 @@ class Entrant:
                     outcomes[run.name].append(self._attempt(run, batch, context, history, pool, keep=keep))
                     seconds[run.name] += time.perf_counter() - started
                 committed.append(history.committed)
+                taken_back += int((history.taken_back & ~history.broken).sum())
                 proofs += self._proofs(context, batch, history, pool) if keep else []
 
         def placed(values: Sequence[Tensor]) -> Any:
@@ -137,6 +147,7 @@ class Entrant:
             clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
             clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
             committed=placed(committed),
+            taken_back=taken_back,
             runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
         )
         return Evaluated(record, proofs)
@@ -155,7 +166,7 @@ class Entrant:
         clean = self.clean
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
-        keep = keep and context == "joint" and clean.batch_dependent
+        keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
         trail = run.attack is not None and any(other.label == "pursuit" for other in self.runs[context])
         setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail)
         trial = Trial(
@@ -168,10 +179,33 @@ class Entrant:
             with seeded(generator.initial_seed()):
                 points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
                 outcome = trial.finish(points)
+                trace = trial.trace()
+                if clean.draws > 1:
+                    outcome = self._upheld(outcome, trace, context, batch, history, pool)
         except Exception as error:
             raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
-        history.add(outcome, trial.trace())
+        history.add(outcome, trace)
         return outcome
+
+    def _upheld(
+        self, outcome: Outcome, trace: Trace, context: str, batch: Batch, history: History, pool: Pool | None
+    ) -> Outcome:
+        """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
+
+        What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
+        find a better batch. No second batch of the same run is tried, for each is one more chance to pass by luck. A
+        sample that a proof has broken needs no other, so what later runs say of it stays as it is.
+        """
+        run = History(batch, history.company)
+        run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace)
+        taken = torch.zeros_like(history.taken_back)
+        for proof in self._proofs(context, batch, run, pool):
+            holds = self.replay.clearly_breaks(proof).cpu()
+            taken[proof.positions[~holds].to(taken.device)] = True
+            if bool(holds.any()):
+                history.upheld.append(proof.only(holds))
+        history.taken_back = history.taken_back | taken
+        return outcome.taking_back(taken, batch.correct)
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""

@@ -64,6 +64,7 @@ class TargetRecord:
         clean_margin: its logit lead there.
         committed: in ``joint``, right on the one adversarial batch that leaves the fewest of its batch right.
         runs: in the order they were made.
+        taken_back: how many samples of a stochastic target were called broken, but no break was upheld.
     """
 
     target: str
@@ -76,6 +77,7 @@ class TargetRecord:
     clean_margin: npt.NDArray[np.float32]
     committed: npt.NDArray[np.bool_]
     runs: Sequence[RunRecord]
+    taken_back: int = 0
 
     @property
     def realised(self) -> npt.NDArray[np.bool_]:

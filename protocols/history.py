@@ -30,6 +30,8 @@ class History:
         company: who sits beside each image, where the attacker chooses.
         points: where the runs ended, and each sample's best, for recombination.
         findings: adversarial batches that together break all samples broken, where these are kept.
+        upheld: of a stochastic target, the proofs that its breaks were judged on once more, and that held.
+        taken_back: the samples of which some break did not hold ``(B,)``.
     """
 
     def __init__(self, batch: Batch, company: Company | None = None) -> None:
@@ -41,6 +43,8 @@ class History:
         self.company = company
         self.points = [self.clean]
         self.findings: list[Finding] = []
+        self.upheld: list[Proof] = []
+        self.taken_back = torch.zeros_like(batch.correct)
 
     @property
     def standing(self) -> Tensor:
@@ -67,6 +71,8 @@ class History:
     def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:
         """Adversarial batches that together break all samples broken, few of them, on the CPU.
 
+        Of a stochastic target they are those upheld: what was not judged proves nothing.
+
         Args:
             target: ``defense`` or ``fc``.
             context: what the attacker controls.
@@ -74,6 +80,8 @@ class History:
             rows_interact: whether the target looks at companions.
             pool: indices into the data set of the images that company is chosen from ``(P,)``.
         """
+        if self.upheld:
+            return self.upheld
         broken = self.broken & self.correct
         if not bool(broken.any()):
             return []

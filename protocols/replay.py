@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.clean import seeded
-from msa_eval.protocols.trial import CONFIRM
-from msa_eval.protocols.verdict import median_draw
+from msa_eval.protocols.verdict import JUDGE, JUDGE_SIGMAS, telling_draw
 from torch import Tensor
 
 from msa_eval.data import Samples
@@ -25,7 +24,8 @@ class Replay:
         samples: the whole data set.
         batches: the plan: indices into the data set in batch order, a tensor a batch.
         device: where to compute.
-        draws: answers that the verdict on a stochastic target is the majority of.
+        draws: answers that the verdict on a stochastic target is the majority of; a proof is asked about `JUDGE` times
+            as often.
 
     Raises:
         ValueError: when features depend on more than their own image, so that rows can't be exchanged.
@@ -41,7 +41,7 @@ class Replay:
         z = self._features(x)
         check_trunk(defense, x, z)
         declared: bool | None = getattr(defense, "batch_dependent", True)
-        if declared is None and isinstance(defense, WholeModel):
+        if draws == 1 and declared is None and isinstance(defense, WholeModel):
             declared = looks_batch_dependent(defense, x, decide(defense, z))
         self.batch_dependent = declared is not False or draws > 1
 
@@ -74,23 +74,32 @@ class Replay:
         Raises:
             ValueError: when the companions of a composed batch are not others of the data set.
         """
-        if self.draws == 1:
-            return self._answer(proof)
         with seeded(0):
-            drawn = [self._answer(proof) for _ in range(self.draws * CONFIRM)]
-        return median_draw(torch.stack(drawn), self.labels(proof))
+            return telling_draw(self._answers(proof), self.labels(proof))
 
     def breaks(self, proof: Proof) -> Tensor:
         """Which of a proof's positions the target gets wrong ``(n,)``."""
         return self.logits(proof).argmax(dim=1) != self.labels(proof)
 
-    def _answer(self, proof: Proof) -> Tensor:
+    def clearly_breaks(self, proof: Proof) -> Tensor:
+        """Which of them a stochastic target gets wrong so often ``(n,)`` that a replay will find them wrong too.
+
+        Its draws are fresh ones, from the generators as they stand: a sample judged twice gets two judgements.
+        """
+        logits = telling_draw(self._answers(proof), self.labels(proof), sigmas=JUDGE_SIGMAS)
+        return logits.argmax(dim=1) != self.labels(proof)
+
+    def _answers(self, proof: Proof) -> Tensor:
+        """As many answers as it takes ``(r, n, k)``."""
+        count = 1 if self.draws == 1 else self.draws * JUDGE
         x = self._features(proof.x.to(self._device))
         if proof.kind == "batch":
-            return decide(self._defense, x)[proof.positions]
+            return torch.stack([decide(self._defense, x)[proof.positions] for _ in range(count)])
         rows = x if proof.own is None else self._features(proof.own.to(self._device))
-        batches = self._batches(proof, x, rows)
-        return torch.stack([decide(self._defense, z)[at] for z, at in batches])
+        each = [
+            torch.stack([decide(self._defense, z)[at] for _ in range(count)]) for z, at in self._batches(proof, x, rows)
+        ]
+        return torch.stack(each, dim=1)
 
     def _batches(self, proof: Proof, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The features of each real batch, and where the row in question sits in it."""

@@ -7,20 +7,18 @@ and a verdict costs a decision, not a trunk pass.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime
-from msa_eval.protocols.verdict import decide_by_majority
+from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.surrogates import STE, Ensemble, Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, decide
-
-CONFIRM = 11
-"""A stochastic target's break is confirmed by so many times the draws of a verdict."""
 
 
 class AttackError(RuntimeError):
@@ -123,6 +121,26 @@ class Outcome:
     backwards: int
     decisions: int
 
+    def taking_back(self, taken: Tensor, correct: Tensor) -> Outcome:
+        """The same run with some of its breaks taken back: these samples count as right on every batch it showed.
+
+        Nothing else is changed, except that the attacker commits to the final batch where that now leaves fewer right.
+
+        Args:
+            taken: the samples ``(B,)``, right on the clean batch.
+            correct: the samples that are right on it ``(B,)``.
+        """
+        final_broken, committed = self.final_broken & ~taken, self.committed | taken
+        last = correct & ~final_broken
+        return dataclasses.replace(
+            self,
+            final_broken=final_broken,
+            any_broken=self.any_broken & ~taken,
+            first_iterate=self.first_iterate.masked_fill(taken, -1),
+            min_margin=torch.where(taken, self.min_margin.clamp(min=0), self.min_margin),
+            committed=last if int(last.sum()) < int(committed.sum()) else committed,
+        )
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -133,8 +151,8 @@ class Setting:
         counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
         known: the samples broken before ``(B,)``, of which no finding is due.
         view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
-        draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by that of
-            `CONFIRM` times as many more.
+        draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by a clear one
+            of `CONFIRM` times as many more.
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
         keep: whether findings are kept.
         trail: whether the points of every iterate are kept, for a pursuit to mix.
@@ -388,11 +406,7 @@ class Trial:
         return logits
 
     def _decide(self, target: Defense, z: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Ask the hard target; a stochastic one is asked again, and more often, before a break is believed.
-
-        An attack shows it hundreds of batches. Were the first majority enough, chance alone would break what is wrong
-        in three draws out of ten.
-        """
+        """Ask the hard target; a stochastic one is asked again, and more often, before a break is believed."""
         draws = self._setting.draws
         y, doubt = self.batch.y, self.batch.correct
         if rows is not None:
@@ -402,7 +416,7 @@ class Trial:
         claimed = doubt & (logits.argmax(dim=1) != y)
         if draws > 1 and bool(claimed.any()):
             self._decisions += len(z) * draws * CONFIRM
-            again = decide_by_majority(target, z, y, draws=draws * CONFIRM)
+            again = decide_by_majority(target, z, y, draws=draws * CONFIRM, sigmas=CONFIRM_SIGMAS)
             logits = torch.where(claimed.unsqueeze(1), again, logits)
         return logits
 

@@ -504,7 +504,7 @@ def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point()
 
 @pytest.mark.parametrize(("chance", "broken"), [(0.7, 0.0), (0.3, 1.0)])
 def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: float, broken: float) -> None:
-    """Wrong in 3 draws of 10: of 40 majorities of 9 some are wrong (0.099 each), but none is confirmed by 45 more."""
+    """Wrong in 3 draws of 10: of 40 majorities of 9 some are wrong (0.099 each), but none is confirmed by 60 of 99."""
     torch.manual_seed(0)
     defense = WholeModel(_Noisy(), batch_dependent=True)
     x = torch.full((20, 1, 1, 1), chance)
