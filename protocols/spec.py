@@ -262,8 +262,8 @@ class StochasticBudget:
     """What is done about a target that answers at random; others are asked once.
 
     Attributes:
-        draws: a sample is broken when the majority of so many answers to one batch are wrong, and then the majority
-            of eleven times as many more to the same batch.
+        draws: a sample is broken when the majority of so many answers to one batch are wrong, then a clear one of
+            eleven times as many more, and after the run a clear one of 111 times as many (see `verdict`).
         eot: answers a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
     """
 
