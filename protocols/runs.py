@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,9 @@ from msa_eval.attacks.losses import (
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
+
+COMPOSED_EVERY = 3
+"""In ``composed`` company is chosen anew after so many runs."""
 
 
 class Attack(Interface):
@@ -216,7 +220,8 @@ class Offers:
 
     def of(self, budget: ApgdBudget) -> list[Surrogate]:
         """Those that the white-box runs of a budget use: the ones it names and the caller's, or what there is."""
-        named = [s for s in self.usable if s.name in budget.names or s.name in self.own]
+        has = {surrogate.name: surrogate for surrogate in self.usable}
+        named = [has[name] for name in dict.fromkeys([*budget.names, *self.own]) if name in has]
         return named or [self.usable[0]]
 
 
@@ -337,9 +342,10 @@ def plan_runs(
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
     runs += _query_runs(protocol)
     if context == "composed" and batch_dependent:
-        # Before the runs on clean images, and after them on the points they found.
-        first, last = (Run(None, None, "composition", "margin", i, chained=True) for i in range(2))
-        runs = [first, *runs, last]
+        # Before the runs on clean images, and then on the points they found.
+        composed = (Run(None, None, "composition", "margin", i, chained=True) for i in itertools.count())
+        parts = [runs[i : i + COMPOSED_EVERY] for i in range(0, len(runs), COMPOSED_EVERY)]
+        runs = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
     return runs
 
 

@@ -185,3 +185,26 @@ def test_the_fc_target_is_the_classifier_before_fine_tuning() -> None:
 def test_unusable_settings(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(), Variant(prototypes="batch"), Variant(prototypes="global"), Variant(mixer="average"),
+        Variant(similarity="inner"), Variant(similarity="cosine"),
+    ],
+)  # fmt: skip
+def test_batches_that_differ_in_one_row_come_in_closed_form(variant: Variant) -> None:
+    """Against every batch put together and decided as a whole, also where a class loses its only row."""
+    hpm = make_hpm()
+    hpm.variant = variant
+    generator = torch.Generator().manual_seed(3)
+    staying, offered = torch.randn(4, 5, 6, generator=generator), torch.randn(4, 7, 6, generator=generator)
+    with torch.no_grad():
+        beside = hpm.logits_with(staying[:, 2:3], staying, offered)
+        themselves = hpm.logits_with(offered, staying, offered)
+        for i in range(4):
+            for w in range(7):
+                whole = hpm.logits(torch.cat([staying[i], offered[i, w : w + 1]]))
+                torch.testing.assert_close(beside[i, w], whole[2], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(themselves[i, w], whole[5], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.composition import CompositionAttack, descend
 from msa_eval.protocols.contexts import Company, OneAtATime
-from msa_eval.protocols.pursuit import PursuitAttack
+from msa_eval.protocols.pursuit import PursuitAttack, _Mixer
 from msa_eval.protocols.trial import Batch, Point, Setting, Trial
 from msa_eval.surrogates import get
 from torch import Tensor
@@ -149,6 +149,32 @@ def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_pas
                 assert torch.equal(finding.breaks, wrong & batch.correct)
         further += int((broken[1] & ~broken[0]).sum())
     assert further > 0
+
+
+def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little room there is, every mixture stays the batch that was chosen for its lead."""
+    monkeypatch.setattr("msa_eval.protocols.pursuit.POOL_BYTES", 5 * 12 * 12 * 4)
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    ball = Ball("Linf", 0.02)
+    points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
+    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
+    mixer = _Mixer(trial, points, generator)
+    mixer.recombine(sweeps=2)
+    most = 0
+    for turn in range(3):
+        for row in mixer.standing().tolist():
+            mixer.pursue(row, turn)
+            most = max(most, len(mixer.points))
+        mixer.recombine(sweeps=1)
+        for row in mixer.standing().tolist():
+            with torch.no_grad():
+                lead = -margin(hpm(mixer._mixture(row)), batch.y)[row]
+            assert float(lead) == pytest.approx(float(mixer.lead[row]), abs=1e-4)
+    used = len(mixer.chosen[mixer.standing()].unique())
+    assert 5 <= most <= max(5, used) + 33  # 11 points of a pursuit may be needed before any is let go
+    assert len(mixer.standing()) > 0
 
 
 def _protocol(**overrides: Any) -> Any:

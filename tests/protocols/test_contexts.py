@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, in_context
+from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
 from msa_eval.surrogates import get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
@@ -287,3 +287,33 @@ def test_a_static_target_is_attacked_once_for_all_contexts() -> None:
     assert passes[0] == passes[1]
     values = results.summary.pivot_table(index="metric", columns="context", values="value").loc[["clean", "worst_case"]]
     assert values.nunique(axis=1).eq(1).all()
+
+
+class InOrder:
+    """A decision by the row's place in its batch and by the rows before it: nothing may be put elsewhere."""
+
+    def logits(self, z: Tensor) -> Tensor:
+        place = torch.arange(len(z)).unsqueeze(1)
+        return z[:, :3].cumsum(dim=0) * (1 + place)
+
+
+@pytest.mark.parametrize("defense", [make_hpm(), Plain(make_hpm()), InOrder()], ids=["closed form", "loop", "in order"])
+@pytest.mark.parametrize("place", [0, 2, None])
+def test_offers_are_decided_each_in_a_batch_of_its_own(defense: Any, place: int | None) -> None:
+    """For a place of the company and for the row's own, against batches put together by hand."""
+    generator = torch.Generator().manual_seed(0)
+    pool, z = torch.randn(20, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    company = Company(pool, torch.randint(20, (4, 3), generator=generator), torch.tensor([0, 3, 1, 2]))
+    offers = torch.randint(20, (4, 5), generator=generator)
+    found = decide_offers(defense, z, company, offers, place=place)
+    assert found.shape[:2] == (4, 5)
+    for i, seat in enumerate(company.seats.tolist()):
+        for w in range(5):
+            beside, own = list(pool[company.index[i]]), z[i]
+            if place is None:
+                own = pool[offers[i, w]]
+            else:
+                beside[place] = pool[offers[i, w]]
+            with torch.no_grad():
+                whole = defense.logits(torch.stack([*beside[:seat], own, *beside[seat:]]))
+            torch.testing.assert_close(found[i, w], whole[seat], rtol=1e-5, atol=1e-5)

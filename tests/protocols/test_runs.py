@@ -21,7 +21,9 @@ PRODUCT = {
 }  # fmt: skip
 
 
-def _runs(defense: Any, name: str = "", classes: int = 4, context: str = "joint", **overrides: Any) -> list[Run]:
+def _runs(
+    defense: Any, name: str = "", classes: int = 4, context: str = "joint", own: Any = None, **overrides: Any
+) -> list[Run]:
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
     protocol = load_protocol(name, overrides=changed) if name else make_protocol(PRODUCT, overrides=changed)
     assert protocol.apgd is not None
@@ -29,7 +31,9 @@ def _runs(defense: Any, name: str = "", classes: int = 4, context: str = "joint"
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     z = defense.features(x).detach()
     batch = Batch(0, x, torch.zeros(5, dtype=torch.long), z, decide(defense, z))
-    offers = offer(protocol.apgd, defense, batch, own={}, batch_dependent=dependent)
+    offers = offer(
+        protocol.apgd, defense, batch, own=own or {}, batch_dependent=dependent, recombination=protocol.recombination
+    )
     return plan_runs(protocol, offers, num_classes=classes, context=context, batch_dependent=dependent)
 
 
@@ -77,14 +81,50 @@ def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
         for defense, context in ((make_hpm(), "joint"), (make_hpm(), "solo"), (make_classifier(), "joint"))
     )
     assert len(solo) == len(static) == 11
-    assert [run.label for run in joint] == ["apgd", "apgd", "pursuit"]  # which has the passes of the other nine
+    assert [run.label for run in joint] == ["apgd", "apgd", "apgd", "pursuit"]  # which has the passes of the others
+    assert [run.chained for run in joint] == [False, False, False, True]
     for runs in (joint, solo, static):
         assert len({run.name for run in runs}) == len(runs)
-        assert all(run.chained for run in runs)
+    assert all(run.chained for run in solo + static)
     assert {run.moves for run in solo + static} == {"batch"}
     assert {run.surrogate_name for run in static} == {"fc-oracle"}
     ranks = [run.attack.target for run in static if run.loss == "dlr-targeted" and isinstance(run.attack, ApgdAttack)]
     assert ranks == list(range(8))
+
+
+def test_runs_that_gather_points_stand_in_for_the_others_in_joint_alone() -> None:
+    """They have steps of their own, start at random, and bring surrogates that the other runs don't use."""
+    gathered = {"attack__recombination__runs": ["soft-hybrid:margin", "ste:margin"], "attack__recombination__steps": 7}
+    own: Any = {"mine": lambda defense, z: defense.fc_logits(z)}
+    joint, solo = (
+        [run for run in _runs(make_hpm(), "quick", own=own, context=context, **gathered) if run.label == "apgd"]
+        for context in ("joint", "solo")
+    )
+    assert [run.name for run in joint] == [
+        "soft-hybrid:apgd-margin:0", "ste:apgd-margin:0", "mine:apgd-margin:0", "mine:apgd-dlr:0",
+    ]  # fmt: skip
+    assert {run.attack.steps for run in joint if isinstance(run.attack, ApgdAttack)} == {7}
+    assert [run.name for run in solo] == [
+        f"{name}:apgd-{loss}:0" for name in ("fc-oracle", "soft-hybrid", "ste", "mine") for loss in ("ce", "dlr")
+    ]
+    without_steps = _runs(make_hpm(), "quick", attack__recombination__runs=["ste:margin"])[0].attack
+    usual = load_protocol("quick").apgd
+    assert isinstance(without_steps, ApgdAttack)
+    assert usual is not None
+    assert without_steps.steps == usual.steps
+
+
+def test_a_victim_whose_companions_move_is_not_pursued() -> None:
+    labels = [run.attack_name for run in _runs(make_hpm(), "msa", classes=10, attack__apgd__victim=3)]
+    assert "apgd-companions" in labels
+    assert "pursuit" not in labels
+
+
+def test_company_is_chosen_again_between_the_runs() -> None:
+    labels = [run.label for run in _runs(make_hpm(), "msa", classes=10, context="composed")]
+    assert labels[:5] == ["composition", "apgd", "apgd", "apgd", "composition"]
+    assert labels[-1] == "composition"
+    assert "composition composition" not in " ".join(labels)
 
 
 def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
