@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.offers import answer_with_gradient, offer
 from msa_eval.protocols.plan import plan_batches, select
-from msa_eval.protocols.runs import answer_with_gradient, offer
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject

@@ -17,9 +17,10 @@ from msa_eval.protocols.clean import CleanBatches, Pool, seeded
 from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.history import History
+from msa_eval.protocols.offers import Offers, offer
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.runs import Attack, Offers, Run, offer, plan_runs
+from msa_eval.protocols.runs import Attack, Run, plan_runs
 from msa_eval.protocols.spec import Protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
 from msa_eval.surrogates.registry import Own

@@ -56,16 +56,20 @@ def contenders(eps: Any, samples: int) -> Iterator[tuple[str, Protocol]]:
     yield "paper", make_protocol(paper)
     base = {key: value for key, value in load_protocol("msa").values.items() if not key.startswith("attack.")}
     base |= {**common, "threat.contexts": ["joint"]}
+    steps = {"attack.apgd.steps": load_protocol("msa").values["attack.apgd.steps"]}
     runs = list(load_protocol("msa").values["attack.apgd.runs"])
     still = [run.removesuffix(":companions") for run in runs]
     together = {"attack.apgd.surrogates": list(dict.fromkeys(run.split(":")[0] for run in runs)),
-                "attack.apgd.losses": ["margin", "dlr", "ce", "dlr-targeted"], "attack.apgd.restarts": 2,
-                "attack.apgd.targets": 5}  # fmt: skip
-    yield "separate", make_protocol({**base, "attack.apgd.runs": still, "attack.apgd.combine": "separate"})
+                "attack.apgd.losses": ["margin", "dlr", "ce", "dlr-targeted"], "attack.apgd.restarts": 3,
+                "attack.apgd.targets": 7, **steps}  # fmt: skip
+    yield "separate", make_protocol({**base, **steps, "attack.apgd.runs": still, "attack.apgd.combine": "separate"})
     yield "mean", make_protocol({**base, **together, "attack.apgd.combine": "mean"})
     yield "alternate", make_protocol({**base, **together, "attack.apgd.combine": "alternate"})
-    yield "cascade", make_protocol({**base, "attack.apgd.runs": still, "attack.apgd.combine": "cascade"})
-    yield "cascade, companions", make_protocol({**base, "attack.apgd.runs": runs, "attack.apgd.combine": "cascade"})
+    yield "cascade", make_protocol({**base, **steps, "attack.apgd.runs": still, "attack.apgd.combine": "cascade"})
+    yield (
+        "cascade, companions",
+        make_protocol({**base, **steps, "attack.apgd.runs": runs, "attack.apgd.combine": "cascade"}),
+    )
     for surrogate in SINGLE:
         runs = [f"{surrogate}:{loss}" for loss in LOSSES]
         yield (
@@ -110,21 +114,25 @@ def main() -> None:
     parser.add_argument("reference", choices=("digits", "cifar10-wrn10-2"))
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
-    parser.add_argument("--only", nargs="*", help="names of contenders, as in the CSV; all by default")
+    parser.add_argument("--only", nargs="*", help="contenders to run anew, as in the CSV; the other rows stay")
     options = parser.parse_args()
     hpm = load_checkpoint(reference_path(options.reference)).model
     assert isinstance(hpm, HPM)
     cifar = options.reference != "digits"
     eps = "8/255" if cifar else 0.15
     data = load_samples(str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")) if cifar else "digits")
+    path = options.out / f"budget-{options.reference}.csv"
     frames: list[pd.DataFrame] = []
+    if options.only and path.exists():
+        before = pd.read_csv(path)
+        frames.append(before[~before["contender"].isin(options.only)])
 
     def add(name: str, target: str, context: str, curve: pd.DataFrame) -> None:
         frames.append(curve.assign(contender=name, target=target, context=context))
         table = pd.concat(frames, ignore_index=True)
         table = table[["contender", "target", "context", "passes", "worst_case", "own_count", "seconds"]]
         options.out.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.out / f"budget-{options.reference}.csv", index=False, float_format="%.6g")
+        table.to_csv(path, index=False, float_format="%.6g")
         last = curve.iloc[-1]
         print(f"{name:26} {target:8} {last['passes']:8.0f} passes  {100 * last['worst_case']:5.1f} %", flush=True)
 

@@ -1,0 +1,128 @@
+"""Which surrogates of a protocol a target can offer, tried on a clean batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from msa_eval.protocols.contexts import AmongOthers
+from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
+from msa_eval.protocols.trial import Batch
+from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
+from msa_eval.surrogates.registry import Own
+from torch import Tensor
+
+from msa_eval.defense import Defense
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Which surrogates of a protocol a target has.
+
+    Attributes:
+        usable: those it has, in order.
+        missing: the names of those it has not.
+        sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
+        among: the names of those whose gradient reaches the companions of an image.
+        together: those of ``attack.apgd`` as an ensemble, where there are several.
+        pursued: those of ``among`` that a pursuit follows in turn.
+        own: the names of the caller's own.
+    """
+
+    usable: Sequence[Surrogate]
+    missing: Sequence[str]
+    sha256: str
+    among: Sequence[str] = ()
+    together: Ensemble | None = None
+    pursued: Surrogate | Ensemble | None = None
+    own: Sequence[str] = ()
+
+    def of(self, budget: ApgdBudget) -> list[Surrogate]:
+        """Those that the white-box runs of a budget use: the ones it names and the caller's, or what there is."""
+        has = {surrogate.name: surrogate for surrogate in self.usable}
+        named = [has[name] for name in dict.fromkeys([*budget.names, *self.own]) if name in has]
+        return named or [self.usable[0]]
+
+
+def offer(
+    budget: ApgdBudget,
+    defense: Defense,
+    batch: Batch,
+    *,
+    own: Mapping[str, Own],
+    use_own: bool = True,
+    batch_dependent: bool = True,
+    recombination: RecombinationBudget | None = None,
+) -> Offers:
+    """Find the surrogates of a protocol that a defence can offer.
+
+    A surrogate is offered when the defence has what it needs and a gradient reaches the images: a decision through a
+    hard argmax has none. The caller's own come after the protocol's. Where none is left, ``ste`` is tried.
+
+    Args:
+        budget: names them.
+        defense: the target.
+        batch: a clean batch to try them on.
+        own: the caller's own.
+        use_own: whether they are for this target.
+        batch_dependent: whether the target looks at companions.
+        recombination: names more of them.
+
+    Raises:
+        ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
+    """
+    recombination = recombination or RecombinationBudget()
+    gathering = recombination.gathering(budget)
+    names = list(dict.fromkeys([*gathering.names, *budget.names, *own]))
+    known = [get(name, own) for name in names if use_own or name not in own]
+    answers = {s.name: answer_with_gradient(s, defense, batch) for s in known if s.applies(defense)}
+    usable = [s for s in known if answers.get(s.name) is not None]
+    if dull := [s.name for s in known if s.name in own and s not in usable]:
+        raise ValueError(f"surrogate {dull[0]!r} has no gradient with respect to the images, so it can't be attacked")
+    if not usable:
+        answers["ste"] = answer_with_gradient(STE, defense, batch)
+        usable = [STE]
+    if answers[usable[0].name] is None:
+        raise ValueError(
+            "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
+            "your own (surrogates={...}), or a protocol with attack.square alone"
+        )
+    digest = hashlib.sha256()
+    for surrogate in usable:
+        answer = answers[surrogate.name]
+        assert answer is not None
+        digest.update(answer.float().cpu().contiguous().numpy().tobytes())
+    offers = Offers(
+        usable,
+        [s.name for s in known if s not in usable],
+        digest.hexdigest(),
+        own=[s.name for s in usable if s.name in own],
+    )
+    if budget.combine in ("mean", "alternate") and len(attacked := offers.of(budget)) > 1:
+        offers = replace(offers, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
+    moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
+    if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
+        view = AmongOthers(defense, batch.z)
+        among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
+        offers = replace(offers, among=[s.name for s in among])
+        if among:
+            pursued = among[0] if len(among) == 1 else ensemble("pursued", among, defense, batch.x, batch.z)
+            offers = replace(offers, pursued=pursued)
+    return offers
+
+
+def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
+    """The surrogate's logits on a clean batch, or ``None`` where no gradient leads back to the images."""
+    x = batch.x.detach().requires_grad_()
+    try:
+        logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    except RuntimeError:
+        with torch.no_grad():  # a decision in NumPy, which a tensor with a gradient can't enter, answers here
+            surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
+        return None
+    if not logits.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    return None if gradient is None else logits.detach()
