@@ -151,6 +151,27 @@ def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_pas
     assert further > 0
 
 
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
+    """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    ball = Ball("Linf", 0.02)
+    points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
+    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
+    mixer = _Mixer(trial, points, generator)
+    mixer.recombine(sweeps=2)
+    row = int(mixer.standing()[mixer.lead[mixer.standing()].argmax()])
+    mixture, first = mixer._mixture(row), len(mixer.points)
+    mixer.before[row] = mixer.lead[row] * (1.05 if stalled else 1.5)
+    assert mixer.pursue(row, 0) == len(mixer.points) - first
+    assert mixer.stands(row)
+    assert torch.equal(mixer.points[first].x, mixture) == (not stalled)
+    assert torch.equal(mixer._mixture(row), mixer.points[-1].x if stalled else mixture)
+    assert float(ball.size(mixer.points[first].x - batch.x).max()) <= 0.02 + 1e-6
+
+
 def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little room there is, every mixture stays the batch that was chosen for its lead."""
     monkeypatch.setattr("msa_eval.protocols.pursuit.POOL_BYTES", 5 * 12 * 12 * 4)
@@ -165,8 +186,11 @@ def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pyt
     most = 0
     for turn in range(3):
         for row in mixer.standing().tolist():
+            others = {i: mixer._mixture(i) for i in mixer.standing().tolist() if i != row}
             mixer.pursue(row, turn)
             most = max(most, len(mixer.points))
+            for i in set(others) & set(mixer.standing().tolist()):
+                assert torch.equal(mixer._mixture(i), others[i])
         mixer.recombine(sweeps=1)
         for row in mixer.standing().tolist():
             with torch.no_grad():
