@@ -4,9 +4,9 @@
 
 evaluates a packaged reference under ``digits`` or ``msa``, runs every attack of the peers that are installed on the
 same samples in the same batches, against HPM and against its FC head, and writes ``peers-<reference>.csv``. CIFAR-10
-needs the data in MSA_EVAL_SHARED. Rows of peers that are not asked for stay as they are: foolbox and torchattacks each
-want a virtual environment of their own (the wheel of torchattacks 3.5.1 brings an old ``robustbench``, and old
-``requests``).
+needs the data in MSA_EVAL_SHARED. Rows of peers and attacks that are not asked for stay as they are, since foolbox and
+torchattacks each want a virtual environment of their own (the wheel of torchattacks 3.5.1 brings an old ``robustbench``
+and wants an old ``requests``); a row's ``ours`` is the worst case it was held against.
 
 An attack is run again, from other starts, until it has made as many passes as ours made for a sample. A peer may leave
 out images that it has broken or that were wrong from the start; the model it is given answers in the whole batch all
@@ -22,7 +22,7 @@ import copy
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -225,9 +225,14 @@ def ours(results: Results, target: str) -> tuple[Tensor, Tensor, float]:
 
 
 def contest(
-    hpm: HPM, data: Samples, protocol: Protocol, peers: Iterable[str], targets: Iterable[str]
+    hpm: HPM,
+    data: Samples,
+    protocol: Protocol,
+    peers: Iterable[str],
+    targets: Iterable[str],
+    attacks: Collection[str] | None = None,
 ) -> Iterator[dict[str, object]]:
-    """Evaluate, and let every attack of the peers try the same samples: a row a target and attack."""
+    """Evaluate, and let every attack of the peers, or some, try the same samples: a row a target and attack."""
     started = time.perf_counter()
     results = evaluate(hpm, data, protocol=protocol)
     seconds = time.perf_counter() - started
@@ -237,10 +242,19 @@ def contest(
         model = hpm if target == "defense" else hpm.fc_target
         right, robust, passes = ours(results, target)
         count = sum(map(len, seats))
-        ours_row = {"target": target, "worst_case": len(robust) / count, "samples": count}
-        yield {"peer": "msa-eval", "attack": protocol.name, "passes": passes, **ours_row, "seconds": seconds}
+        yield {
+            "peer": "msa-eval",
+            "attack": protocol.name,
+            "target": target,
+            "passes": passes,
+            "worst_case": len(robust) / count,
+            "samples": count,
+            "seconds": seconds,
+        }
         for peer in peers:
             for name, attack in PEERS[peer](protocol.ball.eps, round(passes)):
+                if attacks is not None and name not in attacks:
+                    continue
                 started = time.perf_counter()
                 met = meet(attack, model, batches, protocol.ball, passes, len(data.y))
                 only = robust[met.shown[robust]].tolist()
@@ -275,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", choices=("digits", "cifar10-wrn10-2"))
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), default=list(PEERS))
+    parser.add_argument("--attacks", nargs="+", help="names of attacks, as in the CSV; all by default")
     parser.add_argument("--targets", nargs="+", choices=("defense", "fc"), default=["defense", "fc"])
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
@@ -288,13 +303,11 @@ def main() -> None:
     peers = installed(options.peers)
     path = options.out / f"peers-{options.reference}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = pd.read_csv(path) if path.exists() else pd.DataFrame({"peer": [], "target": []})
-    made = old["peer"].isin(["msa-eval", *peers]) & old["target"].isin(options.targets)
-    rows: list[dict[str, object]] = []
-    for row in contest(hpm, data, protocol, peers, options.targets):
+    rows: list[dict[str, object]] = pd.read_csv(path).to_dict(orient="records") if path.exists() else []
+    for row in contest(hpm, data, protocol, peers, options.targets, options.attacks):
         rows.append(row)
-        table = pd.DataFrame(rows)
-        table = table if made.all() else pd.concat([old[~made], table], ignore_index=True)
+        table = pd.DataFrame(rows).drop_duplicates(["target", "peer", "attack"], keep="last")
+        table = table.sort_values("target", kind="stable")
         table.to_csv(path, index=False, float_format="%.6g")
         told = f" only it broke {row['only_peer']}" if "only_peer" in row else ""
         print(f"{row['target']:8} {row['peer']:12} {row['attack']:20} {row['passes']:6.0f} passes, "
