@@ -75,10 +75,11 @@ class Entrant:
                     protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
                     batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
                 )  # fmt: skip
+        companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
         runs = {
             context: plan_runs(
                 protocol, offers, num_classes=clean.num_classes, context=context,
-                batch_dependent=clean.batch_dependent, caches=not isinstance(defense, WholeModel),
+                batch_dependent=companions, caches=not isinstance(defense, WholeModel),
             )
             for context in protocol.contexts
         }  # fmt: skip

@@ -13,6 +13,18 @@ from msa_eval.attacks.losses import margin
 POINTS = 144
 """So many points of each image are kept at most, the latest."""
 
+POOL_BYTES = 2**31
+"""Of a batch's points, images up to this size are kept."""
+
+
+def capacity(x: Tensor) -> int:
+    """How many points of a batch ``(B, C, H, W)`` there is room for, at least two.
+
+    >>> capacity(torch.zeros(64, 3, 224, 224))
+    55
+    """
+    return max(POOL_BYTES // max(x.nbytes, 1), 2)
+
 
 class History:
     """The record of one batch over all runs.
@@ -30,6 +42,7 @@ class History:
         company: who sits beside each image, where the attacker chooses.
         points: where the runs ended, and each sample's best, for recombination.
         findings: adversarial batches that together break all samples broken, where these are kept.
+        passes: images passed through the trunk for it.
         upheld: of a stochastic target, the proofs that its breaks were judged on once more, and that held.
         taken_back: the samples of which some break did not hold ``(B,)``.
     """
@@ -43,6 +56,7 @@ class History:
         self.company = company
         self.points = [self.clean]
         self.findings: list[Finding] = []
+        self.passes = 0
         self.upheld: list[Proof] = []
         self.taken_back = torch.zeros_like(batch.correct)
 
@@ -63,9 +77,11 @@ class History:
             index = torch.where(lower.unsqueeze(1), trace.company, self.company.index)
             self.company = self.company.seating(index)
         self.broken = self.broken | outcome.any_broken
+        self.passes += outcome.forwards
         if int(outcome.committed.sum()) < int(self.committed.sum()):
             self.committed = outcome.committed
-        self.points = [*self.points, *trace.trail, trace.final, trace.best][-POINTS:]
+        self.points = [*self.points, *trace.trail, trace.final, trace.best]
+        self.points = self.points[-min(POINTS, capacity(self.clean.x)) :]
         self.findings += trace.findings
 
     def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:

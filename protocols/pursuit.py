@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from msa_eval.protocols.composition import best_offer, descend
 from msa_eval.protocols.contexts import Company
+from msa_eval.protocols.history import capacity
 from msa_eval.protocols.trial import Point, Trial
 from torch import Tensor
 
@@ -20,9 +21,6 @@ from msa_eval.attacks.losses import margin
 
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
-
-POOL_BYTES = 2**31
-"""Images of points are kept up to this size."""
 
 STEPS = 10
 """Of a pursuit against one sample, from a mixture of the points found so far."""
@@ -54,10 +52,10 @@ class PursuitAttack:
         """Return the starting points; every batch put together is in the trial's record."""
         mixer = _Mixer(trial, list(self.points), generator)
         left = self.passes - mixer.recombine(sweeps=self.sweeps)
-        turn = 0
-        while left >= STEPS + 2 and len(rows := mixer.standing()):
+        turn, needed = 0, (STEPS + 1) * trial.eot + 1
+        while left >= needed and len(rows := mixer.standing()):
             for row in rows[mixer.lead[rows].argsort()].tolist():
-                if left >= STEPS + 2 and mixer.stands(row):
+                if left >= needed and mixer.stands(row):
                     left -= mixer.pursue(row, turn)
             left -= mixer.recombine(sweeps=1)
             turn += 1
@@ -74,13 +72,13 @@ class _Mixer:
     def __init__(self, trial: Trial, points: list[Point], generator: torch.Generator) -> None:
         self.trial, self.points, self.generator = trial, points, generator
         self.y = trial.batch.y
+        self._capacity = capacity(trial.batch.x)
         with torch.no_grad():
             leads = torch.stack([-margin(trial.target.logits(point.z).float(), self.y) for point in points])
         lowest = leads.min(dim=0)
         self.lead = lowest.values
         self.chosen = lowest.indices.unsqueeze(1).repeat(1, len(self.y))
         self.before = torch.full_like(self.lead, torch.inf)
-        self._capacity = max(POOL_BYTES // (points[0].x.nbytes + 1), 2)
 
     def stands(self, row: int) -> bool:
         return bool((self.trial.counted & self.trial.batch.correct & ~self.trial.broken)[row])
@@ -113,14 +111,14 @@ class _Mixer:
         for step in range(STEPS + 1):
             point = point.detach().requires_grad_(step < STEPS)
             with torch.set_grad_enabled(step < STEPS):
-                logits = trial(point)
+                answers = [trial(point) for _ in range(trial.eot)]
             self._add(trial.latest)
             if anew:
                 self.chosen[row] = len(self.points) - 1
             if step == STEPS or not self.stands(row):
-                return step + 1
-            logits = logits[turn % len(logits)] if logits.ndim == 3 else logits
-            (gradient,) = torch.autograd.grad(margin(logits, self.y)[row], point)
+                return (step + 1) * trial.eot
+            followed = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
+            (gradient,) = torch.autograd.grad(sum(margin(logits, self.y)[row] for logits in followed), point)
             momentum = MOMENTUM * momentum + ball.unit(gradient)
             length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
             point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)

@@ -141,6 +141,7 @@ class Run:
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
         moves: which images it moves, as in `ApgdBudget`.
+        passes: a sample, after which it searches a batch no more; it makes the verifying pass alone.
     """
 
     surrogate: Surrogate | Ensemble | None
@@ -150,6 +151,7 @@ class Run:
     restart: int
     chained: bool = False
     moves: str = "batch"
+    passes: int | None = None
 
     @property
     def surrogate_name(self) -> str:
@@ -192,6 +194,8 @@ class Run:
         elif self.moves == "companions":
             view = AmongOthers(defense, still.z)
             counted = victim if victim is not None else history.standing if self.chained else history.correct
+        if self.passes is not None and history.passes >= self.passes * len(history.broken):
+            counted = torch.zeros_like(history.broken)
         start = still if self.chained else None
         return Setting(start=start, counted=counted, known=history.broken, view=view)
 
@@ -273,7 +277,7 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
             turns=budget.combine == "alternate",
             from_start=chained and bool(runs) and again == 0,
         )
-        runs.append(Run(has[name], attack, "apgd", loss, again, chained=chained, moves=moves))
+        runs.append(Run(has[name], attack, "apgd", loss, again, chained, moves, budget.passes))
     return runs
 
 

@@ -121,6 +121,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.apgd.runs": _runs,
     "attack.apgd.moves": _texts(MOVES),
     "attack.apgd.combine": _choice(*COMBINATIONS),
+    "attack.apgd.passes": _whole(1),
     "attack.apgd.victim": _whole(0),
     "attack.square.queries": _whole(1),
     "attack.square.p_init": _number(0, 1),
@@ -169,6 +170,8 @@ class ApgdBudget:
         combine: ``separate`` runs are each surrogate's own. ``mean`` attacks the mean of the surrogates' losses, and
             ``alternate`` one surrogate a step in turn. In a ``cascade`` a run searches only for the samples that still
             stand, from the best points so far and, where it is named again, from a random start.
+        passes: in a cascade, no further run searches a batch on which so many passes a sample were made; as many runs
+            as are listed by default. So what is soon broken leaves its passes to what stands.
         victim: the one sample (its index in the data set) whose companions are moved to break it; all by default.
     """
 
@@ -180,6 +183,7 @@ class ApgdBudget:
     runs: tuple[RunSpec, ...] = ()
     moves: tuple[str, ...] = ("batch",)
     combine: str = "separate"
+    passes: int | None = None
     victim: int | None = None
 
     @property
@@ -239,7 +243,7 @@ class RecombinationBudget:
         """The white-box runs that gather the points."""
         if not self.runs:
             return budget
-        return replace(budget, runs=self.runs, steps=self.steps or budget.steps, combine="separate")
+        return replace(budget, runs=self.runs, steps=self.steps or budget.steps, combine="separate", passes=None)
 
 
 @dataclass(frozen=True)
@@ -446,6 +450,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             "attack.apgd.victim names the sample whose companions are moved, but no run moves companions; "
             "use a protocol that has such runs (msa), or give attack.apgd.moves"
         )
+    if "attack.apgd.passes" in values and values.get("attack.apgd.combine") != "cascade":
+        found.append("attack.apgd.passes ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
     if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
         found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
     if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:

@@ -174,7 +174,7 @@ def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bo
 
 def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little room there is, every mixture stays the batch that was chosen for its lead."""
-    monkeypatch.setattr("msa_eval.protocols.pursuit.POOL_BYTES", 5 * 12 * 12 * 4)
+    monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, 12, seed=3)
     generator = torch.Generator().manual_seed(3)
