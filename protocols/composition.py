@@ -14,18 +14,32 @@ from msa_eval.protocols.contexts import Company, decide_each, decide_offers
 from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin, most_likely_others
 from msa_eval.defense import Defense
 
 Candidates = Callable[[int, Company], Tensor]
 """``(place, company) -> (n, w)``: what each row may put in a place of its company, as places in the pool."""
+
+STEPS, REGROUP_EVERY, OFFERED = 30, 5, 16
+"""A pursuit's steps, how often company is chosen anew between them, and from how many images in a place."""
+
+MOMENTUM = 0.75
+FIRST_STEP, LAST_STEP = 1.0, 0.02
+"""Lengths of a pursuit's steps, as shares of ε; they fall evenly."""
 
 CHEAPER = 8
 """So many times as many batches are tried where a defence has a closed form for batches that differ in one row."""
 
 
 def descend(
-    defense: Defense, z: Tensor, y: Tensor, company: Company, *, places: Sequence[int], candidates: Candidates
+    defense: Defense,
+    z: Tensor,
+    y: Tensor,
+    company: Company,
+    *,
+    places: Sequence[int],
+    candidates: Candidates,
+    toward: Tensor | None = None,
 ) -> tuple[Company, Tensor]:
     """Lower the lead of each row's label by the choice of its company.
 
@@ -36,15 +50,16 @@ def descend(
         company: who sits beside each at first.
         places: which places of the company to try, in this order.
         candidates: what to try there, beside what is there.
+        toward: the class that each row's lead is over ``(n,)``; the likeliest other one by default.
 
     Returns:
         the company found, and the leads ``(n,)``.
     """
     with torch.no_grad():
-        lead = -margin(decide_each(defense, z, company).float(), y)
+        lead = _lead(decide_each(defense, z, company), y, toward)
     for place in places:
         offers = candidates(place, company)
-        best, found = best_offer(defense, z, y, company, offers, place=place)
+        best, found = best_offer(defense, z, y, company, offers, place=place, toward=toward)
         better = found < lead
         index = company.index.clone()
         index[:, place] = torch.where(better, best, index[:, place])
@@ -53,14 +68,30 @@ def descend(
 
 
 def best_offer(
-    defense: Defense, z: Tensor, y: Tensor, company: Company, offers: Tensor, *, place: int | None
+    defense: Defense,
+    z: Tensor,
+    y: Tensor,
+    company: Company,
+    offers: Tensor,
+    *,
+    place: int | None,
+    toward: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which of the offers ``(n, w)`` for a place leaves each row's label the smallest lead ``(n,)``, and that lead."""
     logits = decide_offers(defense, z, company, offers, place=place)
     width = offers.shape[1]
-    leads = -margin(logits.flatten(0, 1).float(), y.repeat_interleave(width))
+    aims = None if toward is None else toward.repeat_interleave(width)
+    leads = _lead(logits.flatten(0, 1), y.repeat_interleave(width), aims)
     lowest, which = leads.view(-1, width).min(dim=1)
     return offers.gather(1, which.unsqueeze(1)).squeeze(1), lowest
+
+
+def _lead(logits: Tensor, y: Tensor, toward: Tensor | None) -> Tensor:
+    """The lead of each row's label ``(n,)`` over the likeliest other class, or over the one aimed at."""
+    logits = logits.float()
+    if toward is None:
+        return -margin(logits, y)
+    return (logits.gather(1, y.unsqueeze(1)) - logits.gather(1, toward.unsqueeze(1))).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +126,9 @@ class CompositionAttack:
 
         def candidates(place: int, company: Company) -> Tensor:
             drawn = torch.randint(len(self.identity), (len(self.own), width), generator=generator).to(company.index)
-            return torch.where(self._allowed(company.index, drawn), drawn, company.index[:, place : place + 1])
+            return torch.where(
+                self._allowed(company.index, drawn, self.own), drawn, company.index[:, place : place + 1]
+            )
 
         found, _ = descend(
             trial.target, trial.start.z, trial.batch.y, self.company, places=places, candidates=candidates
@@ -103,8 +136,61 @@ class CompositionAttack:
         trial.regroup(found)
         return trial.start.x
 
-    def _allowed(self, index: Tensor, drawn: Tensor) -> Tensor:
+    def pursue(self, trial: Trial, generator: torch.Generator, *, rank: int) -> Tensor:
+        """Move each image towards one class, and choose its company towards the same class anew as it moves.
+
+        Chosen in turn, company and image settle where neither alone leads on. A third of the ranks start at random.
+
+        Args:
+            trial: the trial.
+            generator: draws starts, places and images.
+            rank: of the class among the likeliest others, from 0.
+
+        Returns:
+            the last points.
+        """
+        ball, y, rows = trial.ball, trial.batch.y, trial.counted.nonzero().flatten()
+        moves = trial.counted.view(-1, 1, 1, 1)
+        toward, company = most_likely_others(trial.regroup(self.company), y, rank), self.company
+        point, momentum = trial.start.x, torch.zeros_like(trial.batch.x)
+        if rank % 3 == 2:
+            point = torch.where(moves, ball.random(trial.batch.x, generator), point)
+        for step in range(STEPS + 1):
+            if step % REGROUP_EVERY == 0:
+                company = self._towards(trial, company, toward, rows, generator)
+                trial.regroup(company)
+            point = point.detach().requires_grad_(step < STEPS)
+            with torch.set_grad_enabled(step < STEPS):
+                answers = [trial(point) for _ in range(trial.eot)]
+            if step == STEPS:
+                return point
+            lead = torch.stack([_lead(logits, y, toward)[rows].sum() for logits in answers]).sum()
+            (gradient,) = torch.autograd.grad(lead, point)
+            momentum = MOMENTUM * momentum - ball.unit(gradient)
+            length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
+            moved = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
+            point = torch.where(moves, moved, trial.start.x)
+        raise AssertionError("the last step returns")
+
+    def _towards(
+        self, trial: Trial, company: Company, toward: Tensor, rows: Tensor, generator: torch.Generator
+    ) -> Company:
+        """Choose the company of some rows anew, one image for each place in turn, as the images stand."""
+        mine = Company(company.pool, company.index[rows], company.seats[rows])
+        z = trial.latest.z[rows]
+
+        def candidates(place: int, now: Company) -> Tensor:
+            drawn = torch.randint(len(self.identity), (len(rows), OFFERED), generator=generator).to(now.index)
+            return torch.where(self._allowed(now.index, drawn, self.own[rows]), drawn, now.index[:, place : place + 1])
+
+        places = torch.randperm(mine.index.shape[1], generator=generator).tolist()
+        found, _ = descend(
+            trial.target, z, trial.batch.y[rows], mine, places=places, candidates=candidates, toward=toward[rows]
+        )
+        return company.seating(company.index.index_copy(0, rows, found.index))
+
+    def _allowed(self, index: Tensor, drawn: Tensor, own: Tensor) -> Tensor:
         """Whether an image drawn for a row ``(n, w)`` is neither its own nor in its company."""
         identity = self.identity[drawn]
         taken = (self.identity[index].unsqueeze(2) == identity.unsqueeze(1)).any(dim=1)
-        return ~taken & (identity != self.own.unsqueeze(1))
+        return ~taken & (identity != own.unsqueeze(1))

@@ -80,6 +80,7 @@ class Entrant:
             context: plan_runs(
                 protocol, offers, num_classes=clean.num_classes, context=context,
                 batch_dependent=companions, caches=not isinstance(defense, WholeModel),
+                exchanges=hasattr(defense, "logits_with"),
             )
             for context in protocol.contexts
         }  # fmt: skip
@@ -169,7 +170,7 @@ class Entrant:
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
         keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
-        trail = run.attack is not None and any(other.label == "pursuit" for other in self.runs[context])
+        trail = context == "joint" and run.attack is not None and any(o.label == "pursuit" for o in self.runs[context])
         setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail)
         trial = Trial(
             target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
@@ -217,16 +218,16 @@ class Entrant:
 
     def _choice(self, run: Run, batch: Batch, history: History, pool: Pool | None) -> Attack:
         """An attack that chooses from what is cached."""
-        if run.label in ("recombination", "pursuit"):
+        if pool is None:
             budget = self.protocol.recombination
             assert budget is not None
             return PursuitAttack(history.points, budget.sweeps, budget.passes if run.surrogate is not None else 0)
-        assert pool is not None
         assert history.company is not None
         own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
         choice = self.protocol.composition
         identity = torch.cat([own, pool.indices.to(own.device)])
-        return CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
+        composition = CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
+        return functools.partial(composition.pursue, rank=run.restart) if run.label == "pursuit" else composition
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.composition import best_offer, descend
+from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM, best_offer, descend
 from msa_eval.protocols.contexts import Company
 from msa_eval.protocols.history import capacity
 from msa_eval.protocols.trial import Point, Trial
@@ -24,10 +24,6 @@ WIDTH = 48
 
 STEPS = 10
 """Of a pursuit against one sample, from a mixture of the points found so far."""
-
-MOMENTUM = 0.75
-FIRST_STEP, LAST_STEP = 1.0, 0.02
-"""Lengths of a pursuit's steps, as shares of ε; they fall evenly."""
 
 STALLED = 0.9
 """A pursuit that leaves more than this share of the lead is followed by one from a random start."""
@@ -118,7 +114,8 @@ class _Mixer:
             if step == STEPS or not self.stands(row):
                 return (step + 1) * trial.eot
             followed = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
-            (gradient,) = torch.autograd.grad(sum(margin(logits, self.y)[row] for logits in followed), point)
+            rise = torch.stack([margin(logits, self.y)[row] for logits in followed]).sum()
+            (gradient,) = torch.autograd.grad(rise, point)
             momentum = MOMENTUM * momentum + ball.unit(gradient)
             length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
             point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)

@@ -35,8 +35,9 @@ from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
 
-COMPOSED_EVERY = 3
-"""In ``composed`` company is chosen anew after so many runs."""
+COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_RANKS = 3, 6, 9
+"""In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, towards so many
+classes, that take the place of the others."""
 
 
 class Attack(Interface):
@@ -208,6 +209,7 @@ def plan_runs(
     context: str = "joint",
     batch_dependent: bool = True,
     caches: bool = True,
+    exchanges: bool = False,
 ) -> list[Run]:
     """All runs of a protocol against one target in one context, in the order they are made.
 
@@ -218,6 +220,7 @@ def plan_runs(
         context: what the attacker controls.
         batch_dependent: whether the target looks at companions.
         caches: whether its decision costs less than a pass.
+        exchanges: whether it has a closed form for batches that differ in one row.
 
     Raises:
         ValueError: when a loss needs more classes.
@@ -233,13 +236,26 @@ def plan_runs(
     if mixing is not None:
         label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
-    runs += _query_runs(protocol)
     if context == "composed" and batch_dependent:
-        # Before the runs on clean images, and then on the points they found.
-        composed = (Run(None, None, "composition", "margin", i, chained=True) for i in itertools.count())
-        parts = [runs[i : i + COMPOSED_EVERY] for i in range(0, len(runs), COMPOSED_EVERY)]
-        runs = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
-    return runs
+        runs = _composed_runs(runs, offers, num_classes, pursued=exchanges and budget is not None)
+    return runs + _query_runs(protocol)
+
+
+def _composed_runs(runs: list[Run], offers: Offers, num_classes: int, *, pursued: bool) -> list[Run]:
+    """Runs with the choice of company before them, between them and after them.
+
+    Where that is cheap, most of them give way to pursuits in which it goes along with the steps, class by class.
+    """
+    listed = runs[:COMPOSED_FIRST] if pursued else runs
+    parts = [listed[i : i + COMPOSED_EVERY] for i in range(0, len(listed), COMPOSED_EVERY)]
+    composed = (Run(None, None, "composition", "margin", i, chained=True) for i in itertools.count())
+    found = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
+    if pursued:
+        has = {surrogate.name: surrogate for surrogate in offers.usable}
+        followed = has.get("frozen-assignment", offers.usable[-1])  # the exact gradient, where there is one
+        ranks = range(min(num_classes - 1, COMPOSED_RANKS))
+        found += [Run(followed, None, "pursuit", "margin", rank, chained=True) for rank in ranks]
+    return found
 
 
 def _check_losses(budget: ApgdBudget, num_classes: int) -> None:

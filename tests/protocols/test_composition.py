@@ -73,8 +73,8 @@ def test_a_descent_never_climbs_and_comes_close_to_the_best_of_all() -> None:
         assert best - 1e-5 <= float(leads[i]) <= float(at_first[i]) + 1e-6
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_company_is_of_clean_images_none_twice_and_never_the_sample(greedy: bool) -> None:
+@pytest.mark.parametrize("search", ["greedy", "random", "pursuit"])
+def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str) -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, 8)
     others = make_samples(hpm, 30, seed=9)
@@ -83,20 +83,44 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(greedy: bool
     identity = torch.cat([torch.arange(8), torch.arange(100, 130), torch.arange(3)])
     index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
     company = Company(pool, index, torch.arange(8))
-    trial = Trial(OneAtATime(hpm, company), None, batch, BALL)
-    attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=greedy)
-    outcome = trial.finish(attack(trial, torch.Generator().manual_seed(0)))
+    trial = Trial(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
+    attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=search == "greedy")
+    generator = torch.Generator().manual_seed(0)
+    outcome = trial.finish(attack.pursue(trial, generator, rank=1) if search == "pursuit" else attack(trial, generator))
     assert trial.trace().company is not None
     for i, row in enumerate(trial.trace().company):
         who = identity[row].tolist()
         assert len(set(who)) == 7
         assert i not in who
         beside = list(pool[row])
-        lead = _lead_in(hpm, [*beside[:i], batch.z[i], *beside[i:]], i, batch.y[i])
+        own = trial.trace().best.z[i]
+        lead = _lead_in(hpm, [*beside[:i], own, *beside[i:]], i, batch.y[i])
         assert lead == pytest.approx(float(outcome.min_margin[i]), abs=1e-5)
     assert bool((outcome.min_margin <= -margin(batch.logits, batch.y) + 1e-6).all())
     assert bool((outcome.min_margin < -margin(batch.logits, batch.y) - 1e-3).any())
-    assert float(outcome.perturbation.max()) == 0
+    assert (float(outcome.perturbation.max()) == 0) == (search != "pursuit")
+
+
+def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
+    hpm = make_hpm()
+    batch = _batch(hpm, 4)
+    pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
+    company = Company(pool, torch.tensor([[0, 1, 2]] * 4), torch.arange(4))
+    for aim in range(1, 4):
+        toward = (batch.y + aim) % 4
+        found, leads = descend(
+            hpm, batch.z, batch.y, company, places=[0], toward=toward,
+            candidates=lambda place, now: torch.arange(10).expand(4, -1),
+        )  # fmt: skip
+        for i in range(4):
+            tried = []
+            for j in range(10):
+                rows = [pool[j], pool[1], pool[2]]
+                with torch.no_grad():
+                    logits = hpm.logits(torch.stack([*rows[:i], batch.z[i], *rows[i:]]))[i]
+                tried.append(float(logits[batch.y[i]] - logits[toward[i]]))
+            assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
+            assert int(found.index[i, 0]) == min(range(10), key=tried.__getitem__)
 
 
 def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -> None:
@@ -172,6 +196,22 @@ def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bo
     assert float(ball.size(mixer.points[first].x - batch.x).max()) <= 0.02 + 1e-6
 
 
+def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> None:
+    """Else a trial, which judges after so many answers, would hand it points of the past."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    points = [Point(batch.x, batch.z)]
+    trial = Trial(hpm, get("soft-hybrid"), batch, Ball("Linf", 0.02), setting=Setting(counted=batch.correct, eot=4))
+    mixer = _Mixer(trial, points, generator)
+    row = int(mixer.standing()[mixer.lead[mixer.standing()].argmax()])
+    passes = mixer.pursue(row, 0)
+    added = mixer.points[1:]
+    assert passes == 4 * len(added) == 44
+    assert torch.equal(added[0].x, batch.x)
+    assert len({point.x.numpy().tobytes() for point in added[:6]}) == 6  # later ones may end in one corner of the ball
+
+
 def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little room there is, every mixture stays the batch that was chosen for its lead."""
     monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
@@ -212,12 +252,22 @@ def _protocol(**overrides: Any) -> Any:
     return make_protocol(content, overrides=overrides)
 
 
+def test_batches_of_one_are_attacked_by_every_run_that_is_listed() -> None:
+    """There is nothing to mix, and no company: joint and composed are alone."""
+    hpm = make_hpm()
+    changed = {"batches.size": 1, "threat.contexts": ["joint", "alone"], "attack.recombination.runs": ["ste:margin"]}
+    results = evaluate(hpm, make_samples(hpm, 12), protocol=_protocol(**changed), fc=False, seed=1)
+    runs = results.attacks.groupby("context")["run"].agg(list)
+    assert runs["joint"] == runs["alone"]
+    assert len(runs["joint"]) == 2
+
+
 def test_the_engine_composes_and_recombines() -> None:
     hpm = make_hpm()
     results = evaluate(hpm, make_samples(hpm, 30), protocol=_protocol(), seed=1)
     attacks = results.attacks[results.attacks["target"] == "defense"].groupby("context")["attack"].agg(list)
     assert attacks["joint"] == ["apgd", "apgd-companions", "recombination"]
-    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition"]
+    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition", *["pursuit"] * 3]
     value = results.summary.set_index(["target", "context", "metric"])["value"]["defense"]
     assert value["composed", "clean"] == value["joint", "clean"]
     assert value["composed", "worst_case"] < value["solo", "worst_case"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from msa_eval.protocols import load_protocol, make_protocol
+from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.runs import ApgdAttack, Run, plan_runs
 from msa_eval.protocols.trial import Batch
@@ -23,7 +24,13 @@ PRODUCT = {
 
 
 def _runs(
-    defense: Any, name: str = "", classes: int = 4, context: str = "joint", own: Any = None, **overrides: Any
+    defense: Any,
+    name: str = "",
+    classes: int = 4,
+    context: str = "joint",
+    own: Any = None,
+    exchanges: bool = False,
+    **overrides: Any,
 ) -> list[Run]:
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
     protocol = load_protocol(name, overrides=changed) if name else make_protocol(PRODUCT, overrides=changed)
@@ -35,7 +42,9 @@ def _runs(
     offers = offer(
         protocol.apgd, defense, batch, own=own or {}, batch_dependent=dependent, recombination=protocol.recombination
     )
-    return plan_runs(protocol, offers, num_classes=classes, context=context, batch_dependent=dependent)
+    return plan_runs(
+        protocol, offers, num_classes=classes, context=context, batch_dependent=dependent, exchanges=exchanges
+    )
 
 
 def test_surrogates_times_losses_times_restarts_and_then_square() -> None:
@@ -122,10 +131,34 @@ def test_a_victim_whose_companions_move_is_not_pursued() -> None:
 
 
 def test_company_is_chosen_again_between_the_runs() -> None:
+    """And along with the steps, towards every class, where batches that differ in one row come in closed form."""
     labels = [run.label for run in _runs(make_hpm(), "msa", classes=10, context="composed")]
     assert labels[:5] == ["composition", "apgd", "apgd", "apgd", "composition"]
-    assert labels[-1] == "composition"
-    assert "composition composition" not in " ".join(labels)
+    assert labels[-3:] == ["composition", "square", "spsa"]
+    assert (labels.count("apgd"), labels.count("composition"), labels.count("pursuit")) == (22, 9, 0)
+    closed = _runs(make_hpm(), "msa", classes=10, context="composed", exchanges=True)
+    assert [run.label for run in closed].count("apgd") == 6
+    pursuits = [run for run in closed if run.label == "pursuit"]
+    assert [run.restart for run in pursuits] == list(range(9))
+    assert {run.surrogate_name for run in pursuits} == {"frozen-assignment"}
+
+
+def test_a_cascade_ends_where_its_passes_are_spent() -> None:
+    """A run that comes too late searches for nothing; one in time searches for what stands."""
+    hpm = make_hpm()
+    x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    z = hpm.features(x).detach()
+    logits = decide(hpm, z)
+    history = History(Batch(0, x, logits.argmax(dim=1), z, logits))
+    run = next(run for run in _runs(hpm, "msa", classes=10, context="solo") if run.label == "apgd")
+    assert run.passes == 400
+    for passes, searched in ((0, True), (5 * 400 - 1, True), (5 * 400, False)):
+        history.passes = passes
+        counted = run.setting(hpm, history).counted
+        assert counted is not None
+        assert bool(counted.all()) == bool(counted.any()) == searched
+    with pytest.raises(ValueError, match="ends a cascade"):
+        _runs(hpm, "quick", attack__apgd__passes=100)
 
 
 def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
