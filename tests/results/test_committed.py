@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msa_eval.protocols import load_protocol
 
-from msa_eval import HPM, Results, Samples, load_checkpoint, verify
+from msa_eval import HPM, Results, Samples, load_checkpoint, load_samples, verify
 from msa_eval.checkpoint import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.report import render_bars
@@ -17,7 +17,21 @@ FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/run.json") i
 
 
 def test_the_runs_are_there() -> None:
-    assert {"cifar10-wrn10-2", "digits"} <= {folder.name for folder in FOLDERS}
+    assert {"cifar10-wrn10-2", "cifar10-wrn10-2-msa", "digits"} <= {folder.name for folder in FOLDERS}
+
+
+@pytest.mark.parametrize(("folder", "name"), [("digits", "digits"), ("cifar10-wrn10-2-msa", "msa")])
+def test_they_are_under_the_protocols_as_they_are_now(folder: str, name: str) -> None:
+    run = Results.load(ROOT / "results" / folder).run
+    assert run["protocol"]["sha256"] == load_protocol(name, overrides=run["protocol"]["overrides"]).digest()
+    assert set(run["protocol"]["overrides"]) <= {"threat.contexts", "samples.limit"}
+
+
+def test_the_cifar10_run_is_proven_by_its_archive(shared: Path) -> None:
+    hpm = load_checkpoint(reference_path("cifar10-wrn10-2")).model
+    checked = verify(ROOT / "results/cifar10-wrn10-2-msa", hpm, load_samples(str(shared / "data/cifar10/test.npz")))
+    assert [check for check in checked.checks if not check.passed] == []
+    assert checked.claims == checked.replayed > 300
 
 
 def test_the_digits_run_is_proven_by_its_archive(digits_hpm: HPM, digits: Samples) -> None:
