@@ -175,9 +175,8 @@ def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_pas
     assert further > 0
 
 
-@pytest.mark.parametrize("stalled", [False, True])
-def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
-    """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
+def _recombined() -> tuple[HPM, Batch, Ball, _Mixer]:
+    """A mixer of clean and random points, each sample's mixture chosen."""
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, 12, seed=3)
     generator = torch.Generator().manual_seed(3)
@@ -186,6 +185,13 @@ def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bo
     trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
     mixer = _Mixer(trial, points, generator)
     mixer.recombine(sweeps=2)
+    return hpm, batch, ball, mixer
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
+    """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
+    _, batch, ball, mixer = _recombined()
     row = int(mixer.standing()[mixer.lead[mixer.standing()].argmax()])
     mixture, first = mixer._mixture(row), len(mixer.points)
     mixer.before[row] = mixer.lead[row] * (1.05 if stalled else 1.5)
@@ -215,14 +221,7 @@ def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> 
 def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little room there is, every mixture stays the batch that was chosen for its lead."""
     monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
-    hpm = make_hpm().requires_grad_(False)
-    batch = _batch(hpm, 12, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    ball = Ball("Linf", 0.02)
-    points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
-    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
-    mixer = _Mixer(trial, points, generator)
-    mixer.recombine(sweeps=2)
+    hpm, batch, _, mixer = _recombined()
     most = 0
     for turn in range(3):
         for row in mixer.standing().tolist():
