@@ -1,0 +1,128 @@
+"""Tables of plain text, made from evidence alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from msa_eval.protocols.evidence import Results
+
+QUERY = ("square", "spsa")
+METRICS = ("clean", "paper", "realised", "worst_case")
+
+
+def render_table(results: Results) -> str:
+    """The table of an evaluation as text: the FC head's column beside the defence's, in percent.
+
+    Runs show ``final (any)``: right on the final batch, and on every iterate. The numbers below them come with their
+    Wilson 95 % interval.
+    """
+    targets = sorted(results.summary["target"].unique(), key=["fc", "defense"].index)
+    contexts = list(results.summary["context"].unique())
+    tables = [_context_table(results, context, targets) for context in contexts]
+    return "\n\n".join([_title(results), *tables, _verdicts(results, targets)])
+
+
+def _verdicts(results: Results, targets: list[str]) -> str:
+    """The verdict on each target's numbers with its reasons, and what else the audit noticed."""
+    if not len(results.audit):
+        return f"verdict: {results.run['verdict']}"
+    lines = []
+    for target in reversed(targets):
+        lines.append(f"verdict on {target}: {results.run['verdicts'][target]['verdict']}")
+        fired = results.audit[(results.audit["target"] == target) & results.audit["fired"]]
+        for row in fired.to_dict(orient="records"):
+            told = f"{row['severity']}: {row['reason']} [{row['sign']}]"
+            lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _alarm(attacks: Mapping[tuple[str, str], Mapping[Hashable, Any]], targets: list[str]) -> str:
+    """What gradient-free attacks broke that no run before them had: where gradients are sound, next to nothing."""
+    added = {
+        target: sum(row["newly_broken"] for (t, _), row in attacks.items() if t == target and row["attack"] in QUERY)
+        for target in targets
+    }
+    if not any(row["attack"] in QUERY for row in attacks.values()):
+        return ""
+    return "\nbroken by gradient-free attacks alone: " + ", ".join(f"{added[t]} ({t})" for t in targets)
+
+
+def _title(results: Results) -> str:
+    run = results.run
+    protocol = run["protocol"]
+    changed = " (modified: " + ", ".join(f"{k}={v}" for k, v in protocol["overrides"].items()) + ")"
+    return (
+        f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
+        f"{run['data']['name']}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
+    )
+
+
+def _context_table(results: Results, context: str, targets: list[str]) -> str:
+    summary = {
+        (row["target"], row["metric"]): row
+        for row in results.summary.to_dict(orient="records")
+        if row["context"] == context
+    }
+    attacks = {
+        (row["target"], row["run"]): row
+        for row in results.attacks.to_dict(orient="records")
+        if row["context"] == context
+    }
+
+    def number(target: str, metric: str) -> str:
+        row = summary[target, metric]
+        return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+    def shown(target: str, name: str) -> str:
+        if (target, name) not in attacks:
+            return "-"
+        row = attacks[target, name]
+        return f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
+
+    rows = {"clean": [number(target, "clean") for target in targets]}
+    for name in dict.fromkeys(run for _, run in attacks):
+        rows[name] = [shown(target, name) for target in targets]
+    for metric in ("paper", "realised", "worst_case"):
+        rows[metric] = [number(target, metric) for target in targets]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)
+    heading = f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval"
+    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}"
+
+
+def render_sample(results: Results, index: int) -> str:
+    """What happened to one sample, a line a target and context.
+
+    Args:
+        results: of an evaluation.
+        index: of the sample in the data set.
+    """
+    lines = []
+    for row in results.samples[results.samples["index"] == index].to_dict(orient="records"):
+        if not row["clean_correct"]:
+            fate = "wrong on the clean batch"
+        elif row["robust"]:
+            fate = f"not broken, smallest lead of its label {row['min_margin']:.3g}"
+        else:
+            fate = f"broken by {row['broken_by']} at iterate {row['broken_at']}"
+        lines.append(f"sample {index}, {row['target']}, {row['context']}: {fate}")
+    return "\n".join(lines)
+
+
+def render_sizes(table: pd.DataFrame) -> str:
+    """Batch-size dependence as text: a row a batch size, in percent with 95 % intervals.
+
+    Args:
+        table: of a `msa_eval.protocols.sizes.SizeReport`.
+    """
+    cells = [
+        f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        for row in table.to_dict(orient="records")
+    ]
+    wide = table.assign(cell=cells).pivot_table(
+        index=["context", "batch_size"], columns="metric", values="cell", aggfunc="first", sort=False
+    )  # fmt: skip
+    return "accuracy in % by batch size, with 95 % intervals\n" + wide[list(METRICS)].to_string()
