@@ -11,6 +11,7 @@ import pandas as pd
 
 from msa_eval.protocols.evidence import Results
 
+
 def spending(results: Results, *, target: str = "defense", context: str = "joint") -> pd.DataFrame:
     """Worst case against spent passes, run after run.
 
