@@ -23,6 +23,9 @@ Candidates = Callable[[int, Company], Tensor]
 STEPS, REGROUP_EVERY, OFFERED = 30, 5, 16
 """A pursuit's steps, how often company is chosen anew between them, and from how many images in a place."""
 
+RANKS = 9
+"""Pursuits go towards so many classes in turn."""
+
 MOMENTUM = 0.75
 FIRST_STEP, LAST_STEP = 1.0, 0.02
 """Lengths of a pursuit's steps, as shares of ε; they fall evenly."""
@@ -136,24 +139,25 @@ class CompositionAttack:
         trial.regroup(found)
         return trial.start.x
 
-    def pursue(self, trial: Trial, generator: torch.Generator, *, rank: int) -> Tensor:
+    def pursue(self, trial: Trial, generator: torch.Generator, *, turn: int) -> Tensor:
         """Move each image towards one class, and choose its company towards the same class anew as it moves.
 
-        Chosen in turn, company and image settle where neither alone leads on. A third of the ranks start at random.
+        Chosen in turn, company and image settle where neither alone leads on. A third of the pursuits start at random.
 
         Args:
             trial: the trial.
             generator: draws starts, places and images.
-            rank: of the class among the likeliest others, from 0.
+            turn: from 0; each goes to the next class among the likeliest others, after the last to the first again.
 
         Returns:
             the last points.
         """
         ball, y, rows = trial.ball, trial.batch.y, trial.counted.nonzero().flatten()
         moves = trial.counted.view(-1, 1, 1, 1)
+        again, rank = divmod(turn, min(RANKS, trial.batch.logits.shape[1] - 1))
         toward, company = most_likely_others(trial.regroup(self.company), y, rank), self.company
         point, momentum = trial.start.x, torch.zeros_like(trial.batch.x)
-        if rank % 3 == 2:
+        if (again + rank) % 3 == 2:
             point = torch.where(moves, ball.random(trial.batch.x, generator), point)
         for step in range(STEPS + 1):
             if step % REGROUP_EVERY == 0:

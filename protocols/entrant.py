@@ -227,7 +227,7 @@ class Entrant:
         choice = self.protocol.composition
         identity = torch.cat([own, pool.indices.to(own.device)])
         composition = CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
-        return functools.partial(composition.pursue, rank=run.restart) if run.label == "pursuit" else composition
+        return functools.partial(composition.pursue, turn=run.restart) if run.label == "pursuit" else composition
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

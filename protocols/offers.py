@@ -39,6 +39,11 @@ class Offers:
     pursued: Surrogate | Ensemble | None = None
     own: Sequence[str] = ()
 
+    @property
+    def exact(self) -> Surrogate:
+        """The one whose gradient is the hard decision's own almost everywhere, or the last."""
+        return next((s for s in self.usable if s.name == "frozen-assignment"), self.usable[-1])
+
     def of(self, budget: ApgdBudget) -> list[Surrogate]:
         """Those that the white-box runs of a budget use: the ones it names and the caller's, or what there is."""
         has = {surrogate.name: surrogate for surrogate in self.usable}

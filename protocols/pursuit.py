@@ -50,7 +50,8 @@ class PursuitAttack:
         left = self.passes - mixer.recombine(sweeps=self.sweeps)
         turn, needed = 0, (STEPS + 1) * trial.eot + 1
         while left >= needed and len(rows := mixer.standing()):
-            for row in rows[mixer.lead[rows].argsort()].tolist():
+            nearest = rows[mixer.lead[rows].argsort()]
+            for row in nearest[: -(-len(rows) // (1 + turn % 2))].tolist():  # every other turn, half of them
                 if left >= needed and mixer.stands(row):
                     left -= mixer.pursue(row, turn)
             left -= mixer.recombine(sweeps=1)

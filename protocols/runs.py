@@ -10,9 +10,11 @@ from typing import Any
 from typing import Protocol as Interface
 
 import torch
+from msa_eval.protocols.composition import RANKS
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import Offers
+from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import Ensemble, Surrogate
@@ -35,9 +37,9 @@ from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
 
-COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_RANKS = 3, 6, 9
-"""In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, towards so many
-classes, that take the place of the others."""
+COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 2
+"""In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, so often towards
+every class, that take the place of the others."""
 
 
 class Attack(Interface):
@@ -137,7 +139,8 @@ class Run:
     Attributes:
         surrogate: what is attacked; ``None`` is the hard target itself.
         attack: the search; ``None`` is one among what the batch's history holds.
-        label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``.
+        label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``,
+            ``overtime``.
         loss: the loss's name.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -236,6 +239,10 @@ def plan_runs(
     if mixing is not None:
         label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
+    if budget is not None and budget.overtime and (context in ("solo", "alone") or not batch_dependent):
+        attack = OvertimeAttack(budget.overtime, budget.steps)
+        loss = TARGETED if num_classes >= MIN_CLASSES[TARGETED] else "margin"
+        runs.append(Run(offers.exact, attack, "overtime", loss, 0, chained=True))
     if context == "composed" and batch_dependent:
         runs = _composed_runs(runs, offers, num_classes, pursued=exchanges and budget is not None)
     return runs + _query_runs(protocol)
@@ -251,10 +258,8 @@ def _composed_runs(runs: list[Run], offers: Offers, num_classes: int, *, pursued
     composed = (Run(None, None, "composition", "margin", i, chained=True) for i in itertools.count())
     found = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
     if pursued:
-        has = {surrogate.name: surrogate for surrogate in offers.usable}
-        followed = has.get("frozen-assignment", offers.usable[-1])  # the exact gradient, where there is one
-        ranks = range(min(num_classes - 1, COMPOSED_RANKS))
-        found += [Run(followed, None, "pursuit", "margin", rank, chained=True) for rank in ranks]
+        turns = range(COMPOSED_ROUNDS * min(num_classes - 1, RANKS))
+        found += [Run(offers.exact, None, "pursuit", "margin", turn, chained=True) for turn in turns]
     return found
 
 

@@ -122,6 +122,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.apgd.moves": _texts(MOVES),
     "attack.apgd.combine": _choice(*COMBINATIONS),
     "attack.apgd.passes": _whole(1),
+    "attack.apgd.overtime": _whole(0),
     "attack.apgd.victim": _whole(0),
     "attack.square.queries": _whole(1),
     "attack.square.p_init": _number(0, 1),
@@ -172,6 +173,8 @@ class ApgdBudget:
             stand, from the best points so far and, where it is named again, from a random start.
         passes: in a cascade, no further run searches a batch on which so many passes a sample were made; as many runs
             as are listed by default. So what is soon broken leaves its passes to what stands.
+        overtime: after a cascade, so many more passes a sample, all for the few that are nearest to falling; where a
+            sample is decided apart from the others.
         victim: the one sample (its index in the data set) whose companions are moved to break it; all by default.
     """
 
@@ -184,6 +187,7 @@ class ApgdBudget:
     moves: tuple[str, ...] = ("batch",)
     combine: str = "separate"
     passes: int | None = None
+    overtime: int = 0
     victim: int | None = None
 
     @property
@@ -243,7 +247,9 @@ class RecombinationBudget:
         """The white-box runs that gather the points."""
         if not self.runs:
             return budget
-        return replace(budget, runs=self.runs, steps=self.steps or budget.steps, combine="separate", passes=None)
+        return replace(
+            budget, runs=self.runs, steps=self.steps or budget.steps, combine="separate", passes=None, overtime=0
+        )
 
 
 @dataclass(frozen=True)
@@ -450,8 +456,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             "attack.apgd.victim names the sample whose companions are moved, but no run moves companions; "
             "use a protocol that has such runs (msa), or give attack.apgd.moves"
         )
-    if "attack.apgd.passes" in values and values.get("attack.apgd.combine") != "cascade":
-        found.append("attack.apgd.passes ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
+    for key in ("attack.apgd.passes", "attack.apgd.overtime"):
+        if key in values and values.get("attack.apgd.combine") != "cascade":
+            found.append(f"{key} ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
     if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
         found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
     if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:

@@ -234,6 +234,11 @@ class Trial:
         return self._broken
 
     @property
+    def lead(self) -> Tensor:
+        """The lowest lead of each label so far ``(B,)``, the clean batch's included."""
+        return self._lead
+
+    @property
     def ensemble(self) -> bool:
         """Whether several surrogates are attacked at once."""
         return isinstance(self._surrogate, Ensemble)
@@ -259,6 +264,11 @@ class Trial:
             self._iterate += 1
             self._judge_point(Point(x.detach(), z.detach()), logits.detach())
         return logits
+
+    def search_for(self, rows: Tensor) -> None:
+        """Go on with some rows (a mask ``(B,)``); the others go back to the start, and where they can, cost no pass."""
+        self.counted = rows
+        self._moving = rows.nonzero().flatten() if self._apart else None
 
     def clean_logits(self) -> Tensor:
         """Logits of the surrogate on the clean batch, from its cached features."""

@@ -86,7 +86,7 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     trial = Trial(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
     attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=search == "greedy")
     generator = torch.Generator().manual_seed(0)
-    outcome = trial.finish(attack.pursue(trial, generator, rank=1) if search == "pursuit" else attack(trial, generator))
+    outcome = trial.finish(attack.pursue(trial, generator, turn=4) if search == "pursuit" else attack(trial, generator))
     assert trial.trace().company is not None
     for i, row in enumerate(trial.trace().company):
         who = identity[row].tolist()
@@ -266,7 +266,7 @@ def test_the_engine_composes_and_recombines() -> None:
     results = evaluate(hpm, make_samples(hpm, 30), protocol=_protocol(), seed=1)
     attacks = results.attacks[results.attacks["target"] == "defense"].groupby("context")["attack"].agg(list)
     assert attacks["joint"] == ["apgd", "apgd-companions", "recombination"]
-    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition", *["pursuit"] * 3]
+    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition", *["pursuit"] * 6]
     value = results.summary.set_index(["target", "context", "metric"])["value"]["defense"]
     assert value["composed", "clean"] == value["joint", "clean"]
     assert value["composed", "worst_case"] < value["solo", "worst_case"]

@@ -9,6 +9,7 @@ import torch
 from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import offer
+from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.runs import ApgdAttack, Run, plan_runs
 from msa_eval.protocols.trial import Batch
 from toys import make_classifier, make_hpm
@@ -91,8 +92,8 @@ def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
         for defense, context in ((make_hpm(), "joint"), (make_hpm(), "solo"), (make_classifier(), "joint"))
     )
     assert len(solo) == len(static) == 22
-    assert [run.label for run in joint] == ["apgd", "apgd", "apgd", "pursuit"]  # which has the passes of the others
-    assert [run.chained for run in joint] == [False, False, False, True]
+    assert [run.label for run in joint] == ["apgd"] * 12 + ["pursuit"]  # which has the passes of the others
+    assert [run.chained for run in joint] == [False] * 12 + [True]
     for runs in (joint, solo, static):
         assert len({run.name for run in runs}) == len(runs)
     assert all(run.chained for run in solo + static)
@@ -100,6 +101,20 @@ def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
     assert {run.surrogate_name for run in static} == {"fc-oracle"}
     ranks = [run.attack.target for run in static if run.loss == "dlr-targeted" and isinstance(run.attack, ApgdAttack)]
     assert ranks == [*range(9), *range(7)]  # every class that ten offer, then the likeliest from other starts
+
+
+def test_overtime_is_for_samples_decided_apart_and_comes_before_the_queries() -> None:
+    for defense, context, expected in (
+        (make_hpm(), "joint", []), (make_hpm(), "composed", []), (make_hpm(), "solo", ["frozen-assignment"]),
+        (make_hpm(), "alone", ["frozen-assignment"]), (make_classifier(), "joint", ["fc-oracle"]),
+    ):  # fmt: skip
+        runs = _runs(defense, "msa", classes=10, context=context)
+        assert [run.surrogate_name for run in runs if run.label == "overtime"] == expected
+        if expected:
+            assert [run.label for run in runs[-3:]] == ["overtime", "square", "spsa"]
+            assert isinstance(runs[-3].attack, OvertimeAttack)
+            assert (runs[-3].attack.passes, runs[-3].attack.steps) == (80, 30)
+    assert not [r for r in _runs(make_classifier(), "msa", 10, attack__apgd__overtime=0) if r.label == "overtime"]
 
 
 def test_runs_that_gather_points_stand_in_for_the_others_in_joint_alone() -> None:
@@ -139,7 +154,7 @@ def test_company_is_chosen_again_between_the_runs() -> None:
     closed = _runs(make_hpm(), "msa", classes=10, context="composed", exchanges=True)
     assert [run.label for run in closed].count("apgd") == 6
     pursuits = [run for run in closed if run.label == "pursuit"]
-    assert [run.restart for run in pursuits] == list(range(9))
+    assert [run.restart for run in pursuits] == list(range(18))  # nine classes, twice
     assert {run.surrogate_name for run in pursuits} == {"frozen-assignment"}
 
 
@@ -151,8 +166,8 @@ def test_a_cascade_ends_where_its_passes_are_spent() -> None:
     logits = decide(hpm, z)
     history = History(Batch(0, x, logits.argmax(dim=1), z, logits))
     run = next(run for run in _runs(hpm, "msa", classes=10, context="solo") if run.label == "apgd")
-    assert run.passes == 400
-    for passes, searched in ((0, True), (5 * 400 - 1, True), (5 * 400, False)):
+    assert run.passes == 320
+    for passes, searched in ((0, True), (5 * 320 - 1, True), (5 * 320, False)):
         history.passes = passes
         counted = run.setting(hpm, history).counted
         assert counted is not None
@@ -196,6 +211,6 @@ def test_recombination_and_composition_are_for_those_who_have_companions() -> No
         return {run.label for run in _runs(defense, "msa", classes=10, context=context)} - {"apgd", "square", "spsa"}
 
     assert labels(make_hpm(), "joint") == {"pursuit"}
-    assert labels(make_hpm(), "solo") == set()
+    assert labels(make_hpm(), "solo") == {"overtime"}
     assert labels(make_hpm(), "composed") == {"composition"}
-    assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == set()
+    assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == {"overtime"}

@@ -83,6 +83,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ({"threat": {"norm": "Linf", "eps": 0.1, "contexts": ["duo"]}}, "among joint, solo, alone"),
         ({"samples": {"limit": 0}}, "samples.limit"),
         ({"extra": {"deep": {"key": 1}}}, "unknown key extra.deep.key"),
+        ({"attack": {"apgd": {"steps": 1, "overtime": 9}}}, "attack.apgd.overtime ends a cascade"),
         ({"attack": {"apgd": {"steps": 1}, "recombination": {"steps": 5}}}, "give attack.recombination.runs"),
         ({"attack": {"square": {"queries": 1}, "recombination": {"runs": ["ste:ce"]}}}, "give attack.apgd too"),
     ],

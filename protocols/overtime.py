@@ -1,0 +1,65 @@
+"""Overtime: the last passes go to the samples nearest to falling, where each is decided apart from the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from msa_eval.protocols.trial import Trial
+from torch import Tensor
+
+from msa_eval.attacks.apgd import apgd
+from msa_eval.attacks.losses import MIN_CLASSES, TARGETED, Loss, margin, most_likely_others, targeted_dlr
+from msa_eval.defense import decide
+
+NEAREST = 8
+"""One in so many of the standing samples is searched for at a time: those whose label leads by least."""
+
+TARGETS = 4
+"""Towards so many classes in turn, the nearest at a sample's best point, before the plain margin is raised."""
+
+
+@dataclass(frozen=True)
+class OvertimeAttack:
+    """APGD from one random start after another, against the few samples that are nearest to falling.
+
+    Which they are is looked up before each start, by the lowest lead that the label ever had.
+
+    Attributes:
+        passes: a sample of the batch.
+        steps: gradient steps from each start.
+    """
+
+    passes: int
+    steps: int
+
+    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+        """Return the starting points; every point found is in the trial's record."""
+        batch, sought = trial.batch, trial.counted
+        with torch.no_grad():
+            at_best = decide(trial.target, trial.start.z).float()
+        before = -margin(at_best, batch.y)
+        left, turn = self.passes * len(batch.y), 0
+        while bool((standing := sought & ~trial.broken).any()):
+            lead = torch.minimum(before, trial.lead).masked_fill(~standing, torch.inf)
+            nearest = lead.argsort(stable=True)[: -(-int(standing.sum()) // NEAREST)]
+            left -= len(nearest) * (self.steps + 1) * trial.eot
+            if left < 0:
+                break
+            trial.search_for(torch.zeros_like(sought).index_fill(0, nearest, True))
+            start = torch.where(trial.counted.view(-1, 1, 1, 1), trial.ball.random(batch.x, generator), trial.start.x)
+            apgd(
+                trial, batch.x, batch.y, loss=_loss(at_best, batch.y, turn), ball=trial.ball, steps=self.steps,
+                generator=generator, start=start, draws=trial.eot,
+            )  # fmt: skip
+            turn += 1
+        return trial.start.x
+
+
+def _loss(logits: Tensor, y: Tensor, turn: int) -> Loss:
+    """Targeted DLR towards one class after another, then the margin."""
+    classes = logits.shape[1]
+    rank = turn % (min(TARGETS, classes - 1) + 1)
+    if classes < MIN_CLASSES[TARGETED] or rank == min(TARGETS, classes - 1):
+        return margin
+    return targeted_dlr(most_likely_others(logits, y, rank))

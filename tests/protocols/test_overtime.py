@@ -1,0 +1,104 @@
+"""The last passes: who gets them, how many there are, and what they break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
+from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.surrogates import get
+from torch import Tensor
+from toys import make_classifier, make_samples
+
+from msa_eval import as_defense
+from msa_eval.attacks import Ball
+from msa_eval.attacks.losses import margin
+from msa_eval.defense import decide
+
+STEPS = 5
+
+
+class TwoValleys:
+    """On an image of one pixel the label's lead falls on both sides of 0.5, on the left not far enough."""
+
+    def __init__(self, depth: float) -> None:
+        self.depth = depth
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def logits(self, z: Tensor) -> Tensor:
+        left, right = (0.55 - z).clamp(min=0), (z - 0.55).clamp(min=0)
+        lead = 0.1 - 0.2 * left - self.depth * right
+        return torch.cat([lead, torch.zeros_like(lead)], dim=1)
+
+
+def _trial(defense: object, x: Tensor, y: Tensor, ball: Ball, *, start: Tensor | None = None) -> Trial:
+    own = as_defense(defense)
+    with torch.no_grad():
+        z = own.features(x)
+        batch = Batch(0, x, y, z, decide(own, z))
+        still = Point(x, z) if start is None else Point(start, own.features(start))
+    setting = Setting(start=still, counted=batch.correct)
+    return Trial(own, get("ste"), batch, ball, mixes_rows=False, setting=setting)
+
+
+@pytest.mark.parametrize(("depth", "breaks"), [(1.0, True), (0.4, False)])
+def test_other_starts_find_the_valley_that_the_first_does_not_lead_to(depth: float, breaks: bool) -> None:
+    """By hand: at 0.55 + d the lead is 0.1 - depth * d, and d is at most 0.15 in a ball of 0.2 around 0.5."""
+    trial = _trial(
+        TwoValleys(depth), torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long), Ball("Linf", 0.2)
+    )
+    points = OvertimeAttack(passes=20 * (STEPS + 1), steps=STEPS)(trial, torch.Generator().manual_seed(0))
+    outcome = trial.finish(points)
+    assert bool(outcome.any_broken) == breaks
+    assert float(outcome.min_margin) == pytest.approx(0.1 - depth * 0.15, abs=1e-4 if not breaks else 1.0)
+
+
+def test_only_the_nearest_are_searched_for_and_the_passes_are_kept_to() -> None:
+    classifier = make_classifier().requires_grad_(False)
+    samples = make_samples(classifier, 40)
+    ball = Ball("Linf", 0.01)
+    trial = _trial(classifier, samples.x, samples.y, ball)
+    lead = -margin(trial.batch.logits, samples.y)
+    standing = trial.counted
+    count = -(-int(standing.sum()) // NEAREST)
+    nearest = lead.masked_fill(~standing, torch.inf).argsort()[:count]
+    seen: list[Tensor] = []
+    search_for = trial.search_for
+    trial.search_for = lambda rows: (seen.append(rows), search_for(rows))[1]  # type: ignore[method-assign]
+    attack = OvertimeAttack(passes=3, steps=STEPS)
+    points = attack(trial, torch.Generator().manual_seed(0))
+    assert torch.equal(points, samples.x)
+    outcome = trial.finish(points)
+    assert set(seen[0].nonzero().flatten().tolist()) == set(nearest.tolist())
+    for rows in seen:
+        assert bool((standing | ~rows).all())
+    assert outcome.forwards - 40 <= 3 * 40 < outcome.forwards - 40 + count * (STEPS + 1)
+    assert outcome.backwards * (STEPS + 1) == (outcome.forwards - 40) * STEPS
+
+
+def test_the_nearest_are_told_by_the_best_points_of_earlier_runs() -> None:
+    classifier = make_classifier().requires_grad_(False)
+    samples = make_samples(classifier, 24)
+    ball = Ball("Linf", 0.01)
+    generator = torch.Generator().manual_seed(1)
+    start = ball.random(samples.x, generator)
+    trial = _trial(classifier, samples.x, samples.y, ball, start=start)
+    lead = torch.minimum(-margin(trial.batch.logits, samples.y), -margin(classifier(start), samples.y))
+    seen: list[Tensor] = []
+    search_for = trial.search_for
+    trial.search_for = lambda rows: (seen.append(rows), search_for(rows))[1]  # type: ignore[method-assign]
+    OvertimeAttack(passes=1, steps=STEPS)(trial, generator)
+    count = -(-int(trial.batch.correct.sum()) // NEAREST)
+    expected = lead.masked_fill(~trial.batch.correct, torch.inf).argsort()[:count]
+    assert set(seen[0].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+def test_nothing_is_passed_where_there_is_no_time_or_nobody_stands() -> None:
+    classifier = make_classifier().requires_grad_(False)
+    samples = make_samples(classifier, 12)
+    for labels, passes in ((samples.y, 0), ((classifier(samples.x).argmax(dim=1) + 1) % 4, 50)):
+        trial = _trial(classifier, samples.x, labels, Ball("Linf", 0.01))
+        points = OvertimeAttack(passes=passes, steps=STEPS)(trial, torch.Generator().manual_seed(0))
+        assert trial.finish(points).forwards == 12
