@@ -26,6 +26,7 @@ from msa_eval.cli import options
 )
 @options.assignments
 @click.option("--save-adversarial", is_flag=True, help="Keep a verified adversarial batch for every broken sample.")
+@click.option("--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page).")
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.seed
 @options.device
@@ -62,6 +63,7 @@ def run(
     force: bool = False,
     quiet: bool,
     save_adversarial: bool = False,
+    no_gallery: bool = False,
     strict: bool = False,
 ) -> None:
     """Evaluate a checkpoint, show the table and write the results."""
@@ -82,6 +84,7 @@ def run(
         out=out,
         force=force,
         save_adversarial=save_adversarial,
+        save_gallery=not no_gallery,
         progress=options.bars(quiet),
     )
     click.echo(render_table(results))
