@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.gallery import Exhibit
-
 from msa_eval.report import frames
 from msa_eval.report.style import COLOURS, COLUMN, DASHES, GRID, INK, NAMES, PAGE, PALETTE, SEQUENTIAL, paper_style
 
@@ -348,6 +348,32 @@ def tell_batches(data: pd.DataFrame) -> str:
     return "; ".join(told) + "."
 
 
+def draw_differences(data: pd.DataFrame) -> Figure:
+    """Paired differences of accuracy with their 95 % intervals, a row a number and evaluation.
+
+    Args:
+        data: ``metric``, ``name``, ``difference``, ``difference_low`` and ``difference_high``.
+    """
+    names, metrics = list(dict.fromkeys(data["name"])), list(dict.fromkeys(data["metric"]))
+    with paper_style():
+        height = 0.75 + 0.16 * len(metrics) * (len(names) + 0.5) + 0.12 * len(names)
+        figure = Figure(figsize=(COLUMN, height), layout="constrained")
+        axes = figure.subplots()
+        for number, name in enumerate(names):
+            rows = data[data["name"] == name]
+            y = [metrics.index(metric) + (number + 0.5) / len(names) * 0.7 - 0.35 for metric in rows["metric"]]
+            colour = PALETTE[(number + 2) % len(PALETTE)]
+            axes.hlines(y, 100 * rows["difference_low"], 100 * rows["difference_high"], color=colour, linewidth=0.9)
+            axes.plot(100 * rows["difference"], y, "os^vD"[number % 5], color=colour, markersize=4, label=name)
+        axes.axvline(0, color=INK, linewidth=0.6)
+        axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
+        axes.set_ylim(len(metrics) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.set_xlabel("difference in points")
+        figure.legend(loc="outside upper center", ncols=1)
+    return figure
+
+
 def draw_gallery(exhibits: Sequence[Exhibit], labels: Sequence[int]) -> Figure:
     """Broken samples: original, adversarial image and their difference, scaled up, two samples a row.
 
@@ -406,8 +432,8 @@ _KINDS = (
     ),
     (
         "transfer", "Surrogate × loss",
-        "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart where "
-        "it is lowest. Small: accuracy of the surrogate on the same points. Where the target is well above its "
+        "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
+        "where it is lowest. Small: accuracy of the surrogate on the same points. Where the target is well above its "
         "surrogate, the points do not transfer.",
         frames.transfer, draw_transfer, tell_transfer,
     ),
@@ -424,7 +450,7 @@ _KINDS = (
     (
         "agreement", "Agreement between runs",
         "Of the samples right on their clean batch: how many each run broke at some iterate, and how many of them no "
-        "other run broke. In a cascade later runs search for what still stands, so they break less of what fell before.",
+        "other run broke. In a cascade later runs search for what still stands, and need not break again what fell.",
         frames.agreement, draw_agreement, tell_agreement,
     ),
     (

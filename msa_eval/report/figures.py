@@ -6,7 +6,6 @@ from pathlib import Path
 
 from msa_eval.protocols import gallery
 from msa_eval.protocols.evidence import GALLERY, Results
-
 from msa_eval.report.charts import charts, draw_gallery
 from msa_eval.report.style import save
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pandas as pd
+
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
 

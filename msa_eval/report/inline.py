@@ -1,4 +1,4 @@
-"""Figures and tables as they stand in a page: SVG that takes the page's colours, CSV behind a link, JSON in a script."""
+"""Figures and tables as they stand in a page: SVG in the page's colours, CSV behind a link, JSON in a script."""
 
 from __future__ import annotations
 

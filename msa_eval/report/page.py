@@ -16,13 +16,14 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from msa_eval.protocols import gallery
-from msa_eval.protocols.evidence import GALLERY, PAGE, Results
 from PIL import Image
 
 import msa_eval
+from msa_eval.protocols import gallery
+from msa_eval.protocols.evidence import GALLERY, PAGE, Results
 from msa_eval.report import frames
 from msa_eval.report.charts import Chart, charts, percent
+from msa_eval.report.comparison import points, told_p
 from msa_eval.report.inline import csv_base64, inline_svg, script_json
 from msa_eval.report.style import NAMES
 from msa_eval.report.text import METRICS
@@ -102,28 +103,25 @@ def render_page(results: Results, pictures: Sequence[gallery.Exhibit] | str = "T
     targets = frames.targets_of(results)
     protocol = run["protocol"]
     script = source("samples.js")
-    plan, sizes = results.batches.groupby("batch").size(), frames.contexts_of(results)
+    plan, found_in = results.batches.groupby("batch").size(), frames.contexts_of(results)
     return render(
         "report.jinja",
-        title=f"{run['targets']['defense'].get('type', 'Defence')} on {run['data']['name']}, protocol {protocol['name']}",
+        title=f"{_kind(run)} on {run['data']['name']}, protocol {protocol['name']}",
         subtitle=describe(results),
         sections=SECTIONS,
         targets=targets,
         verdicts=[_verdict(results, target) for target in reversed(targets)],
         headlines=_headlines(results, targets),
         headline_told=_headline_told(results, targets),
-        numbers=[
-            (context, metric, [(t, frames.number(results, t, context, metric)) for t in targets], _meaning(context, metric))
-            for context, metric in itertools.product(sizes, METRICS)
-        ],
+        numbers=[_numbers(results, context, metric) for context, metric in itertools.product(found_in, METRICS)],
         n=run["data"]["n"],
         signs=results.audit.to_dict(orient="records"),
         figures=sections_of(charts(results)),
-        only_one=[_only_one(results, context) for context in sizes],
+        only_one=[_only_one(results, context) for context in found_in],
         gallery=_gallery(results, pictures),
         plan=f"{len(results.batches)} samples sit in {len(plan)} batches of {_range(plan)}, the same for every run.",
         batches_csv=csv_base64(results.batches),
-        contexts=[(context, *CONTEXTS.get(context, ("", ""))) for context in sizes],
+        contexts=[(context, *CONTEXTS.get(context, ("", ""))) for context in found_in],
         samples_json=script_json(_samples(results)),
         script=Markup(script),
         script_hash=Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"),
@@ -140,7 +138,7 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("msa_eval.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "short": short}
+    environment.filters |= {"percent": percent, "short": short, "points": points, "told_p": told_p}
     shared = {"css": Markup(source("style.css")), "names": NAMES, "version": msa_eval.__version__, "script_hash": ""}
     return environment.get_template(template).render(shared | values)
 
@@ -176,12 +174,15 @@ def sections_of(listed: Iterable[Chart]) -> list[dict[str, Any]]:
 def describe(results: Results) -> str:
     """What was evaluated, in a line."""
     run, protocol = results.run, results.run["protocol"]
-    kind = run["targets"]["defense"].get("type", "")
     changed = ", modified" if protocol["modified"] else ""
     return (
-        f"{kind} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples of "
-        f"{run['data']['name']} in {run['batches']['count']} batches, seed {run['seed']}"
+        f"{_kind(run)} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples "
+        f"of {run['data']['name']} in {run['batches']['count']} batches, seed {run['seed']}"
     )
+
+
+def _kind(run: Mapping[str, Any]) -> str:
+    return str(run["targets"]["defense"].get("type", "defence"))
 
 
 def _verdict(results: Results, target: str) -> dict[str, Any]:
@@ -198,11 +199,11 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
             f"{NAMES[target]}: {told}", "reasons": reasons}  # fmt: skip
 
 
-def _meaning(context: str, metric: str) -> str:
-    """When a sample counts as right."""
-    if metric == "realised" and context != "joint":
-        return "in every verified batch: each sample has batches of its own"
-    return MEANINGS[metric]
+def _numbers(results: Results, context: str, metric: str) -> tuple[str, str, list[tuple[str, pd.Series]], str]:
+    """A row of the table of numbers: each target's, and when a sample counts as right."""
+    cells = [(target, frames.number(results, target, context, metric)) for target in frames.targets_of(results)]
+    own = metric == "realised" and context != "joint"
+    return context, metric, cells, "in every verified batch: each sample has its own" if own else MEANINGS[metric]
 
 
 def _headlines(results: Results, targets: Sequence[str]) -> list[dict[str, Any]]:
