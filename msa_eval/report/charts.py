@@ -68,6 +68,20 @@ def percent(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+def label(name: object, longest: int = 36) -> str:
+    r"""A name as it stands in a figure: not too long, and no formula.
+
+    >>> label("soft-hybrid:apgd-margin:0"), label("x" * 50, 9)
+    ('soft-hybrid:apgd-margin:0', 'xxxx…xxxx')
+    >>> print(label("$x$"))
+    \$x\$
+    """
+    text = " ".join(str(name).split())
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}\N{HORIZONTAL ELLIPSIS}{text[-((longest - 1) // 2) :]}"
+    return text.replace("$", r"\$")
+
+
 def draw_waterfall(data: pd.DataFrame) -> Figure:
     """Clean, what each run newly broke, and the worst case; runs that broke nothing new are folded together."""
     parts = {str(target): _folded(rows) for target, rows in data.groupby("target", sort=False)}
@@ -76,7 +90,7 @@ def draw_waterfall(data: pd.DataFrame) -> Figure:
         for axes, (target, steps) in zip(panels, parts.items(), strict=True):
             for place, (name, before, after, broken) in enumerate(steps):
                 _waterfall_bar(axes, place, name, (before, after), broken, COLOURS[target])
-            axes.set_yticks(range(len(steps)), [name for name, *_ in steps])
+            axes.set_yticks(range(len(steps)), [label(name) for name, *_ in steps])
             axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
             _percent_axis(axes)
         panels[-1].set_xlabel("accuracy in %")
@@ -140,8 +154,14 @@ def draw_transfer(data: pd.DataFrame) -> Figure:
                 _transfer_cell(axes, losses.index(_loss(row)), surrogates.index(row["surrogate"]), row)
             axes.set_xlim(-0.5, len(losses) - 0.5)
             axes.set_ylim(len(surrogates) - 0.5, -0.5)
-            axes.set_yticks(range(len(surrogates)), surrogates)
-            axes.set_xticks(range(len(losses)), losses, rotation=30, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(surrogates)), [label(name, 24) for name in surrogates])
+            axes.set_xticks(
+                range(len(losses)),
+                [label(name, 24) for name in losses],
+                rotation=30,
+                ha="right",
+                rotation_mode="anchor",
+            )
             axes.tick_params(length=0, labelbottom=place == len(parts) - 1)
             axes.spines[:].set_visible(False)
             axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
@@ -193,23 +213,28 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
     with paper_style():
         figure = Figure(figsize=(PAGE, 4), layout="constrained")
         axes = figure.subplots()
-        _draw_curves(axes, curves, colours)
+        _draw_curves(axes, curves, colours, least=5)
         axes.set_title(title, loc="left")
         ends = sorted((float(curve["worst_case"].iloc[-1]), name) for name, curve in curves.items())
         place = -math.inf
         for value, name in ends:
             place = max(place + 0.04, value)
             axes.text(
-                1.02, place, f"{name} {percent(value)}", transform=axes.get_yaxis_transform(), va="center",
+                1.02, place, f"{label(name)} {percent(value)}", transform=axes.get_yaxis_transform(), va="center",
                 color=colours[name], fontsize=6.5,
             )  # fmt: skip
     return figure
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str]) -> None:
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str], *, least: float = 1
+) -> None:
+    """Step curves on a logarithmic axis of passes, which starts at the least."""
     for number, (name, curve) in enumerate(curves.items()):
         dash = DASHES[number // len(PALETTE) % len(DASHES)] if len(curves) > 2 else DASHES[number]
-        axes.step(curve["passes"].clip(lower=1), curve["worst_case"], where="post", color=colours[name], linestyle=dash)
+        axes.step(
+            curve["passes"].clip(lower=least), curve["worst_case"], where="post", color=colours[name], linestyle=dash
+        )
     axes.set_xscale("log")
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
@@ -247,7 +272,7 @@ def draw_classes(data: pd.DataFrame) -> Figure:
             (_draw_dumbbells if few else _draw_ranked)(axes, rows, number, COLOURS[target], NAMES[target])
         _percent_axis(axes, across=few)
         if few:
-            axes.set_yticks(range(len(labels)), [str(label) for label in labels])
+            axes.set_yticks(range(len(labels)), [label(name, 16) for name in labels])
             axes.set_ylim(len(labels) - 0.4, -0.6)
             axes.set_ylabel("class")
             axes.set_xlabel("accuracy in % (hollow: clean, filled: worst case)")
@@ -260,7 +285,7 @@ def draw_classes(data: pd.DataFrame) -> Figure:
 
 def _draw_dumbbells(axes: Axes, rows: pd.DataFrame, number: int, colour: str, name: str) -> None:
     labels = sorted(rows["label"])
-    y = [labels.index(label) + (number - 0.5) * 0.36 for label in rows["label"]]
+    y = [labels.index(one) + (number - 0.5) * 0.36 for one in rows["label"]]
     axes.hlines(y, rows["worst_case_low"], rows["worst_case_high"], color=colour, linewidth=0.7)
     axes.plot(rows["worst_case"], y, "os"[number], color=colour, markersize=3.5, label=name)
     axes.plot(rows["clean"], y, "os"[number], color=colour, markersize=3.5, markerfacecolor="none", markeredgewidth=0.7)
@@ -269,8 +294,8 @@ def _draw_dumbbells(axes: Axes, rows: pd.DataFrame, number: int, colour: str, na
 def _draw_ranked(axes: Axes, rows: pd.DataFrame, number: int, colour: str, name: str) -> None:
     for metric, dash in (("clean", "--"), ("worst_case", "-")):
         values = rows[metric].sort_values().reset_index(drop=True)
-        label = name if metric == "worst_case" else None
-        axes.plot(values.index + 1, values, dash, color=colour, linewidth=1.2 - 0.3 * number, label=label)
+        told = name if metric == "worst_case" else None
+        axes.plot(values.index + 1, values, dash, color=colour, linewidth=1.2 - 0.3 * number, label=told)
 
 
 def tell_classes(data: pd.DataFrame) -> str:
@@ -301,7 +326,7 @@ def draw_agreement(data: pd.DataFrame) -> Figure:
             for place, row in enumerate(rows.to_dict(orient="records")):
                 told = f"{row['broken']}" + (f" ({row['only']} alone)" if row["only"] else "")
                 axes.text(row["broken"] + 0.01 * most, place, told, va="center", fontsize=6)
-            axes.set_yticks(y, rows["run"])
+            axes.set_yticks(y, [label(run) for run in rows["run"]])
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_xlim(0, 1.25 * most)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -364,7 +389,9 @@ def draw_differences(data: pd.DataFrame) -> Figure:
             y = [metrics.index(metric) + (number + 0.5) / len(names) * 0.7 - 0.35 for metric in rows["metric"]]
             colour = PALETTE[(number + 2) % len(PALETTE)]
             axes.hlines(y, 100 * rows["difference_low"], 100 * rows["difference_high"], color=colour, linewidth=0.9)
-            axes.plot(100 * rows["difference"], y, "os^vD"[number % 5], color=colour, markersize=4, label=name)
+            axes.plot(
+                100 * rows["difference"], y, "os^vD"[number % 5], color=colour, markersize=4, label=label(name, 40)
+            )
         axes.axvline(0, color=INK, linewidth=0.6)
         axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
         axes.set_ylim(len(metrics) - 0.5, -0.5)
@@ -374,7 +401,7 @@ def draw_differences(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_gallery(exhibits: Sequence[Exhibit], labels: Sequence[int]) -> Figure:
+def draw_gallery(exhibits: Sequence[Exhibit], labels: Sequence[object]) -> Figure:
     """Broken samples: original, adversarial image and their difference, scaled up, two samples a row.
 
     Args:
@@ -387,13 +414,13 @@ def draw_gallery(exhibits: Sequence[Exhibit], labels: Sequence[int]) -> Figure:
         panels = figure.subplots(rows, 6, squeeze=False).reshape(-1, 3)
         for axes in panels.flatten():
             axes.set_axis_off()
-        for (first, second, third), one, label in zip(panels, exhibits, labels, strict=False):
+        for (first, second, third), one, own in zip(panels, exhibits, labels, strict=False):
             clean, delta = one.clean / 255, one.delta.astype(float)
             largest = max(float(abs(delta).max()), 1e-12)
             for axes, pixels in ((first, clean), (second, clean + delta), (third, 0.5 + delta / (2 * largest))):
                 image = pixels.clip(0, 1).transpose(1, 2, 0)
                 axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray", vmin=0, vmax=1)
-            first.set_title(f"{label}", fontsize=6, pad=2)
+            first.set_title(label(own, 12), fontsize=6, pad=2)
             second.set_title(f"{int(one.logits.argmax())}", fontsize=6, pad=2)
             third.set_title(f"\N{MULTIPLICATION SIGN} {0.5 / largest:.2g}", fontsize=6, pad=2)
     return figure

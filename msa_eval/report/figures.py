@@ -36,5 +36,5 @@ def write_figures(folder: str | Path, out: str | Path | None = None) -> list[Pat
         written.append(out / f"{chart.name}.csv")
     if (folder / GALLERY).is_file() and (shown := gallery.read(folder / GALLERY)):
         labels = results.samples.drop_duplicates("index").set_index("index")["label"]
-        written += save(draw_gallery(shown, [int(labels[one.index]) for one in shown]), out / "gallery")
+        written += save(draw_gallery(shown, [labels.get(one.index, "") for one in shown]), out / "gallery")
     return written

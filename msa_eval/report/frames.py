@@ -41,14 +41,15 @@ def waterfall(results: Results, context: str) -> pd.DataFrame:
     """
     rows: list[tuple[str, str, float, float, int]] = []
     for target in targets_of(results):
-        clean, worst = (number(results, target, context, metric) for metric in ("clean", "worst_case"))
-        level = float(clean["value"])
-        rows.append((target, "clean", 1.0, level, round((1 - level) * clean["n"]) if clean["n"] else 0))
+        clean, worst = (float(number(results, target, context, metric)["value"]) for metric in ("clean", "worst_case"))
+        right = pick(results.samples, target, context)["clean_correct"].astype(bool)
+        n, left, level = len(right), int(right.sum()), clean
+        rows.append((target, "clean", 1.0, clean, n - left))
         for run in pick(results.attacks, target, context).to_dict(orient="records"):
-            after = max(level - run["newly_broken"] / clean["n"], 0.0)
-            rows.append((target, run["run"], level, after, int(run["newly_broken"])))
-            level = after
-        rows.append((target, "worst_case", level, float(worst["value"]), 0))
+            left -= int(run["newly_broken"])
+            rows.append((target, run["run"], level, left / n, int(run["newly_broken"])))
+            level = left / n
+        rows.append((target, "worst_case", level, worst, 0))
     return pd.DataFrame(rows, columns=["target", "step", "before", "after", "broken"])
 
 
@@ -85,8 +86,8 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         pick(table, target, context) for table in (results.samples, results.attacks, results.outcomes)
     )
     standing = samples.set_index("index")["clean_correct"].astype(bool)
-    n, spent = len(standing), 0.0
-    rows = [(0.0, float(standing.mean()))]
+    n, spent, left = len(standing), 0.0, int(standing.sum())
+    rows = [(0.0, left / n)]
     for run in attacks.to_dict(orient="records"):
         of_run = outcomes[outcomes["run"] == run["run"]].set_index("index").loc[standing.index]
         broken = standing & of_run["any_broken"].astype(bool)
@@ -95,10 +96,10 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         length = max(float(iterates.max()) if len(iterates) else 0.0, 1.0) + 1
         length = max(length, cost) if run["backwards"] else length
         for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
-            left = rows[-1][1] - count / n
-            rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left))
-        standing, spent = standing & ~broken, spent + cost
-        rows.append((spent, float(standing.mean())))
+            left -= int(count)
+            rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left / n))
+        standing, spent, left = standing & ~broken, spent + cost, int((standing & ~broken).sum())
+        rows.append((spent, left / n))
     return pd.DataFrame(rows, columns=["passes", "worst_case"])
 
 
@@ -154,7 +155,7 @@ def only_one(results: Results, context: str) -> pd.DataFrame:
         alone = table[table.sum(axis=1) == 1]
         for run, index in itertools.product(table.columns, alone.index):
             if alone.at[index, run]:
-                rows.append((target, run, int(index), int(labels[index])))
+                rows.append((target, run, int(index), labels[index]))
     return pd.DataFrame(rows, columns=["target", "run", "index", "label"])
 
 

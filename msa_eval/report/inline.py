@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from markupsafe import Markup
@@ -54,9 +54,14 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     )
 
 
-def csv_base64(table: pd.DataFrame) -> str:
-    """A table as CSV for a link."""
-    return base64.b64encode(table.to_csv(index=False, lineterminator="\n", float_format="%.10g").encode()).decode()
+def csv_link(table: pd.DataFrame) -> str:
+    """A table as CSV in a data link.
+
+    >>> csv_link(pd.DataFrame({"a": ["<x>", "y"], "b": [0.5, 1 / 3]}))
+    'data:text/csv;charset=utf-8,a,b%0A%3Cx%3E,0.5%0Ay,0.3333333333%0A'
+    """
+    text = table.to_csv(index=False, lineterminator="\n", float_format="%.10g")
+    return f"data:text/csv;charset=utf-8,{quote(text, safe=',:;@/')}"
 
 
 def script_json(value: Any) -> Markup:

@@ -24,7 +24,7 @@ from msa_eval.protocols.evidence import GALLERY, PAGE, Results
 from msa_eval.report import frames
 from msa_eval.report.charts import Chart, charts, percent
 from msa_eval.report.comparison import points, told_p
-from msa_eval.report.inline import csv_base64, inline_svg, script_json
+from msa_eval.report.inline import csv_link, inline_svg, script_json
 from msa_eval.report.style import NAMES
 from msa_eval.report.text import METRICS
 
@@ -50,7 +50,7 @@ SECTIONS = (
     ("classes", "Classes"), ("agreement", "Agreement"), ("gallery", "Broken samples"), ("batches", "Batches"),
     ("samples", "Samples"), ("provenance", "Provenance"),
 )  # fmt: skip
-SHOWN, EXACT = 160, 64
+SHOWN, EXACT = 128, 64
 """Pictures are scaled down to so many pixels; small ones are shown pixel by pixel."""
 
 LISTED = 100
@@ -70,6 +70,8 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     path = folder / PAGE if out is None else Path(out)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the page a file's name")
     results = Results.load(folder)
     pictures: Sequence[gallery.Exhibit] | str = "This run kept no pictures."
     if (folder / GALLERY).is_file():
@@ -120,7 +122,7 @@ def render_page(results: Results, pictures: Sequence[gallery.Exhibit] | str = "T
         only_one=[_only_one(results, context) for context in found_in],
         gallery=_gallery(results, pictures),
         plan=f"{len(results.batches)} samples sit in {len(plan)} batches of {_range(plan)}, the same for every run.",
-        batches_csv=csv_base64(results.batches),
+        batches_csv=csv_link(results.batches),
         contexts=[(context, *CONTEXTS.get(context, ("", ""))) for context in found_in],
         samples_json=script_json(_samples(results)),
         script=Markup(script),
@@ -163,7 +165,7 @@ def sections_of(listed: Iterable[Chart]) -> list[dict[str, Any]]:
     for kind, group in itertools.groupby(listed, key=lambda chart: chart.kind):
         together = list(group)
         drawn = [
-            {"name": one.name, "title": one.title, "label": one.context, "csv": csv_base64(one.data),
+            {"name": one.name, "title": one.title, "label": one.context, "csv": csv_link(one.data),
              "svg": inline_svg(one.figure(), one.name, f"{one.title}, {one.context}. {one.alt}")}
             for one in together
         ]  # fmt: skip
@@ -243,7 +245,7 @@ def _only_one(results: Results, context: str) -> dict[str, Any]:
         (target, run, list(rows["index"])[:LISTED], max(len(rows) - LISTED, 0))
         for (target, run), rows in table.groupby(["target", "run"], sort=False)
     ]
-    return {"context": context, "count": len(table), "runs": runs, "csv": csv_base64(table)}
+    return {"context": context, "count": len(table), "runs": runs, "csv": csv_link(table)}
 
 
 def _range(sizes: pd.Series) -> str:
@@ -256,6 +258,7 @@ def _samples(results: Results) -> dict[str, Any]:
     fates = ["robust", "broken", "wrong on clean"]
     names: dict[str, int] = {}
     seats = results.samples.drop_duplicates("index").reset_index(drop=True)
+    everybody = list(seats["index"])
     place = {index: at for at, index in enumerate(seats["index"])}
     parts = []
     for (target, context), rows in results.samples.groupby(["target", "context"], sort=False):
@@ -265,13 +268,13 @@ def _samples(results: Results) -> dict[str, Any]:
         parts.append(
             {
                 "target": target, "context": context,
-                "place": [place[index] for index in rows["index"]],
+                "place": None if list(rows["index"]) == everybody else [place[index] for index in rows["index"]],
                 "prediction": [int(value) for value in rows["clean_prediction"]],
-                "fate": [2 if not ok else 0 if holds else 1 for ok, holds in zip(right, robust, strict=True)],
+                "fate": "".join("2" if not ok else "10"[holds] for ok, holds in zip(right, robust, strict=True)),
                 "by": [-1 if name is None else names.setdefault(name, len(names)) for name in by],
                 "at": [None if pd.isna(value) else int(value) for value in rows["broken_at"]],
                 "runs": [int(counts[index]) if index in counts.index else None for index in rows["index"]],
-                "margin": [float(f"{value:.4g}") for value in rows["min_margin"]],
+                "margin": [float(f"{value:.3g}") for value in rows["min_margin"]],
             }
         )  # fmt: skip
     columns = {name: seats[name].tolist() for name in ("index", "label", "batch", "position")}
@@ -290,16 +293,17 @@ def _gallery(results: Results, pictures: Sequence[gallery.Exhibit] | str) -> dic
         exhibit = _exhibit(one, rows.loc[key], results.run)
         shown.append(exhibit)
         table += [
-            {"index": one.index, "label": exhibit["label"], "class": number, "clean": clean, "adversarial": after}
-            for number, (clean, after) in enumerate(zip(one.clean_logits, one.logits, strict=True))
-        ]
+            {"index": one.index, "label": exhibit["label"], "class": c, "clean": one.clean_logits[c],
+             "adversarial": one.logits[c]}
+            for c in exhibit["classes"]
+        ]  # fmt: skip
     told = (
         f"{len(shown)} of the broken samples of the first batches, spread over classes and runs: the original, one "
         "adversarial image that breaks it in its adversarial batch, and their difference, scaled up (grey: no change). "
         + ("Distances are to the prototypes of each batch: the smallest decides." if _distances(results.run, pictures)
            else "The largest logit decides.")
     )  # fmt: skip
-    return {"exhibits": shown, "told": told, "csv": csv_base64(pd.DataFrame(table))}
+    return {"exhibits": shown, "told": told, "csv": csv_link(pd.DataFrame(table))}
 
 
 def _distances(run: Mapping[str, Any], pictures: Sequence[gallery.Exhibit]) -> bool:
@@ -310,9 +314,10 @@ def _distances(run: Mapping[str, Any], pictures: Sequence[gallery.Exhibit]) -> b
 
 def _exhibit(one: gallery.Exhibit, row: pd.Series, run: Mapping[str, Any]) -> dict[str, Any]:
     sign = -1 if _distances(run, [one]) else 1
-    label, found = int(row["label"]), int(one.logits.argmax())
+    label, found = row["label"], int(one.logits.argmax())
     likely = np.argsort(-one.logits, kind="stable")[:8]
-    classes = range(len(one.logits)) if len(one.logits) <= 10 else sorted({label, *(int(c) for c in likely)})
+    own = {int(label)} if isinstance(label, int | np.integer) and 0 <= label < len(one.logits) else set()
+    classes = range(len(one.logits)) if len(one.logits) <= 10 else sorted(own | {int(c) for c in likely})
     delta = one.delta.astype(np.float64)
     clean = one.clean / 255
     largest = max(float(np.abs(delta).max()), 1e-12)
@@ -322,6 +327,7 @@ def _exhibit(one: gallery.Exhibit, row: pd.Series, run: Mapping[str, Any]) -> di
     )  # fmt: skip
     return {
         "index": one.index, "label": label, "found": found, "target": one.target, "context": one.context,
+        "classes": classes,
         "batch": int(row["batch"]), "run": row["broken_by"], "clean": int(one.clean_logits.argmax()),
         "iterate": None if pd.isna(row["broken_at"]) else int(row["broken_at"]),
         "unit": "Distance to the prototype" if sign < 0 else "Logit",
@@ -345,7 +351,7 @@ def _picture(pixels: np.ndarray[Any, np.dtype[Any]], title: str, index: int) -> 
     if exact:
         image.save(buffer, "PNG", optimize=True)
     else:
-        image.save(buffer, "JPEG", quality=85)
+        image.save(buffer, "JPEG", quality=80)
     return {
         "title": title, "alt": f"sample {index}, {title}", "exact": exact, "width": image.width, "height": image.height,
         "type": "image/png" if exact else "image/jpeg", "content": base64.b64encode(buffer.getvalue()).decode(),

@@ -10,7 +10,7 @@ import pandas as pd
 
 from msa_eval.report.charts import charts, draw_differences
 from msa_eval.report.comparison import Comparison, points, told_p
-from msa_eval.report.inline import csv_base64, inline_svg
+from msa_eval.report.inline import csv_link, inline_svg
 from msa_eval.report.page import MEANINGS, describe, render, write_whole
 from msa_eval.report.style import NAMES
 
@@ -58,10 +58,10 @@ def _differences(target: str, context: str, rows: pd.DataFrame, comparison: Comp
     wide = right[(right["target"] == target) & (right["context"] == context)]
     title = f"{NAMES[target]}, {context}"
     return {
-        "name": name, "title": title, "csv": csv_base64(rows),
+        "name": name, "title": title, "csv": csv_link(rows),
         "svg": inline_svg(draw_differences(paired), name, f"Paired differences to {base}, {title}. {'; '.join(told)}."),
         "rows": [row | {"other": row["name"] != base} for row in rows.to_dict(orient="records")],
-        "samples": csv_base64(wide.drop(columns=["target", "context"])),
+        "samples": csv_link(wide.drop(columns=["target", "context"])),
     }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _figures(comparison: Comparison) -> list[dict[str, Any]]:
         drawn = [
             {
                 "name": f"{chart.name}-{number + 1}", "title": chart.title, "label": f"{chart.context}: {name}",
-                "csv": csv_base64(chart.data),
+                "csv": csv_link(chart.data),
                 "svg": inline_svg(chart.figure(), f"{chart.name}-{number + 1}", f"{chart.title}, {name}. {chart.alt}"),
             }
             for number, name, chart in together

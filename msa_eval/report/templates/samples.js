@@ -12,8 +12,8 @@
   const PAGE = 50;
   const rows = [];
   for (const part of data.parts) {
-    for (let i = 0; i < part.place.length; i++) {
-      const at = part.place[i];
+    for (let i = 0; i < part.fate.length; i++) {
+      const at = part.place ? part.place[i] : i;
       rows.push({
         target: NAMES[part.target] || part.target, context: part.context, index: data.index[at], label: data.label[at],
         batch: data.batch[at], position: data.position[at], prediction: part.prediction[i], fate: data.fates[part.fate[i]],
@@ -107,6 +107,7 @@
     back.disabled = state.page === 0;
     forward.disabled = first + PAGE >= found.length;
   };
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
   root.replaceChildren(controls, scroll, pager);
   show();
 })();
