@@ -249,8 +249,8 @@ class Entrant:
 
 def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Outcome]) -> list[Candidate]:
     """The samples of a batch that are broken, in batch order, each with the first run that broke it."""
-    first = {}
-    for run, outcome in reversed(outcomes.items()):
+    first: dict[int, str] = {}
+    for run, outcome in reversed(list(outcomes.items())):
         first |= dict.fromkeys(outcome.any_broken.nonzero().flatten().tolist(), run)
     single = {int(at): proof.only(proof.positions == at) for proof in proofs for at in proof.positions}
     return [

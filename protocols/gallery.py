@@ -83,7 +83,8 @@ def spread(labels: Sequence[int], runs: Sequence[str], limit: int = LIMIT) -> li
     """
     of_class: Counter[int] = Counter()
     of_run: Counter[str] = Counter()
-    left, chosen = list(range(len(labels))), []
+    left = list(range(len(labels)))
+    chosen: list[int] = []
     while left and len(chosen) < limit:
         place = min(left, key=lambda i: (of_class[labels[i]], of_run[runs[i]], i))
         left.remove(place)

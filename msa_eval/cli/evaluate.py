@@ -93,12 +93,12 @@ def run(
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
-    _report(out)
+    write_report(out)
     if strict and results.run["verdict"] != "sound":
         sys.exit(options.NOT_SOUND)
 
 
-def _report(out: Path) -> None:
+def write_report(out: Path) -> None:
     """Write the page. The results are safe by now, so whatever goes wrong here is told and no more."""
     from msa_eval.report.page import write_page
 

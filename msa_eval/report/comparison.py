@@ -130,7 +130,7 @@ def _row(
     results: Results, name: str, base: str, target: str, context: str, metric: str, right: pd.DataFrame
 ) -> dict[str, object]:
     number = frames.number(results, target, context, metric)
-    row = {"target": target, "context": context, "metric": metric, "name": name}
+    row: dict[str, object] = {"target": target, "context": context, "metric": metric, "name": name}
     row |= {key: number[key] for key in ("value", "low", "high", "n")}
     if name == base:
         return row
@@ -146,12 +146,14 @@ def _right(results: Results, target: str, context: str, metric: str) -> pd.Serie
     samples = frames.pick(results.samples, target, context).set_index("index").sort_index()
     if metric != "paper":
         columns = {"clean": "clean_correct", "realised": "committed_right", "worst_case": "robust"}
-        return samples[columns[metric]].astype(bool)
+        held: pd.Series = samples[columns[metric]].astype(bool)
+        return held
     attacks = frames.pick(results.attacks, target, context)
-    lowest = attacks.loc[attacks["final"].idxmin(), "run"]
+    lowest = attacks["run"].iloc[int(np.argmin(attacks["final"].to_numpy()))]
     outcomes = frames.pick(results.outcomes, target, context)
     final = outcomes[outcomes["run"] == lowest].set_index("index")["final_broken"].astype(bool)
-    return samples["clean_correct"].astype(bool) & ~final.reindex(samples.index)
+    right: pd.Series = samples["clean_correct"].astype(bool) & ~final.reindex(samples.index)
+    return right
 
 
 def _check_same(base: str, first: Results, name: str, second: Results) -> None:

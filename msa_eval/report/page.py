@@ -209,18 +209,18 @@ def _numbers(results: Results, context: str, metric: str) -> tuple[str, str, lis
 
 
 def _headlines(results: Results, targets: Sequence[str]) -> list[dict[str, Any]]:
-    """The worst case of the first context, the defence's first, and its number of the paper."""
+    """The worst case of the first context, the defence's first, and then the paper's number."""
     context = frames.contexts_of(results)[0]
-    shown = []
-    for target, metric in itertools.product(reversed(targets), ("worst_case", "paper")):
+    kinds = (
+        ("worst_case", "Worst case", "never wrong in any verified batch"),
+        ("paper", "Paper's number", "the lowest final accuracy of any run"),
+    )
+    shown: list[dict[str, Any]] = []
+    for (metric, title, beside), target in itertools.product(kinds, list(reversed(targets))):
         row = frames.number(results, target, context, metric)
-        if metric == "worst_case":
-            title, beside = f"Worst case of the {NAMES[target]}, {context}", "never wrong in any verified batch"
-        else:
-            title, beside = f"Paper's number of the {NAMES[target]}, {context}", "the lowest final accuracy of any run"
-        shown.append({"title": title, "target": target, "beside": beside, **row[["value", "low", "high"]].to_dict()})
-    order = [one for one in shown if "Worst" in one["title"]] + [one for one in shown if "Paper" in one["title"]]
-    return order
+        about = {"title": f"{title} of the {NAMES[target]}, {context}", "target": target, "beside": beside}
+        shown.append(about | {name: float(row[name]) for name in ("value", "low", "high")})
+    return shown
 
 
 def _headline_told(results: Results, targets: Sequence[str]) -> str:
@@ -284,13 +284,13 @@ def _samples(results: Results) -> dict[str, Any]:
 def _gallery(results: Results, pictures: Sequence[gallery.Exhibit] | str) -> dict[str, Any]:
     if isinstance(pictures, str):
         return {"exhibits": [], "told": pictures}
-    rows = results.samples.set_index(["target", "context", "index"]).sort_index()
     shown, table = [], []
     for one in pictures:
-        key = (one.target, one.context, one.index)
-        if key not in rows.index:
+        rows = frames.pick(results.samples, one.target, one.context)
+        rows = rows[rows["index"] == one.index]
+        if rows.empty:
             return {"exhibits": [], "told": f"There are no pictures: {GALLERY} is not of these results."}
-        exhibit = _exhibit(one, rows.loc[key], results.run)
+        exhibit = _exhibit(one, rows.iloc[0], results.run)
         shown.append(exhibit)
         table += [
             {"index": one.index, "label": exhibit["label"], "class": c, "clean": one.clean_logits[c],

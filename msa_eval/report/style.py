@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def paper_style() -> Iterator[None]:
     """Settings of matplotlib under which figures are made and saved; those from before come back afterwards."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_RC | {"axes.prop_cycle": cycler(color=PALETTE)})
+        settings: Any = _RC | {"axes.prop_cycle": cycler(color=PALETTE)}
+        mpl.rcParams.update(settings)
         yield
 
 
@@ -96,6 +98,8 @@ def save(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
 def to_svg(figure: Figure, *, transparent: bool = False) -> str:
     """A figure as the text of an SVG file, without a date or a version."""
     buffer = io.StringIO()
-    with paper_style():
+    with paper_style(), warnings.catch_warnings():
+        # Text stays text, so a letter that this font lacks comes from the reader's.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -84,7 +84,12 @@ def _check_numbers(page: str, results: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "cifar10-wrn10-2", pytest.param("cifar10-wrn10-2-msa", marks=pytest.mark.slow)]
+    "name",
+    [
+        "cifar10-wrn10-2",
+        pytest.param("digits", marks=pytest.mark.slow),
+        pytest.param("cifar10-wrn10-2-msa", marks=pytest.mark.slow),
+    ],
 )
 def test_the_committed_runs_read_back_as_their_summaries(name: str, tmp_path: Path) -> None:
     path = write_page(ROOT / "results" / name, tmp_path / "page.html")
