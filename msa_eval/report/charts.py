@@ -460,8 +460,8 @@ _KINDS = (
     (
         "transfer", "Surrogate × loss",
         "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
-        "where it is lowest. Small: accuracy of the surrogate on the same points. Where the target is well above its "
-        "surrogate, the points do not transfer.",
+        "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
+        "not excepted. Where the target is well above its surrogate, the points do not transfer.",
         frames.transfer, draw_transfer, tell_transfer,
     ),
     (

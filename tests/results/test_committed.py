@@ -31,6 +31,11 @@ def test_they_are_under_the_protocols_as_they_are_now(folder: str, name: str) ->
     assert set(run["protocol"]["overrides"]) <= {"threat.contexts", "samples.limit"}
 
 
+def test_no_image_of_cifar10_is_committed() -> None:
+    kept = [path.name for folder in FOLDERS if folder.name.startswith("cifar10") for path in folder.iterdir()]
+    assert not {"gallery.safetensors", "report.html", "figures"} & set(kept)
+
+
 def test_the_cifar10_run_is_proven_by_its_archive(shared: Path) -> None:
     hpm = load_checkpoint(reference_path("cifar10-wrn10-2")).model
     checked = verify(ROOT / "results/cifar10-wrn10-2-msa", hpm, load_samples(str(shared / "data/cifar10/test.npz")))
