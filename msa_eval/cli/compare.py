@@ -16,10 +16,10 @@ def compare(results: tuple[Path, ...], out: Path) -> None:
     """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page."""
     from msa_eval.report.comparison import compare as compare_results
     from msa_eval.report.comparison import load_all, render_comparison
+    from msa_eval.report.page import check_page
     from msa_eval.report.sidebyside import write_comparison
 
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the page a file's name")
+    check_page(out)
     comparison = compare_results(load_all(results))
     click.echo(render_comparison(comparison))
     click.echo(f"\npage in {write_comparison(comparison, out)}")

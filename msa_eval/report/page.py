@@ -65,13 +65,11 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
         out: the file; ``report.html`` in the folder by default.
 
     Raises:
-        ValueError: when there are no complete results, or a table lacks what the page shows.
+        ValueError: when there are no complete results, or ``out`` is no place for a page.
         OSError: when the file can't be written.
     """
     folder = Path(folder)
-    path = folder / PAGE if out is None else Path(out)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the page a file's name")
+    path = check_page(folder / PAGE if out is None else Path(out))
     results = Results.load(folder)
     pictures: Sequence[gallery.Exhibit] | str = "This run kept no pictures."
     if (folder / GALLERY).is_file():
@@ -80,6 +78,19 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
         except ValueError as error:
             pictures = f"There are no pictures: {error}."
     write_whole(path, render_page(results, pictures))
+    return path
+
+
+def check_page(path: Path) -> Path:
+    """A place for a page, which must not be that of something else.
+
+    Raises:
+        ValueError: when it is a folder, or no HTML file by its name.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the page a file's name")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path} is no name of a page; choose one that ends in .html")
     return path
 
 

@@ -113,6 +113,9 @@ def test_compare_prints_and_writes(folder: Path, tmp_path: Path) -> None:
         (("compare", "run", "less", "--out", "run"), "is a folder"),
         (("report", "run", "--out", "run"), "is a folder"),
         (("figures", "run", "--out", "run/run.json"), "is a file"),
+        (("figures", "run", "--out", "run"), "holds results"),
+        (("report", "run", "--out", "run/summary.csv"), "ends in .html"),
+        (("compare", "run", "less", "--out", "run/run.json"), "ends in .html"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
