@@ -44,6 +44,7 @@ def test_evaluate_writes_the_page_with_its_gallery(tmp_path: Path) -> None:
     assert (tmp_path / "r" / "report.html").read_bytes() == page
 
 
+@pytest.mark.slow
 def test_the_gallery_can_be_left_out(tmp_path: Path) -> None:
     assert _evaluate(tmp_path / "r", "--no-gallery").exit_code == 0
     assert not (tmp_path / "r" / "gallery.safetensors").exists()

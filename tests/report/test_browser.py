@@ -199,10 +199,13 @@ def test_without_scripts_the_page_says_where_the_rows_are(browser: Chrome, page:
 @pytest.mark.parametrize(
     "odd",
     [
-        {"n": 5000, "classes": 1000, "batch": 64}, {"classes": 1}, {"broken": 0.0}, {"broken": 1.0}, {"n": 1},
-        {"runs": [(f"{EVIL}:0", EVIL, EVIL, EVIL, 0)], "command": [EVIL], "evil": True},
+        pytest.param({"n": 5000, "classes": 1000, "batch": 64}, id="thousands of samples"),
+        pytest.param({"runs": [(f"{EVIL}:0", EVIL, EVIL, EVIL, 0)], "command": [EVIL], "evil": True}, id="markup"),
+        pytest.param({"classes": 1}, id="one class", marks=pytest.mark.slow),
+        pytest.param({"broken": 0.0}, id="none broken", marks=pytest.mark.slow),
+        pytest.param({"broken": 1.0}, id="all broken", marks=pytest.mark.slow),
+        pytest.param({"n": 1}, id="one sample", marks=pytest.mark.slow),
     ],
-    ids=("thousands of samples", "one class", "none broken", "all broken", "one sample", "markup"),
 )  # fmt: skip
 def test_odd_evidence_loads(browser: Chrome, odd: dict[str, Any], tmp_path: Path) -> None:
     evil = odd.pop("evil", False) if (odd := dict(odd)) else False
