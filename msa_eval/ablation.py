@@ -159,7 +159,7 @@ def _check(classifier: Classifier, train: Samples, test: Samples, variants: Mapp
     """Notice before any work what would only show after the first fine-tuning."""
     if variants[FULL] != VARIANTS[FULL]:
         raise ValueError(f"the variant {FULL!r} is the paper's defence; give yours another name")
-    if wrong := [name for name in variants if name == "fc" or Path(name).name != name]:
+    if wrong := [name for name in variants if name in ("", "fc") or Path(name).name != name]:
         raise ValueError(f"{wrong[0]!r} can't be the name of a variant; choose a plain word")
     shapes = [tuple(samples.x.shape[1:]) for samples in (train, test)]
     if shapes[0] != shapes[1]:
