@@ -193,6 +193,7 @@ def test_the_table_is_what_evaluations_of_the_checkpoints_say(made: tuple[Path, 
         assert isinstance(model, HPM)
         assert model.variant == variant
         assert weights_hash(model.fc_target) == weights_hash(start.classifier)
+        assert json.loads((out / name / "run.json").read_text())["seed"] == ablation.about["seed"] == 0
         summary = evaluate(model, _data(24, 1), protocol=protocol).summary
         for target, shown in (("defense", name), ("fc", "fc")):
             rows = table[table["variant"] == shown].set_index(keys)
@@ -319,7 +320,8 @@ def test_evidence_or_weights_that_are_not_what_was_noted_are_not_reused(start: C
         _ablate(start, out, variants=few)
     summary.write_text(text)
     (out / "average" / "run.json").unlink()
-    save_checkpoint(out / "average.safetensors", HPM(start.classifier.trunk, start.classifier.fc), start.blueprint)
+    other = HPM(start.classifier.trunk, start.classifier.fc, variant=VARIANTS["average"])
+    save_checkpoint(out / "average.safetensors", other, start.blueprint)
     for path in (out / "average").iterdir():
         path.unlink()
     pd.testing.assert_frame_equal(_ablate(start, out, variants=few).table, first.table)
