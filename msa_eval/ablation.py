@@ -55,6 +55,22 @@ class Ablation:
     table: pd.DataFrame
     about: Mapping[str, Any]
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Ablation:
+        """Read what `ablate` wrote; of one that was stopped, what it had finished.
+
+        Raises:
+            ValueError: when the folder holds no ablation.
+        """
+        folder = Path(folder)
+        about = _read(folder / ABOUT)
+        if about is None or not (folder / TABLE).is_file():
+            raise ValueError(f"{folder} holds no ablation: there is no {TABLE} with {ABOUT} beside it")
+        table = pd.read_csv(folder / TABLE)
+        if "reasons" in table:  # a sound verdict has none, which reads as a missing number
+            table["reasons"] = table["reasons"].astype("string").fillna("").astype(object)
+        return cls(table, about)
+
 
 def ablate(
     start: Checkpoint | Classifier | HPM,

@@ -202,7 +202,11 @@ def test_the_table_is_what_evaluations_of_the_checkpoints_say(made: tuple[Path, 
             pd.testing.assert_frame_equal(rows[numbers], expected[numbers])
             assert (rows["difference"] - (rows["value"] - full)).abs().max() < 1e-15
     assert table.groupby("metric")["value"].nunique().max() > 1
-    pd.testing.assert_frame_equal(pd.read_csv(out / "ablation.csv"), table, check_dtype=False)
+    loaded = Ablation.load(out)
+    pd.testing.assert_frame_equal(loaded.table, table, check_dtype=False)
+    assert loaded.about == json.loads(json.dumps(ablation.about))
+    with pytest.raises(ValueError, match="holds no ablation"):
+        Ablation.load(out / "full")
 
 
 def test_the_text_shows_the_table(made: tuple[Path, Ablation]) -> None:
