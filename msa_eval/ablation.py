@@ -142,19 +142,20 @@ def ablate(
     found: dict[str, Results] = {}
     for name, variant in variants.items():
         shown = _named(progress, name)
-        results = record.results(name)
-        if results is None:
+        done = record.results(name)
+        if done is None:
             model = record.model(name)
             if model is None:
                 began = time.perf_counter()
                 model = finetune(classifier, train, settings=settings, variant=variant, device=device, progress=shown)
                 record.keep(name, model, start, history(settings, train), seconds=time.perf_counter() - began)
-            results = evaluate(
+            done = evaluate(
                 model, test, protocol=protocol, fc=None if name == FULL else False, seed=seed, device=device,
                 out=record.folder and record.folder / name, force=force, progress=shown,
             )  # fmt: skip
-        found[name] = results
-        record.close(name, results, _table(found), environment(device))
+            record.close(name, done, environment(device))
+        found[name] = done
+        record.write(_table(found))
     return Ablation(_table(found), record.about)
 
 
@@ -240,12 +241,12 @@ class _Record:
                     f"replace it with --force"
                 )
             if earlier and not other:
-                about["variants"] = earlier["variants"]
+                about = earlier
         for name, switches in wanted.items():
             about["variants"].setdefault(name, {"switches": switches})
         record = cls(folder, about)
         try:
-            record._write()
+            record.write()
         except OSError as error:
             raise ValueError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
         return record
@@ -289,19 +290,19 @@ class _Record:
         if path is not None and isinstance(start, Checkpoint):
             notes = {"classifier_sha256": self.about["classifier"]["sha256"], **notes}
             save_checkpoint(path, model, start.blueprint, history=notes)
-        self._write()
+        self.write()
 
-    def close(self, name: str, results: Results, table: pd.DataFrame, surroundings: Mapping[str, Any]) -> None:
-        """Note that a variant is done, and write the table so far."""
+    def close(self, name: str, results: Results, surroundings: Mapping[str, Any]) -> None:
+        """Note that a variant is done, and by what."""
         run = results.run
         self.about["variants"][name] |= {"key": run["key"], "verdict": run["verdict"], "seconds": run["seconds"]}
         self.about |= {"n": run["data"]["n"], **surroundings}
-        self._write(table)
 
     def _checkpoint(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
-    def _write(self, table: pd.DataFrame | None = None) -> None:
+    def write(self, table: pd.DataFrame | None = None) -> None:
+        """Write the record, and before it the table so far."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -278,8 +278,11 @@ def test_one_that_was_stopped_goes_on(
     pd.testing.assert_frame_equal(found.table, made[1].table)
     assert (out / "ablation.csv").read_bytes() == (made[0] / "ablation.csv").read_bytes()
     tuned.clear()
-    _ablate(start, out, protocol=protocol)
+    monkeypatch.setattr(msa_eval.ablation, "environment", None)
+    record = (out / "ablation.json").read_bytes()
+    assert _ablate(start, out, protocol=protocol).about == json.loads(record)
     assert tuned == []
+    assert (out / "ablation.json").read_bytes() == record
 
 
 def test_other_settings_are_refused_by_name_or_replace_all(start: Checkpoint, tmp_path: Path) -> None:
