@@ -12,6 +12,7 @@ from msa_eval.hpm import HPM, Variant
 
 __version__ = "0.1.0"
 
+from msa_eval.ablation import Ablation, ablate
 from msa_eval.protocols import Results, evaluate
 from msa_eval.protocols.audit import audit
 from msa_eval.protocols.sizes import batch_size_report
@@ -19,6 +20,7 @@ from msa_eval.protocols.verify import verify
 
 __all__ = [
     "HPM",
+    "Ablation",
     "Blueprint",
     "Checkpoint",
     "Classifier",
@@ -28,6 +30,7 @@ __all__ = [
     "Samples",
     "Variant",
     "WholeModel",
+    "ablate",
     "as_defense",
     "audit",
     "batch_size_report",

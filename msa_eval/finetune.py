@@ -82,6 +82,10 @@ def finetune(
     The trunk stays in evaluation mode, so its batch statistics stay too. Clean features never change and are computed
     once. There is no augmentation; the paper mentions none.
 
+    A plain head (``prototypes = "global"``) has nothing to fine-tune: neither the FC head nor the mixer reaches its
+    logits, and it learns through the trunk alone (paper, section 3.2), which is frozen here. Its prototypes are the
+    class means of the clean pass, exact where the moving average of Eq. 14 would be a noisy copy.
+
     Args:
         classifier: the trained trunk and FC head; it is not changed.
         samples: the training set, with samples of every class.
@@ -109,6 +113,8 @@ def finetune(
     model.eval().requires_grad_(False)
     clean = _features(model, samples, settings.batch_size, device, progress)
     model.start_prototypes(clean, samples.y.to(device))
+    if not model.assigns:
+        return model.cpu()
 
     learned = [p.requires_grad_() for p in (*model.fc.parameters(), *model.mixer.parameters())]
     optimizer = torch.optim.Adam(learned, lr=settings.lr)

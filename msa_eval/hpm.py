@@ -34,7 +34,8 @@ class Variant:
             ``global`` classifies by the dataset prototypes alone, without a mixer (a plain class-mean head).
         mixer: ``linear`` is Eq. 17, ``average`` the plain mean of both prototypes (PMixer removed).
         similarity: ``l2`` is Eq. 18, ``inner`` the inner product (DistDeci removed), ``cosine`` the inner product of
-            normalised vectors (DNC with one centroid a class, when ``prototypes`` is ``global``).
+            normalised vectors (DNC with one centroid a class, when ``prototypes`` is ``global``: the dataset prototypes
+            are then means of normalised features; DNC's layer normalisation before that is left out).
     """
 
     prototypes: Literal["hybrid", "batch", "global"] = "hybrid"
@@ -143,6 +144,11 @@ class HPM(nn.Module):
             self.mixer.bias.zero_()
         self.prototypes: Tensor
         self.register_buffer("prototypes", torch.zeros_like(fc.weight, requires_grad=False))
+
+    @property
+    def assigns(self) -> bool:
+        """Whether the FC logits assign features to classes: not in a plain head, which keeps the layer unused."""
+        return self.variant.prototypes != "global"
 
     @property
     def fc_target(self) -> Classifier:
@@ -306,7 +312,7 @@ class HPM(nn.Module):
             z: features ``(B, d)``.
             y: labels ``(B,)``.
         """
-        means, present = class_means(z, y, self.prototypes.shape[0])
+        means, present = self._labelled_means(z, y)
         moved = self.momentum * self.prototypes + (1 - self.momentum) * means
         self.prototypes.copy_(torch.where(present.unsqueeze(1), moved, self.prototypes))
 
@@ -321,11 +327,16 @@ class HPM(nn.Module):
         Raises:
             ValueError: when a class has no sample.
         """
-        means, present = class_means(z, y, self.prototypes.shape[0])
+        means, present = self._labelled_means(z, y)
         if not bool(present.all()):
             absent = ", ".join(str(c) for c in (~present).nonzero().flatten().tolist()[:10])
             raise ValueError(f"expected training samples of every class, but there are none of class {absent}")
         self.prototypes.copy_(means)
+
+    def _labelled_means(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Class means of what is compared with them: of normalised features in a plain cosine head."""
+        plain = self.variant.prototypes == "global" and self.variant.similarity == "cosine"
+        return class_means(F.normalize(z, dim=-1) if plain else z, y, self.prototypes.shape[0])
 
 
 def class_means(z: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

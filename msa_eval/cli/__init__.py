@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msa_eval import __version__
+from msa_eval.cli.ablate import ablate
 from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.compare import compare
@@ -35,8 +36,8 @@ class _Group(click.Group):
             self._stop(str(error), 2)
         except (AttackError, OSError, MemoryError) as error:
             self._stop(str(error) or type(error).__name__, 1)
-        except KeyboardInterrupt:
-            self._stop("interrupted; nothing was written, and no earlier results were changed", 130)
+        except KeyboardInterrupt as stop:
+            self._stop(str(stop) or "interrupted; nothing was written, and no earlier results were changed", 130)
 
     @staticmethod
     def _stop(message: str, status: int) -> None:
@@ -52,6 +53,7 @@ def main(debug: bool) -> None:
     del debug
 
 
+main.add_command(ablate)
 main.add_command(audit)
 main.add_command(batch_sizes)
 main.add_command(compare)

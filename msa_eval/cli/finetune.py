@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from msa_eval.cli import options
-
-if TYPE_CHECKING:
-    from msa_eval.checkpoint import Checkpoint
 
 
 @click.command()
 @click.argument("classifier", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
-@click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn.")
-@click.option(
-    "--argument", "arguments", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Of the architecture."
-)
-@click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel.")
-@click.option("--std", type=float, multiple=True, help="Likewise.")
-@click.option("--head", default="fc", show_default=True, help="Name of the fully connected layer of a bare state dict.")
+@options.bare
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--lr", type=options.NUMBER, default=5e-5, show_default=True)
@@ -42,26 +34,19 @@ def finetune(
     classifier: Path,
     data: str,
     out: Path,
-    architecture: str | None,
-    arguments: tuple[tuple[str, Any], ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    head: str,
     limit: int | None,
     device: str,
     data_root: str,
     force: bool,
     quiet: bool,
-    **settings: Any,
+    **described: Any,
 ) -> None:
     """Put an HPM head on CLASSIFIER and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
 
     CLASSIFIER is a checkpoint of msa-eval, or a safetensors file with a bare state dict and --architecture.
     """
-    import torch
-
     from msa_eval.checkpoint import save_checkpoint
-    from msa_eval.data import Samples, load_samples
+    from msa_eval.data import load_samples
     from msa_eval.finetune import FinetuneSettings, history
     from msa_eval.finetune import finetune as finetune_classifier
 
@@ -73,29 +58,11 @@ def finetune(
             pass
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error.strerror}; choose another place") from error
-    chosen = FinetuneSettings(**settings)
-    normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
-    loaded = _load(classifier, architecture, dict(arguments), normalization, head)
-    samples = load_samples(data, split="train", root=data_root)
-    if limit is not None and limit < len(samples):
-        index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(chosen.seed))[:limit]
-        samples = Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")
+    chosen = FinetuneSettings(
+        **{field.name: described.pop(field.name) for field in fields(FinetuneSettings) if field.name in described}
+    )
+    loaded = options.load_classifier(classifier, **described)
+    samples = options.drawn(load_samples(data, split="train", root=data_root), limit, seed=chosen.seed)
     hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
     save_checkpoint(out, hpm, loaded.blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
     click.echo(f"fine-tuned on {len(samples)} samples of {samples.name}; HPM checkpoint in {out}")
-
-
-def _load(
-    path: Path,
-    architecture: str | None,
-    arguments: dict[str, Any],
-    normalization: dict[str, list[float]] | None,
-    head: str,
-) -> Checkpoint:
-    from msa_eval.checkpoint import load_bare_classifier, load_checkpoint
-
-    if architecture is None and (arguments or normalization):
-        raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
-    if architecture is None:
-        return load_checkpoint(path)
-    return load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tqdm import tqdm
 
+from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint
+from msa_eval.data import Samples
 from msa_eval.progress import Progress, silent
 
 NOT_SOUND = 3
@@ -75,6 +78,47 @@ seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
 )
 
+_BARE = (
+    click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn."),
+    click.option(
+        "--argument", "arguments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Of the architecture."
+    ),
+    click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel."),
+    click.option("--std", type=float, multiple=True, help="Likewise."),
+    click.option(
+        "--head", default="fc", show_default=True, help="Name of the fully connected layer of a bare state dict."
+    ),
+)
+
+
+def bare(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that describe a bare state dict, for `load_classifier`."""
+    for option in reversed(_BARE):
+        command = option(command)
+    return command
+
+
+def load_classifier(
+    path: Path,
+    *,
+    architecture: str | None,
+    arguments: Sequence[tuple[str, Any]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    head: str,
+) -> Checkpoint:
+    """Read a checkpoint, or a bare state dict where an architecture is given.
+
+    Raises:
+        ValueError: when it can't be read, or is described though it describes itself.
+    """
+    if architecture is None:
+        if arguments or mean or std:
+            raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
+        return load_checkpoint(path)
+    normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
+    return load_bare_classifier(path, architecture, dict(arguments), normalization=normalization, head=head)
+
 
 def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] = (), **given: Any) -> dict[str, Any]:
     """Protocol keys set by ``--set`` and by options of their own, where these were given."""
@@ -90,3 +134,11 @@ def bars(quiet: bool) -> Progress:
         return tqdm(iterable, description, dynamic_ncols=True)
 
     return silent if quiet else bar
+
+
+def drawn(samples: Samples, limit: int | None, *, seed: int) -> Samples:
+    """So many samples at most, uniformly drawn."""
+    if limit is None or limit >= len(samples):
+        return samples
+    index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:limit]
+    return Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")

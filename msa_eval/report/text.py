@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from msa_eval.ablation import Ablation
 from msa_eval.protocols.evidence import Results
 
 QUERY = ("square", "spsa")
@@ -126,3 +127,56 @@ def render_sizes(table: pd.DataFrame) -> str:
         index=["context", "batch_size"], columns="metric", values="cell", aggfunc="first", sort=False
     )  # fmt: skip
     return "accuracy in % by batch size, with 95 % intervals\n" + wide[list(METRICS)].to_string()
+
+
+def render_ablation(ablation: Ablation) -> str:
+    """The table of an ablation as text: a row a variant with its parts, in percent, with differences to ``full``.
+
+    Only the worst case shows its 95 % interval; the others' are in ``ablation.csv``.
+    """
+    about, table = ablation.about, ablation.table
+    protocol = about["protocol"]
+    changed = "".join(f", {key}={value}" for key, value in protocol["overrides"].items())
+    lines = [
+        f"ablation under {protocol['name']} v{protocol['version']}{changed}, seed {about['seed']}: fine-tuned on "
+        f"{about['train']['n']} samples ({about['train']['name']}), evaluated on {about['n']} ({about['test']['name']})"
+    ]
+    for context, rows in table.groupby("context", sort=False):
+        cells = [_difference(row) for row in rows.to_dict(orient="records")]
+        wide = rows.assign(cell=cells).pivot_table(
+            index="variant", columns="metric", values="cell", aggfunc="first", sort=False
+        )  # fmt: skip
+        parts = [_parts(about["variants"].get(name, {}).get("switches")) for name in wide.index]
+        wide = wide[list(METRICS)].rename_axis(index=None, columns=None)
+        wide.insert(0, "parts", parts)
+        lines += ["", f"{context}: accuracy in %, in parentheses the difference to full", wide.to_string()]
+    return "\n".join([*lines, *_on_variants(table)])
+
+
+def _on_variants(table: pd.DataFrame) -> list[str]:
+    """The verdict on each variant's numbers with its reasons, or one line where all are sound."""
+    if "verdict" not in table:
+        return []
+    if set(table["verdict"]) == {"sound"}:
+        return ["", "verdict on all: sound"]
+    lines = [""]
+    for row in table.drop_duplicates("variant").to_dict(orient="records"):
+        because = f": {row['reasons']}" if row["reasons"] else ""
+        lines += textwrap.wrap(f"verdict on {row['variant']}: {row['verdict']}{because}", 110, subsequent_indent="  ")
+    return lines
+
+
+def _difference(row: Mapping[Hashable, Any]) -> str:
+    interval = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if row["metric"] == "worst_case" else ""
+    difference = "" if row["variant"] == "full" else f" ({100 * row['difference']:+.1f})"
+    return f"{100 * row['value']:.1f}{interval}{difference}"
+
+
+def _parts(switches: Mapping[str, str] | None) -> str:
+    """What a variant is made of; a plain head has no mixer."""
+    if switches is None:
+        return "fully connected"
+    parts = dict(switches)
+    if parts["prototypes"] == "global":
+        del parts["mixer"]
+    return ", ".join(parts.values())

@@ -1,0 +1,114 @@
+"""``msa-eval ablate``."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msa_eval.ablation import VARIANTS, settings_of
+from msa_eval.cli import options
+from msa_eval.finetune import FinetuneSettings
+
+
+@click.command()
+@click.argument("classifier", type=click.Path(path_type=Path))
+@options.bare
+@click.option("--train", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
+@options.data
+@options.protocol
+@options.out
+@click.option(
+    "--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Beside full; all by default."
+)
+@click.option(
+    "--finetune", "given", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE",
+    help="A setting of the fine-tuning: epochs, batch_size, lr, momentum, eps, steps, step_size, ...",
+)  # fmt: skip
+@click.option("--train-limit", type=click.IntRange(min=1), help="Fine-tune on at most so many, uniformly drawn.")
+@options.limit
+@options.context
+@options.assignments
+@options.seed
+@options.device
+@options.data_root
+@options.force
+@options.quiet
+def ablate(
+    classifier: Path,
+    train: str,
+    data: str,
+    protocol: str,
+    out: Path,
+    variants: tuple[str, ...],
+    given: tuple[tuple[str, Any], ...],
+    train_limit: int | None,
+    limit: int | None,
+    context: tuple[str, ...],
+    assignments: tuple[tuple[str, Any], ...],
+    seed: int,
+    device: str,
+    data_root: str,
+    force: bool,
+    quiet: bool,
+    **described: Any,
+) -> None:
+    """Fine-tune and evaluate variants of HPM, all from CLASSIFIER (the paper's section 4.4).
+
+    CLASSIFIER is what 'msa-eval finetune' takes, or an HPM checkpoint: that stands for the classifier it was built on,
+    and brings the settings of its fine-tuning; the paper's for CIFAR-10 are the default otherwise. Each variant's
+    evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and started again with the same
+    options, it goes on with the variants that are not done.
+    """
+    from msa_eval.ablation import ablate as ablate_classifier
+    from msa_eval.data import load_samples
+    from msa_eval.report import render_ablation
+
+    start = options.load_classifier(classifier, **described)
+    settings = _changed(replace(settings_of(start), seed=seed), dict(given))
+    try:
+        ablation = ablate_classifier(
+            start,
+            options.drawn(load_samples(train, split="train", root=data_root), train_limit, seed=seed),
+            load_samples(data, root=data_root),
+            protocol=protocol,
+            overrides=options.overrides(assignments, context=context, limit=limit),
+            settings=settings,
+            variants={name: VARIANTS[name] for name in variants or VARIANTS},
+            seed=seed,
+            device=device,
+            out=out,
+            force=force,
+            progress=options.bars(quiet),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what is finished is in {out}, and the same command goes on from there"
+        ) from None
+    click.echo(render_ablation(ablation))
+    click.echo(f"\nablation.csv, ablation.json, and each variant's evidence and checkpoint in {out}")
+
+
+def _changed(settings: FinetuneSettings, given: dict[str, Any]) -> FinetuneSettings:
+    """Settings with some of them changed.
+
+    Raises:
+        ValueError: when there is no such setting, or its value is no number.
+    """
+    kinds = {field.name: type(getattr(settings, field.name)) for field in fields(settings) if field.name != "seed"}
+    changed = {}
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"--finetune: there is no setting {name!r}; available: {', '.join(kinds)}")
+        try:
+            number = Fraction(str(value))
+            if kinds[name] is int and number.denominator != 1:
+                raise ValueError
+            changed[name] = kinds[name](number)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            what = "a whole number" if kinds[name] is int else "a number or a fraction such as 8/255"
+            raise ValueError(f"--finetune {name}: expected {what}, but got {value!r}") from None
+    return replace(settings, **changed)
