@@ -14,6 +14,7 @@ from msa_eval.cli.demo import demo
 from msa_eval.cli.evaluate import evaluate
 from msa_eval.cli.finetune import finetune
 from msa_eval.cli.protocols import protocols
+from msa_eval.cli.sensitivity import sensitivity
 from msa_eval.cli.verify import verify
 from msa_eval.protocols import AttackError
 
@@ -54,4 +55,5 @@ main.add_command(demo)
 main.add_command(evaluate)
 main.add_command(finetune)
 main.add_command(protocols)
+main.add_command(sensitivity)
 main.add_command(verify)

@@ -292,8 +292,8 @@ def _share(fulfilled: Tensor, among: Tensor) -> npt.NDArray[np.float64]:
 
 
 def _median(values: Tensor, among: Tensor) -> npt.NDArray[np.float64]:
-    """The median of each row's pairs, NaN where there are none."""
-    found: npt.NDArray[np.float64] = values.masked_fill(~among, torch.nan).nanquantile(0.5, dim=1).numpy()
+    """The (lower) median of each row's pairs, NaN where there are none."""
+    found: npt.NDArray[np.float64] = values.masked_fill(~among, torch.nan).nanmedian(dim=1).values.numpy()
     return found
 
 

@@ -82,3 +82,10 @@ def autoattack_resnet18() -> Classifier:
     net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     fc, net.linear = net.linear, nn.Identity()
     return Classifier(net, fc).eval().requires_grad_(False)
+
+
+def with_prototypes(model: HPM) -> HPM:
+    """The plain ℓ2 head of an HPM's dataset prototypes, beside the FC head from before fine-tuning."""
+    head = HPM(model.trunk, model.fc_original, variant=Variant(prototypes="global")).eval().requires_grad_(False)
+    head.prototypes.copy_(model.prototypes)
+    return head

@@ -43,6 +43,7 @@ def graded(low: Array, high: Array, *, n: int = 20, panels: int = 12) -> tuple[A
     >>> round(float((weights * np.sqrt(nodes)).sum()), 10)
     0.6666666667
     """
+    low, high = np.broadcast_arrays(low, high)
     nodes, weights = (v.reshape(-1, *[1] * low.ndim) for v in _graded_rule(n, panels))
     return low + (high - low) * nodes, (high - low) * weights
 

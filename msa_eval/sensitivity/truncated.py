@@ -76,10 +76,10 @@ class TruncatedGaussian:
 
     def _log_gaussian_mass(self, low: Array, high: Array) -> Array:
         """log of the untruncated Gaussian's mass between two bounds."""
-        if self.sd > WIDE:
-            nodes, weights = graded(low, high)
-            peak = float(np.clip(self.mean, 0, np.pi))
-            shift = 0.5 * ((peak - self.mean) / self.sd) ** 2
+        beyond = (self.mean - float(np.clip(self.mean, 0, np.pi))) / self.sd
+        if self.sd > WIDE and abs(beyond) < 10:
+            nodes, weights = graded(low, high, n=12, panels=3)
+            shift = 0.5 * beyond**2
             kernel = np.exp(shift - 0.5 * ((nodes - self.mean) / self.sd) ** 2)
             with np.errstate(divide="ignore"):
                 found: Array = np.log((weights * kernel).sum(axis=0)) - shift - np.log(self.sd * np.sqrt(2 * np.pi))
