@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from msa_eval.cli import options
 if TYPE_CHECKING:
     import pandas as pd
 
+    from msa_eval.architectures import Classifier
     from msa_eval.data import Samples
     from msa_eval.hpm import HPM
-    from msa_eval.architectures import Classifier
+    from msa_eval.progress import Progress
     from msa_eval.sensitivity.analysis import Analysis
 
 PAPER, RESNET18 = "paper", "autoattack-resnet18"
@@ -46,7 +48,9 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Length of the features' change; both sensitivities are proportional to it.")  # fmt: skip
 @options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
-@click.option("--attack", is_flag=True, help="Attack the FC head and a plain ℓ2 head over --eps too (Figure 1).")
+@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images, uniformly drawn.")
+@click.option("--attack", type=click.IntRange(min=1), metavar="N",
+              help="Attack the FC head and a plain ℓ2 head over --eps too, on at most N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
               help="Radii of --attack, in [0, 1] pixel units.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack.")
@@ -66,16 +70,29 @@ def sensitivity(checkpoint: str, data: str | None, out: Path, data_root: str, **
     from msa_eval.data import load_samples
 
     if checkpoint == PAPER:
-        if data is not None or chosen["attack"]:
+        if data is not None or chosen["attack"] is not None:
             raise ValueError("'paper' stands for the paper's own figures, which need no --data and no --attack")
         click.echo(_paper(out))
         return
     if data is None:
         raise ValueError("give the images to measure on with --data")
-    train = chosen.pop("train")
     samples = load_samples(data, root=data_root)
-    training = None if train is None else load_samples(train, split="train", root=data_root)
+    training = _training(chosen.pop("train"), chosen.pop("train_limit"), data_root, chosen["seed"])
     click.echo(_measure(checkpoint, samples, training, out, **chosen))
+
+
+def _training(source: str | None, limit: int | None, root: str, seed: int) -> Samples | None:
+    import torch
+
+    from msa_eval.data import Samples, load_samples
+
+    if source is None:
+        if limit is not None:
+            raise ValueError("--train-limit is of training data; give --train too")
+        return None
+    found = load_samples(source, split="train", root=root)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return Samples(found.x[order], found.y[order], found.name)
 
 
 def _paper(out: Path) -> str:
@@ -110,55 +127,54 @@ def _measure(
     train: Samples | None,
     out: Path,
     *,
-    attack: bool,
+    prototypes: Any,
+    attack: int | None,
     eps: tuple[float, ...],
     steps: int,
     gamma: float,
+    step: float,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
     quiet: bool,
-    **chosen: Any,
 ) -> str:
-    import math
-
+    """Measure, write tables and figures, and say what they show."""
     from msa_eval.report.style import save
     from msa_eval.sensitivity.analysis import analyse_model
+    from msa_eval.sensitivity.curves import accuracy_curves
     from msa_eval.sensitivity.figures import figure_3
+    from msa_eval.sensitivity.heads import with_dataset_prototypes
 
+    if train is not None and prototypes is not None:
+        raise ValueError("--train takes the place of the checkpoint's prototypes; leave --prototypes out")
     progress = options.bars(quiet)
-    model = _load(checkpoint)
-    found = analyse_model(model, samples, train=train, gamma=math.radians(gamma), progress=progress, **chosen)
+    model = _model(checkpoint, train, progress)
+    found = analyse_model(
+        model, samples, prototypes=prototypes, gamma=math.radians(gamma), step=step, limit=limit,
+        batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     found.samples().to_csv(out / "samples.csv", index=False)
     found.summary().to_csv(out / "summary.csv", index=False)
     found.cdf().to_csv(out / "cdf.csv", index=False)
     save(figure_3(found.fc, found.l2, measured=found), out / "figure-3")
     name = Path(checkpoint).name
-    lines = [_table(found, name, samples.name, gamma, chosen["step"])]
-    if attack:
-        curves = _attacked(model, samples, train, eps=eps, steps=steps, limit=chosen["limit"],
-                           batch_size=chosen["batch_size"], seed=chosen["seed"], progress=progress)  # fmt: skip
+    lines = [_table(found, name, samples.name, gamma, step)]
+    if attack is not None:
+        curves = accuracy_curves(with_dataset_prototypes(model), samples, eps=eps, steps=steps, limit=attack, batch_size=batch_size,
+                                 seed=seed, progress=progress)  # fmt: skip
         lines += ["", *_curves(curves, out, name)]
     written = "samples.csv, summary.csv, cdf.csv and figure-3" + (", curves.csv and figure-1" if attack else "")
     return "\n".join([*lines, "", f"{written} (PDF, SVG) in {out}"])
 
 
-def _load(checkpoint: str) -> HPM | Classifier:
+def _model(checkpoint: str, train: Samples | None, progress: Progress) -> HPM | Classifier:
+    """What is measured: the checkpoint's own heads, or its FC head beside the class means of training data."""
     from msa_eval.checkpoint import load_checkpoint
-    from msa_eval.sensitivity.heads import autoattack_resnet18
+    from msa_eval.sensitivity.heads import autoattack_resnet18, classifier_of, plain_l2_head
 
-    return autoattack_resnet18() if checkpoint == RESNET18 else load_checkpoint(checkpoint).model
-
-
-def _attacked(model: HPM | Classifier, samples: Samples, train: Samples | None, **chosen: Any) -> pd.DataFrame:
-    from msa_eval.hpm import HPM
-    from msa_eval.sensitivity.curves import accuracy_curves
-    from msa_eval.sensitivity.heads import plain_l2_head, with_prototypes
-
-    if train is not None:
-        head = plain_l2_head(model.fc_target if isinstance(model, HPM) else model, train)
-    else:
-        assert isinstance(model, HPM)  # a classifier without training data was refused before
-        head = with_prototypes(model)
-    return accuracy_curves(head, samples, **chosen)
+    model = autoattack_resnet18() if checkpoint == RESNET18 else load_checkpoint(checkpoint).model
+    return model if train is None else plain_l2_head(classifier_of(model), train, progress=progress)
 
 
 def _curves(curves: pd.DataFrame, out: Path, name: str) -> list[str]:

@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from msa_eval.protocols.metrics import rate
-from msa_eval.protocols.plan import plan_batches
 from torch import Tensor
 
 from msa_eval.architectures import Classifier
 from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
+from msa_eval.protocols.metrics import rate
+from msa_eval.protocols.plan import plan_batches
 from msa_eval.sensitivity.empirical import AngleModel, empirical_cdf, fit_angles
-from msa_eval.sensitivity.heads import features, plain_l2_head
+from msa_eval.sensitivity.heads import classifier_of, features, plain_l2_head
 from msa_eval.sensitivity.isotropic import isotropic_cdf
 from msa_eval.sensitivity.measured import Sensitivity, sensitivity
 
@@ -241,7 +241,7 @@ def analyse_model(
 
 def _l2_head(model: HPM | Classifier, train: Samples | None, progress: Progress) -> HPM:
     if train is not None:
-        return plain_l2_head(model.fc_target if isinstance(model, HPM) else model, train, progress=progress)
+        return plain_l2_head(classifier_of(model), train, progress=progress)
     if not isinstance(model, HPM):
         raise ValueError("a classifier has no prototypes; give training data, whose class means are an ℓ2 head's")
     if model.variant.similarity != "l2":
@@ -261,9 +261,7 @@ def _in_order(parts: Iterable[Sensitivity], places: Tensor) -> Sensitivity:
     )
 
 
-def _finish(
-    found: Sensitivity, labels: Tensor, index: Tensor, batch: Tensor, gamma: float, d: int
-) -> Analysis:
+def _finish(found: Sensitivity, labels: Tensor, index: Tensor, batch: Tensor, gamma: float, d: int) -> Analysis:
     models: list[AngleModel | None] = []
     misfits = []
     for name, angles in (("θ_c", found.theta_c), ("θ_d", found.theta_d)):
@@ -277,7 +275,12 @@ def _finish(
 
 
 def _check_labels(labels: Tensor, angles: Tensor) -> None:
-    if labels.shape != angles.shape[:1] or not len(labels) or int(labels.max()) >= angles.shape[1] or int(labels.min()) < 0:
+    if (
+        labels.shape != angles.shape[:1]
+        or not len(labels)
+        or int(labels.max()) >= angles.shape[1]
+        or int(labels.min()) < 0
+    ):
         raise ValueError(f"expected {len(angles)} labels in 0..{angles.shape[1] - 1}, but got {labels.tolist()[:10]}")
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from msa_eval.protocols.metrics import rate
 
 import msa_eval
 from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
+from msa_eval.protocols.metrics import rate
 
 EPS = (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
 SURROGATES = ("ste", "fc-oracle")

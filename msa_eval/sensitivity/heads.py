@@ -17,9 +17,7 @@ RESNET18 = "autoattack-resnet18"
 """How AutoAttack's ResNet-18 is called where a checkpoint is expected."""
 
 
-def plain_l2_head(
-    classifier: Classifier, train: Samples, *, batch_size: int = 250, progress: Progress = silent
-) -> HPM:
+def plain_l2_head(classifier: Classifier, train: Samples, *, batch_size: int = 250, progress: Progress = silent) -> HPM:
     """Replace a classifier's head by the negative ℓ2 distance to its class means (Eq. 2; DeepNCM's head).
 
     The trunk stays as it was trained, with the FC head: the paper trains one with each head.
@@ -84,8 +82,19 @@ def autoattack_resnet18() -> Classifier:
     return Classifier(net, fc).eval().requires_grad_(False)
 
 
-def with_prototypes(model: HPM) -> HPM:
-    """The plain ℓ2 head of an HPM's dataset prototypes, beside the FC head from before fine-tuning."""
+def classifier_of(model: HPM | Classifier) -> Classifier:
+    """The plain classifier: the model itself, or the one that HPM was built on."""
+    return model.fc_target if isinstance(model, HPM) else model
+
+
+def with_dataset_prototypes(model: HPM | Classifier) -> HPM:
+    """The plain ℓ2 head of an HPM's dataset prototypes, beside the FC head from before fine-tuning.
+
+    Raises:
+        ValueError: when the model has no prototypes.
+    """
+    if not isinstance(model, HPM):
+        raise ValueError("a classifier has no prototypes; give training data, whose class means are an ℓ2 head's")
     head = HPM(model.trunk, model.fc_original, variant=Variant(prototypes="global")).eval().requires_grad_(False)
     head.prototypes.copy_(model.prototypes)
     return head

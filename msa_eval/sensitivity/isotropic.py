@@ -72,4 +72,3 @@ def isotropic_probability(gamma: npt.ArrayLike, d: int) -> Array:
     True
     """
     return isotropic_cdf(np.abs(np.cos(np.asarray(gamma, dtype=np.float64))), d)
-

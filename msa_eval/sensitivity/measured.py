@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ def sensitivity(
     theta_c, theta_d = _angles(z, w), _angles(z, c)
     if change is None:
         length = torch.full_like(z_norm, step)
-        cos_gamma = torch.full_like(theta_c, abs(torch.tensor(gamma).double().cos().item()))
+        cos_gamma = torch.full_like(theta_c, abs(math.cos(gamma)))
     else:
         moved = change.detach().double()
         if moved.shape != z.shape or not bool(torch.isfinite(moved).all()):

@@ -45,7 +45,7 @@ class TruncatedGaussian:
         return cls(float(np.radians(mean)), float(np.radians(sd)))
 
     def log_density(self, angle: npt.ArrayLike) -> Array:
-        """log t(x, μ, σ) of Eq. 12 at angles in radians; -inf outside [0, π]."""
+        """Log t(x, μ, σ) of Eq. 12 at angles in radians; -inf outside [0, π]."""
         at = np.asarray(angle, dtype=np.float64)
         inside = (at >= 0) & (at <= np.pi)
         value = -0.5 * ((at - self.mean) / self.sd) ** 2 - np.log(self.sd) - 0.5 * np.log(2 * np.pi)
@@ -75,7 +75,7 @@ class TruncatedGaussian:
         return float(slope[0] - slope[1]), float(1 + u[0] * slope[0] - u[1] * slope[1])
 
     def _log_gaussian_mass(self, low: Array, high: Array) -> Array:
-        """log of the untruncated Gaussian's mass between two bounds."""
+        """Log of the untruncated Gaussian's mass between two bounds."""
         beyond = (self.mean - float(np.clip(self.mean, 0, np.pi))) / self.sd
         if self.sd > WIDE and abs(beyond) < 10:
             nodes, weights = graded(low, high, n=12, panels=3)

@@ -45,7 +45,10 @@ def _exact(x: float, fc: AngleModel, l2: AngleModel) -> float:
 
     def density(at: mpmath.mpf, model: AngleModel) -> mpmath.mpf:
         return sum(
-            weight * mpmath.npdf((at - part.mean) / mpmath.mpf(part.sd)) / part.sd / (phi(part, mpmath.pi) - phi(part, 0))
+            weight
+            * mpmath.npdf((at - part.mean) / mpmath.mpf(part.sd))
+            / part.sd
+            / (phi(part, mpmath.pi) - phi(part, 0))
             for weight, part in model.parts
         )
 
@@ -130,7 +133,9 @@ def test_isotropic_angles_as_a_check_of_both_models() -> None:
     np.testing.assert_allclose(empirical_cdf(x, model, model), isotropic_cdf(x, d), atol=1e-4)
 
 
-@pytest.mark.parametrize(("mean", "sd"), [(1.2, 0.1), (0.1, 0.5), (3.3, 0.4), (-0.5, 0.4), (1.5, 1.0), (1.0, 40.0), (1.0, 1e-4)])
+@pytest.mark.parametrize(
+    ("mean", "sd"), [(1.2, 0.1), (0.1, 0.5), (3.3, 0.4), (-0.5, 0.4), (1.5, 1.0), (1.0, 40.0), (1.0, 1e-4)]
+)
 def test_the_truncated_gaussian_is_scipys(mean: float, sd: float) -> None:
     part, ends = TruncatedGaussian(mean, sd), ((0 - mean) / sd, (PI - mean) / sd)
     peer = truncnorm(*ends, loc=mean, scale=sd)
@@ -194,7 +199,9 @@ def test_the_papers_angles_are_read_as_positive_and_negative_pairs() -> None:
     assert RESNET50_L2.other is not None
     means = [np.degrees(part.mean) for part in (RESNET50_FC.own, RESNET50_FC.other, RESNET50_L2.own, RESNET50_L2.other)]
     assert means == pytest.approx([66.81, 90.01, 74.3, 101.3])
-    deviations = [np.degrees(part.sd) for part in (RESNET50_FC.own, RESNET50_FC.other, RESNET50_L2.own, RESNET50_L2.other)]
+    deviations = [
+        np.degrees(part.sd) for part in (RESNET50_FC.own, RESNET50_FC.other, RESNET50_L2.own, RESNET50_L2.other)
+    ]
     assert deviations == pytest.approx([5.56, 3.02, 7.9, 4.3])
     assert RESNET50_FC.share == RESNET50_L2.share == 0.001
 
