@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Length of the features' change; both sensitivities are proportional to it.")  # fmt: skip
 @options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
-@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images, uniformly drawn.")
+@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images, drawn at random.")
 @click.option("--attack", type=click.IntRange(min=1), metavar="N",
               help="Attack the FC head and a plain ℓ2 head over --eps too, on at most N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
@@ -139,6 +140,7 @@ def _measure(
     quiet: bool,
 ) -> str:
     """Measure, write tables and figures, and say what they show."""
+    from msa_eval.protocols.provenance import defense_hash, environment
     from msa_eval.report.style import save
     from msa_eval.sensitivity.analysis import analyse_model
     from msa_eval.sensitivity.curves import accuracy_curves
@@ -154,17 +156,30 @@ def _measure(
         batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    found.samples().to_csv(out / "samples.csv", index=False)
-    found.summary().to_csv(out / "summary.csv", index=False)
-    found.cdf().to_csv(out / "cdf.csv", index=False)
+    tables = {"sensitivity": found.samples(), "sensitivity-summary": found.summary(), "cdf": found.cdf()}
+    for stem, table in tables.items():
+        table.to_csv(out / f"{stem}.csv", index=False)
     save(figure_3(found.fc, found.l2, measured=found), out / "figure-3")
     name = Path(checkpoint).name
+    settings = {"prototypes": prototypes, "gamma": gamma, "step": step, "limit": limit, "batch_size": batch_size,
+                "attack": attack, "eps": eps, "steps": steps, "seed": seed}  # fmt: skip
+    about = {
+        "checkpoint": name, "weights_sha256": defense_hash(model), "settings": settings,
+        "data": {"name": samples.name, "n": len(samples), "sha256": samples.digest()},
+        "train": None if train is None else {"name": train.name, "n": len(train), "sha256": train.digest()},
+    }  # fmt: skip
+    text = json.dumps(about | environment("cpu"), indent=2, ensure_ascii=False)
+    (out / "sensitivity.json").write_text(text + "\n", encoding="utf-8")
     lines = [_table(found, name, samples.name, gamma, step)]
     if attack is not None:
-        curves = accuracy_curves(with_dataset_prototypes(model), samples, eps=eps, steps=steps, limit=attack, batch_size=batch_size,
-                                 seed=seed, progress=progress)  # fmt: skip
+        curves = accuracy_curves(
+            with_dataset_prototypes(model), samples, eps=eps, steps=steps, limit=attack, batch_size=batch_size,
+            seed=seed, progress=progress,
+        )  # fmt: skip
         lines += ["", *_curves(curves, out, name)]
-    written = "samples.csv, summary.csv, cdf.csv and figure-3" + (", curves.csv and figure-1" if attack else "")
+    written = "sensitivity.csv, sensitivity-summary.csv, cdf.csv, sensitivity.json and figure-3" + (
+        ", curves.csv and figure-1" if attack else ""
+    )
     return "\n".join([*lines, "", f"{written} (PDF, SVG) in {out}"])
 
 
@@ -224,4 +239,4 @@ def _table(found: Analysis, name: str, data: str, gamma: float, step: float) -> 
 
 
 def _percent(share: float) -> str:
-    return "undefined" if share != share else f"{100 * share:.2f} %"
+    return "undefined" if math.isnan(share) else f"{100 * share:.2f} %"

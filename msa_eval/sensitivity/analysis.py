@@ -133,7 +133,7 @@ class Analysis:
         """CDFs of 𝒳 = |cos θ_c|/|sin θ_d|: ``measured`` over all pairs, ``empirical`` (Eq. 13), ``isotropic`` (Eq. 29).
 
         Args:
-            x: where; 201 places in [0, 1] by default, because \\|cos γ\\| lies there.
+            x: where; 201 places in [0, 1] by default, because |cos γ| lies there.
         """
         at = np.linspace(0, 1, 201) if x is None else np.asarray(x, dtype=np.float64)
         ratios = np.sort(self.sensitivity.ratio[self.sensitivity.known].numpy())

@@ -109,7 +109,7 @@ def _fit(angles: Array, which: str) -> TruncatedGaussian:
 
 
 def empirical_cdf(x: npt.ArrayLike, fc: AngleModel, l2: AngleModel) -> Array:
-    """CDF of 𝒳 = \\|cos θ_c\\| / \\|sin θ_d\\| for independent θ_c and θ_d (Eq. 13).
+    """CDF of 𝒳 = |cos θ_c| / |sin θ_d| for independent θ_c and θ_d (Eq. 13).
 
     The inner integral of Eq. 13 is the mass of θ_c in π/2 ± arcsin(x sin θ_d), in closed form by Φ; the outer one is
     made piecewise to an absolute error below 1e-10, however narrow or wide the Gaussians are.
@@ -145,7 +145,7 @@ def empirical_cdf(x: npt.ArrayLike, fc: AngleModel, l2: AngleModel) -> Array:
 
 
 def empirical_probability(gamma: npt.ArrayLike, fc: AngleModel, l2: AngleModel) -> Array:
-    """P(\\|cos θ_c\\|/\\|sin θ_d\\| <= \\|cos γ\\|): how often the sufficient condition Eq. 8 holds (Eq. 13).
+    """P(|cos θ_c|/|sin θ_d| <= |cos γ|): how often the sufficient condition Eq. 8 holds (Eq. 13).
 
     Args:
         gamma: angle between the features' change and the FC class vector, in radians, of any shape.

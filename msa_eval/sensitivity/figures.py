@@ -47,7 +47,7 @@ def figure_1(curves: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def figure_2(dimensions: Sequence[int] = DIMENSIONS) -> Figure:
-    """The CDF of 𝒳 for isotropic features: how often Eq. 8 holds, against \\|cos γ\\|.
+    """The CDF of 𝒳 for isotropic features: how often Eq. 8 holds, against |cos γ|.
 
     Args:
         dimensions: d of each curve, each at least 2.

@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float64]
 
 
 def isotropic_cdf(x: npt.ArrayLike, d: int) -> Array:
-    """CDF of 𝒳 = \\|cos θ_c\\| / \\|sin θ_d\\|, both angles those of isotropic features in d dimensions.
+    """CDF of 𝒳 = |cos θ_c| / |sin θ_d|, both angles those of isotropic features in d dimensions.
 
     cos²θ is Beta(1/2, (d-1)/2), so the inner integral of Eq. 29 is an incomplete beta function I, and
 
@@ -26,7 +26,7 @@ def isotropic_cdf(x: npt.ArrayLike, d: int) -> Array:
     The constant 2C = 2Γ(d/2) / (√π Γ((d-1)/2)) is one over the same integral without I and is computed as such, because
     the difference of two log-gammas loses digits as d grows. Up to d = 10⁴ absolute errors are below 1e-13.
 
-    The paper's Eq. 29 names its argument z outside and γ inside; read as z = \\|cos γ\\|. At d = 2 and 3 and x <= 1 there
+    The paper's Eq. 29 names its argument z outside and γ inside; read as z = |cos γ|. At d = 2 and 3 and x <= 1 there
     are closed forms, 4/π² χ₂(x) with Legendre's χ₂, and πx/4.
 
     Args:
@@ -62,7 +62,7 @@ def isotropic_cdf(x: npt.ArrayLike, d: int) -> Array:
 
 
 def isotropic_probability(gamma: npt.ArrayLike, d: int) -> Array:
-    """P(\\|cos θ_c\\|/\\|sin θ_d\\| <= \\|cos γ\\|): how often the sufficient condition Eq. 8 holds (Eq. 29).
+    """P(|cos θ_c|/|sin θ_d| <= |cos γ|): how often the sufficient condition Eq. 8 holds (Eq. 29).
 
     Args:
         gamma: angle between the features' change and the FC class vector, in radians, of any shape.

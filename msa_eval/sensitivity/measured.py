@@ -23,10 +23,10 @@ class Sensitivity:
     Attributes:
         theta_c: angle between features and FC class vectors, in radians.
         theta_d: angle between features and prototypes, in radians.
-        cos_gamma: \\|cos γ\\|, γ being the angle between the change and the FC class vector.
+        cos_gamma: |cos γ|, γ being the angle between the change and the FC class vector.
         s_c: S_c of Eq. 3; infinite where features and class vector are orthogonal.
         s_d: sup S_d of Eq. 5, over all directions of the change; infinite where features meet their prototype.
-        ratio: \\|cos θ_c\\| / \\|sin θ_d\\|, the random variable 𝒳.
+        ratio: |cos θ_c| / |sin θ_d|, the random variable 𝒳.
     """
 
     theta_c: Tensor
@@ -43,7 +43,7 @@ class Sensitivity:
 
     @property
     def condition(self) -> Tensor:
-        """Which pairs fulfil the sufficient condition \\|cos θ_c\\|/\\|sin θ_d\\| <= \\|cos γ\\| (Eq. 8)."""
+        """Which pairs fulfil the sufficient condition |cos θ_c|/|sin θ_d| <= |cos γ| (Eq. 8)."""
         return self.known & (self.ratio <= self.cos_gamma)
 
     @property

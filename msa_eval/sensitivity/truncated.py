@@ -132,7 +132,7 @@ def fit_truncated(angles: npt.ArrayLike) -> TruncatedGaussian:
     off = max(abs(a - b) for a, b in zip(fitted.moments(), (mean, sd), strict=True))
     if not off <= 1e-6 * sd or fitted.sd > 100:
         raise ValueError(
-            f"angles with mean {np.degrees(mean):.4g}° and deviation {np.degrees(sd):.4g}° fit no Gaussian truncated to "
-            f"[0°, 180°]: they spread as much as uniform ones, or gather at an end"
+            f"angles with mean {np.degrees(mean):.4g}° and deviation {np.degrees(sd):.4g}° fit no Gaussian truncated "
+            f"to [0°, 180°]: they spread as uniform ones do, or gather at an end"
         )
     return fitted

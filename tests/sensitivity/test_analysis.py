@@ -80,7 +80,7 @@ def test_the_tables_follow_from_the_pairs() -> None:
 
 
 def test_the_empirical_model_agrees_with_independent_gaussian_angles() -> None:
-    """Features at drawn angles to orthogonal planes, so that Eq. 13's assumption holds and the measured CDF meets it."""
+    """Features at drawn angles to orthogonal planes, so that what Eq. 13 assumes holds."""
     generator = torch.Generator().manual_seed(0)
     n = 4000
     theta_c = 1.2 + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)

@@ -89,5 +89,5 @@ def test_shapes_and_refusals() -> None:
     for d in (1, 0, 2.5, True):
         with pytest.raises(ValueError, match="at least 2, but got"):
             isotropic_cdf(0.5, d)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least 0, but the lowest is -0.1"):
+    with pytest.raises(ValueError, match=r"at least 0, but the lowest is -0\.1"):
         isotropic_cdf([0.1, -0.1], 4)
