@@ -49,7 +49,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Length of the features' change; both sensitivities are proportional to it.")  # fmt: skip
 @options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
-@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images, drawn at random.")
+@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images.")
 @click.option("--attack", type=click.IntRange(min=1), metavar="N",
               help="Attack the FC head and a plain ℓ2 head over --eps too, on at most N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
@@ -149,12 +149,18 @@ def _measure(
 
     if train is not None and prototypes is not None:
         raise ValueError("--train takes the place of the checkpoint's prototypes; leave --prototypes out")
-    progress = options.bars(quiet)
+    progress, around = options.bars(quiet), environment("cpu")
     model = _model(checkpoint, train, progress)
     found = analyse_model(
         model, samples, prototypes=prototypes, gamma=math.radians(gamma), step=step, limit=limit,
         batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
+    curves = None
+    if attack is not None:
+        curves = accuracy_curves(
+            with_dataset_prototypes(model), samples, eps=eps, steps=steps, limit=attack, batch_size=batch_size,
+            seed=seed, progress=progress,
+        )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     tables = {"sensitivity": found.samples(), "sensitivity-summary": found.summary(), "cdf": found.cdf()}
     for stem, table in tables.items():
@@ -168,14 +174,10 @@ def _measure(
         "data": {"name": samples.name, "n": len(samples), "sha256": samples.digest()},
         "train": None if train is None else {"name": train.name, "n": len(train), "sha256": train.digest()},
     }  # fmt: skip
-    text = json.dumps(about | environment("cpu"), indent=2, ensure_ascii=False)
+    text = json.dumps(about | around, indent=2, ensure_ascii=False)
     (out / "sensitivity.json").write_text(text + "\n", encoding="utf-8")
     lines = [_table(found, name, samples.name, gamma, step)]
-    if attack is not None:
-        curves = accuracy_curves(
-            with_dataset_prototypes(model), samples, eps=eps, steps=steps, limit=attack, batch_size=batch_size,
-            seed=seed, progress=progress,
-        )  # fmt: skip
+    if curves is not None:
         lines += ["", *_curves(curves, out, name)]
     written = "sensitivity.csv, sensitivity-summary.csv, cdf.csv, sensitivity.json and figure-3" + (
         ", curves.csv and figure-1" if attack else ""

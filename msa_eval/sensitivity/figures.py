@@ -89,7 +89,8 @@ def figure_3(
             angles = None if found is None else (found.theta_c if head == "fc" else found.theta_d).numpy()
             _angles(axes, model, None if angles is None else split_angles(angles, labels))
             axes.set(xlabel=f"θ$_{symbol}$ / °", ylabel="density / (1/°)", title=HEADS[head][0])
-        left.legend(loc="upper left")
+        if left.get_legend_handles_labels()[0]:
+            left.legend(loc="upper left")
         x = np.linspace(0, 1, 401)
         if measured is not None:
             table = measured.cdf(x)
@@ -98,7 +99,8 @@ def figure_3(
             right.plot(x, empirical_cdf(x, fc, l2), color=COLOURS["defense"], linestyle="--", label="Eq. 13")
         right.set(xlabel="|cos γ|", ylabel="P(|cos θ$_c$| / |sin θ$_d$| ≤ |cos γ|)", xlim=(0, 1), ylim=(0, 1.02))
         right.grid()
-        right.legend(loc="lower right")
+        if right.get_legend_handles_labels()[0]:
+            right.legend(loc="lower right")
     return figure
 
 
@@ -110,8 +112,10 @@ def _angles(axes: Axes, model: AngleModel | None, measured: tuple[np.ndarray, np
         part = None if model is None else (model.own, model.other)[i]
         if measured is not None and len(measured[i]):
             degrees = np.degrees(measured[i])
-            axes.hist(degrees, bins=40, density=True, color=colour, alpha=0.3, linewidth=0)
-            spans += [degrees.min(), degrees.max()]
+            low, high = degrees.min(), max(degrees.max(), degrees.min() + 0.1)
+            bins, label = np.linspace(low, high, 41), name if part is None else None
+            axes.hist(degrees, bins=bins, density=True, color=colour, alpha=0.3, linewidth=0, label=label)
+            spans += [low, high]
         if part is not None:
             mean, sd = (np.degrees(v) for v in part.moments())
             at = np.clip(np.linspace(mean - 5 * sd, mean + 5 * sd, 301), 0, 180)
