@@ -51,7 +51,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images.")
 @click.option("--attack", type=click.IntRange(min=1), metavar="N",
-              help="Attack the FC head and a plain ℓ2 head over --eps too, on at most N samples (Figure 1).")  # fmt: skip
+              help="Attack the FC head and a plain ℓ2 head over --eps too, on N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
               help="Radii of --attack, in [0, 1] pixel units.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack.")
