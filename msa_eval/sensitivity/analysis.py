@@ -284,7 +284,7 @@ def _check_labels(labels: Tensor, angles: Tensor) -> None:
         raise ValueError(f"expected {len(angles)} labels in 0..{angles.shape[1] - 1}, but got {labels.tolist()[:10]}")
 
 
-def _where_known(values: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]) -> pd.Series[object]:
+def _where_known(values: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]) -> pd.Series[bool]:
     return pd.Series(values).astype("boolean").where(known)
 
 

@@ -109,21 +109,18 @@ def _protocol(
 def _rows(results: msa_eval.Results, radius: float, *, with_clean: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for target, head in (("fc", "fc"), ("defense", "l2")):
-        summary = results.summary[results.summary["target"] == target].set_index("metric")
-        runs = results.attacks[results.attacks["target"] == target].set_index("run")
-        n = int(summary["n"].iloc[0])
-
-        def row(eps: float, run: str, value: float, *, any_: float = np.nan, head: str = head, n: int = n) -> None:
+        of_target = results.summary[results.summary["target"] == target].to_dict(orient="records")
+        summary = {row["metric"]: row["value"] for row in of_target}
+        attacks = results.attacks[results.attacks["target"] == target].to_dict(orient="records")
+        runs = {str(row["run"]): (row["final"], row["any"]) for row in attacks}
+        found = [(0.0, run, summary["clean"], np.nan) for run in ("clean", "own", "worst_case") if with_clean]
+        found += [(radius, run, *both) for run, both in runs.items()]
+        found += [(radius, "own", *runs[OWN[head]])] if OWN[head] in runs else []
+        found.append((radius, "worst_case", summary["worst_case"], np.nan))
+        n = of_target[0]["n"]
+        for eps, run, value, iterates in found:
             low, high = rate(round(value * n), n)[1:3]
-            rows.append({"head": head, "eps": eps, "run": run, "value": value, "any": any_, "low": low, "high": high,
-                         "n": n})  # fmt: skip
-
-        if with_clean:
-            for run in ("clean", "own", "worst_case"):
-                row(0.0, run, float(summary.loc["clean", "value"]))
-        for run, found in runs.iterrows():
-            row(radius, str(run), float(found["final"]), any_=float(found["any"]))
-        if OWN[head] in runs.index:
-            row(radius, "own", float(runs.loc[OWN[head], "final"]), any_=float(runs.loc[OWN[head], "any"]))
-        row(radius, "worst_case", float(summary.loc["worst_case", "value"]))
+            rows.append({
+                "head": head, "eps": eps, "run": run, "value": value, "any": iterates, "low": low, "high": high, "n": n,
+            })  # fmt: skip
     return rows

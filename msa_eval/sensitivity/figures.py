@@ -83,11 +83,12 @@ def figure_3(
     with paper_style():
         figure = Figure(figsize=(PAGE, 2.1), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        found = None if measured is None else measured.sensitivity
-        labels = None if measured is None else measured.labels.numpy()
         for axes, head, model, symbol in ((left, "fc", fc, "c"), (middle, "l2", l2, "d")):
-            angles = None if found is None else (found.theta_c if head == "fc" else found.theta_d).numpy()
-            _angles(axes, model, None if angles is None else split_angles(angles, labels))
+            split = None
+            if measured is not None:
+                angles = measured.sensitivity.theta_c if head == "fc" else measured.sensitivity.theta_d
+                split = split_angles(angles.numpy(), measured.labels.numpy())
+            _angles(axes, model, split)
             axes.set(xlabel=f"θ$_{symbol}$ / °", ylabel="density / (1/°)", title=HEADS[head][0])
         if left.get_legend_handles_labels()[0]:
             left.legend(loc="upper left")
@@ -113,7 +114,7 @@ def _angles(axes: Axes, model: AngleModel | None, measured: tuple[np.ndarray, np
         if measured is not None and len(measured[i]):
             degrees = np.degrees(measured[i])
             low, high = degrees.min(), max(degrees.max(), degrees.min() + 0.1)
-            bins, label = np.linspace(low, high, 41), name if part is None else None
+            bins, label = np.linspace(low, high, 41).tolist(), name if part is None else None
             axes.hist(degrees, bins=bins, density=True, color=colour, alpha=0.3, linewidth=0, label=label)
             spans += [low, high]
         if part is not None:

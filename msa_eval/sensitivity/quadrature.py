@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ def graded(low: Array, high: Array, *, n: int = 20, panels: int = 12) -> tuple[A
     return low + (high - low) * nodes, (high - low) * weights
 
 
-def adaptive(integrand: Callable[[Array, Array], Array], edges: Array, *, tolerance: float = 1e-13) -> Array:
+def adaptive(integrand: Callable[[Array, Any], Array], edges: Array, *, tolerance: float = 1e-13) -> Array:
     """Many integrals at once, each on panels that are halved where halves disagree with the whole.
 
     Args:
