@@ -47,6 +47,8 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Angle between the features' change and the FC class vector, in degrees.")  # fmt: skip
 @click.option("--step", type=options.NUMBER, default=1.0, show_default=True,
               help="Length of the features' change; both sensitivities are proportional to it.")  # fmt: skip
+@click.option("--change", type=options.NUMBER, metavar="EPS",
+              help="Measure what APGD on the FC head changes within EPS, in place of --gamma and --step.")  # fmt: skip
 @options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images.")
@@ -54,7 +56,9 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Attack the FC head and a plain ℓ2 head over --eps too, on N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
               help="Radii of --attack, in [0, 1] pixel units.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack and --change."
+)
 @options.seed
 @options.data_root
 @options.quiet
@@ -134,6 +138,7 @@ def _measure(
     steps: int,
     gamma: float,
     step: float,
+    change: float | None,
     limit: int | None,
     batch_size: int,
     seed: int,
@@ -152,8 +157,8 @@ def _measure(
     progress, around = options.bars(quiet), environment("cpu")
     model = _model(checkpoint, train, progress)
     found = analyse_model(
-        model, samples, prototypes=prototypes, gamma=math.radians(gamma), step=step, limit=limit,
-        batch_size=batch_size, seed=seed, progress=progress,
+        model, samples, prototypes=prototypes, gamma=math.radians(gamma), step=step, eps=change,
+        steps=steps, limit=limit, batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
     curves = None
     if attack is not None:
@@ -167,8 +172,10 @@ def _measure(
         table.to_csv(out / f"{stem}.csv", index=False)
     save(figure_3(found.fc, found.l2, measured=found), out / "figure-3")
     name = Path(checkpoint).name
-    settings = {"prototypes": prototypes, "gamma": gamma, "step": step, "limit": limit, "batch_size": batch_size,
-                "attack": attack, "eps": eps, "steps": steps, "seed": seed}  # fmt: skip
+    settings = {
+        "prototypes": prototypes, "gamma": gamma, "step": step, "change": change, "limit": limit,
+        "batch_size": batch_size, "attack": attack, "eps": eps, "steps": steps, "seed": seed,
+    }  # fmt: skip
     about = {
         "checkpoint": name, "weights_sha256": defense_hash(model), "settings": settings,
         "data": {"name": samples.name, "n": len(samples), "sha256": samples.digest()},
@@ -176,7 +183,7 @@ def _measure(
     }  # fmt: skip
     text = json.dumps(about | around, indent=2, ensure_ascii=False)
     (out / "sensitivity.json").write_text(text + "\n", encoding="utf-8")
-    lines = [_table(found, name, samples.name, gamma, step)]
+    lines = [_table(found, f"{name} on {samples.name}", _direction(found, gamma, step, change))]
     if curves is not None:
         lines += ["", *_curves(curves, out, name)]
     written = "sensitivity.csv, sensitivity-summary.csv, cdf.csv, sensitivity.json and figure-3" + (
@@ -203,12 +210,19 @@ def _curves(curves: pd.DataFrame, out: Path, name: str) -> list[str]:
     shown = curves.assign(eps=(255 * curves["eps"]).round(4), value=100 * curves["value"])
     wide = shown.pivot_table(index=["head", "run"], columns="eps", values="value", sort=False)
     wide = wide[sorted(wide.columns)].drop(index="clean", level="run")
-    wide.columns.name = "ε · 255"
+    wide.columns.name = "255 ε"
     return ["accuracy in % under APGD; own: the paper's attack, worst_case: every iterate of every run",
             wide.to_string(float_format="{:.1f}".format, na_rep="-")]  # fmt: skip
 
 
-def _table(found: Analysis, name: str, data: str, gamma: float, step: float) -> str:
+def _direction(found: Analysis, gamma: float, step: float, change: float | None) -> str:
+    if change is None:
+        return f"γ = {gamma:g}°, ‖ε‖ = {step:g}"
+    middle = found.summary()["cos_gamma"]
+    return f"changes by APGD within {change:.4g}, median |cos γ| {middle[0]:.2f} (own class), {middle[1]:.2f} (others)"
+
+
+def _table(found: Analysis, title: str, direction: str) -> str:
     """The summary as text."""
     summary = found.summary()
     rows = [["pairs", "n", "Eq. 8 holds", "S_c ≥ sup S_d", "S_c", "sup S_d", "θ_c", "θ_d"]]
@@ -222,18 +236,20 @@ def _table(found: Analysis, name: str, data: str, gamma: float, step: float) -> 
         ])  # fmt: skip
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        f"sensitivity of {name} on {data}: {len(found.labels)} samples, {found.sensitivity.s_c.shape[1]} classes, "
-        f"{found.d} features; γ = {gamma:g}°, ‖ε‖ = {step:g}",
+        f"sensitivity of {title}: {len(found.labels)} samples, {found.sensitivity.s_c.shape[1]} classes, "
+        f"{found.d} features; {direction}",
         "",
         *("  ".join(f"{v:<{w}}" if i == 0 else f"{v:>{w}}" for i, (v, w) in enumerate(zip(row, wide, strict=True)))
           for row in rows),
         "",
     ]  # fmt: skip
     last = summary.iloc[2]
-    lines.append(
-        f"Eq. 8 over all pairs: measured {_percent(last['condition'])}, by the fitted angles (Eq. 13) "
-        f"{_percent(last['condition_empirical'])}, by isotropic ones (Eq. 29) {_percent(last['condition_isotropic'])}"
+    expected = (
+        f", by the fitted angles (Eq. 13) {_percent(last['condition_empirical'])}, by isotropic ones (Eq. 29) "
+        f"{_percent(last['condition_isotropic'])}"
     )
+    measured = f"Eq. 8 over all pairs: measured {_percent(last['condition'])}"
+    lines.append(measured + ("" if math.isnan(found.gamma) else expected))
     if undefined := int(last["undefined"]):
         lines.append(f"left out: {undefined} pairs with a zero vector, whose angles are undefined")
     lines += [f"no fit for {reason}" for reason in found.misfits]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from msa_eval.architectures import Classifier
+from msa_eval.attacks.apgd import apgd
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import ce
 from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
@@ -73,6 +77,7 @@ class Analysis:
             "batch": self.batch.numpy(),
             "theta_c": np.degrees(found.theta_c[at].numpy()),
             "theta_d": np.degrees(found.theta_d[at].numpy()),
+            "cos_gamma": found.cos_gamma[at].numpy(),
             "ratio": found.ratio[at].numpy(),
             "s_c": found.s_c[at].numpy(),
             "s_d": found.s_d[at].numpy(),
@@ -89,10 +94,10 @@ class Analysis:
         """A row for pairs of samples and their ``own`` class, pairs with ``other`` classes, and ``all`` pairs.
 
         ``condition`` is the share of defined pairs that fulfil Eq. 8, ``more_sensitive`` the share with
-        S_c >= sup S_d; own pairs, one a sample, have the Wilson 95 % interval of ``condition``. Sensitivities are
-        medians, angles means and standard deviations in degrees; ``mu`` and ``sigma`` are those of the fit before
-        truncation. ``condition_empirical`` (Eq. 13) and ``condition_isotropic`` (Eq. 29) are what the models expect of
-        all pairs.
+        S_c >= sup S_d; own pairs, one a sample, have the Wilson 95 % interval of ``condition``. Sensitivities and
+        |cos γ| are medians, angles means and standard deviations in degrees; ``mu`` and ``sigma`` are those of the fit
+        before truncation. ``condition_empirical`` (Eq. 13) and ``condition_isotropic`` (Eq. 29) are what the models
+        expect of all pairs.
         """
         found = self.sensitivity
         rows = []
@@ -105,8 +110,8 @@ class Analysis:
                 "pairs": name, "n": n, "undefined": int(chosen.sum()) - n, "condition": share.value,
                 "low": share.low if name == "own" else np.nan, "high": share.high if name == "own" else np.nan,
                 "more_sensitive": rate(int(found.more_sensitive[pairs].sum()), n).value,
-                "s_c": _middle(found.s_c[pairs]), "s_d": _middle(found.s_d[pairs]),
             }  # fmt: skip
+            row |= {column: _middle(getattr(found, column)[pairs]) for column in ("cos_gamma", "s_c", "s_d")}
             for head, angles, model in (("c", found.theta_c, self.fc), ("d", found.theta_d, self.l2)):
                 at = np.degrees(angles[pairs].numpy())
                 part = None if model is None or name == "all" else getattr(model, name)
@@ -180,7 +185,7 @@ def analyse(
     """
     found = sensitivity(z, fc_vectors, prototypes, gamma=gamma, step=step, change=change)
     order = torch.arange(len(z)) if index is None else index
-    gamma = gamma if change is None else float("nan")
+    gamma = gamma if change is None else math.nan
     return _finish(found, labels, order, torch.zeros(len(z), dtype=torch.long), gamma, z.shape[1])
 
 
@@ -195,6 +200,8 @@ def analyse_model(
     batch_size: int = 64,
     gamma: float = 0.0,
     step: float = 1.0,
+    eps: float | None = None,
+    steps: int = 20,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Analysis:
@@ -213,7 +220,10 @@ def analyse_model(
         batch_size: the largest batch, on which hybrid prototypes depend; batches are seated as in an evaluation.
         gamma: see `msa_eval.sensitivity.measured.sensitivity`.
         step: see there.
-        seed: draws samples and batches.
+        eps: in place of ``gamma`` and ``step``, measure the changes of the features that APGD makes on the FC head's
+            cross-entropy in an Linf ball of this radius, in [0, 1] pixel units.
+        steps: of APGD.
+        seed: draws samples, batches and starting points.
         progress: shows how far the pass has come.
 
     Raises:
@@ -230,13 +240,24 @@ def analyse_model(
     chosen = chosen.sort().values
     seats = plan_batches(len(chosen), size=batch_size, seed=seed)
     batch = torch.empty(len(chosen), dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
     parts = []
     for number, seat in enumerate(progress(seats, "sensitivity")):
-        z = features(head, Samples(samples.x[chosen[seat]], samples.y[chosen[seat]], samples.name))
+        seated = Samples(samples.x[chosen[seat]], samples.y[chosen[seat]], samples.name)
+        z = features(head, seated)
+        change = None if eps is None else _attacked(head.fc_target, seated, eps, steps, generator) - z
         vectors = head.prototypes if kind == "global" else head.hybrid_prototypes(z)
-        parts.append(sensitivity(z, w, vectors, gamma=gamma, step=step))
+        parts.append(sensitivity(z, w, vectors, gamma=gamma, step=step, change=change))
         batch[seat] = number
-    return _finish(_in_order(parts, torch.cat(seats)), samples.y[chosen], chosen, batch, gamma, w.shape[1])
+    found = _in_order(parts, torch.cat(seats))
+    return _finish(found, samples.y[chosen], chosen, batch, gamma if eps is None else math.nan, w.shape[1])
+
+
+def _attacked(classifier: Classifier, samples: Samples, eps: float, steps: int, generator: torch.Generator) -> Tensor:
+    """Features of the points that APGD finds against the FC head."""
+    x, ball = samples.images(torch.arange(len(samples))), Ball("Linf", eps)
+    found = apgd(classifier, x, samples.y, loss=ce, ball=ball, steps=steps, generator=generator)
+    return classifier.features(found.x)
 
 
 def _l2_head(model: HPM | Classifier, train: Samples | None, progress: Progress) -> HPM:

@@ -25,7 +25,7 @@ ATTACKS = {"own": ("own gradient, cross-entropy", "-", "o"), "worst_case": ("eve
 
 
 def figure_1(curves: pd.DataFrame, *, title: str = "") -> Figure:
-    """Accuracy against ε of an FC head and an ℓ2 head: under the paper's attack, and under all of them.
+    """Accuracy against ε of an FC head and an ℓ2 head: under the paper's attack, and under all of them (with 95 %).
 
     Args:
         curves: of `msa_eval.sensitivity.curves.accuracy_curves`.
@@ -39,8 +39,9 @@ def figure_1(curves: pd.DataFrame, *, title: str = "") -> Figure:
                 rows = curves[(curves["head"] == head) & (curves["run"] == run)].sort_values("eps")
                 at, value = 255 * rows["eps"], 100 * rows["value"]
                 axes.plot(at, value, color=colour, linestyle=dash, marker=marker, label=f"{name}, {attack}")
-                axes.fill_between(at, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.12, linewidth=0)
-        axes.set(xlabel="ε / (1/255), ℓ∞", ylabel="accuracy / %", ylim=(0, 100), xlim=(0, None), title=title)
+                if run == "worst_case":
+                    axes.fill_between(at, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="255 ε (ℓ∞)", ylabel="accuracy / %", ylim=(0, 100), xlim=(0, None), title=title)
         axes.grid(axis="y")
         figure.legend(loc="outside lower center", ncols=1)
     return figure

@@ -56,6 +56,17 @@ def test_figure_1_of_a_checkpoint(tmp_path: Path) -> None:
         assert "worst_case" in result.stdout
 
 
+def test_measured_changes(tmp_path: Path) -> None:
+    more = ("--limit", 40, "--change", "0.15", "--steps", 5)
+    result = _run(DIGITS, "--data", "digits", *more, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+    rows = pd.read_csv(tmp_path / "sensitivity.csv")
+    assert rows["cos_gamma"].between(0, 1).all()
+    assert rows["cos_gamma"].nunique() == 40
+    assert "changes by APGD within 0.15, median |cos γ| 0." in result.stdout
+    assert "Eq. 13" not in result.stdout
+
+
 def test_the_same_call_writes_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a", "b"):
         _run(DIGITS, "--data", "digits", "--limit", 40, "--out", tmp_path / out, "--quiet")

@@ -12,6 +12,9 @@ from torch import Tensor
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples, Variant
+from msa_eval.attacks.apgd import apgd
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import ce
 from msa_eval.sensitivity import analyse, empirical_cdf, sensitivity
 from msa_eval.sensitivity.analysis import analyse_model
 from msa_eval.sensitivity.heads import plain_l2_head
@@ -104,6 +107,28 @@ def test_any_defence_with_a_linear_head_through_the_api() -> None:
     assert math.isnan(moved.gamma)
     assert moved.summary()["condition_isotropic"].isna().all()
     assert moved.summary()["condition"].notna().all()
+
+
+def test_measured_changes_are_those_of_an_attack() -> None:
+    """Within the ball, towards a higher loss; a radius of 0 moves nothing, which leaves all undefined."""
+    hpm = make_hpm()
+    data = _data(hpm)
+    found = analyse_model(hpm, data, eps=0.1, steps=5, batch_size=60, seed=4)
+    generator, ball = torch.Generator().manual_seed(4), Ball("Linf", 0.1)
+    seat = plan_batches(60, size=60, seed=4)[0]
+    x, y = data.x[seat], data.y[seat]
+    attacked = apgd(hpm.fc_target, x, y, loss=ce, ball=ball, steps=5, generator=generator)
+    with torch.no_grad():
+        z, moved = hpm.features(x), hpm.features(attacked.x)
+        direct = sensitivity(z, hpm.fc_original.weight, hpm.hybrid_prototypes(z), change=moved - z)
+        assert ce(hpm.fc_target.logits(moved), y).mean() > ce(hpm.fc_target.logits(z), y).mean()
+    torch.testing.assert_close(found.sensitivity.s_c[seat], direct.s_c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sensitivity.cos_gamma[seat], direct.cos_gamma, rtol=1e-4, atol=1e-5)
+    assert math.isnan(found.gamma)
+    still = analyse_model(hpm, data, eps=0.0, steps=2)
+    assert int(still.sensitivity.known.sum()) == 0
+    with pytest.raises(ValueError, match="non-negative"):
+        analyse_model(hpm, data, eps=-0.1)
 
 
 def test_zero_features_are_left_out_and_counted() -> None:
