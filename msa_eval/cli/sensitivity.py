@@ -75,8 +75,8 @@ def sensitivity(checkpoint: str, data: str | None, out: Path, data_root: str, **
     from msa_eval.data import load_samples
 
     if checkpoint == PAPER:
-        if data is not None or chosen["attack"] is not None:
-            raise ValueError("'paper' stands for the paper's own figures, which need no --data and no --attack")
+        if any(given is not None for given in (data, chosen["train"], chosen["attack"], chosen["change"])):
+            raise ValueError("'paper' stands for the paper's own figures, which need no data and no attack")
         click.echo(_paper(out))
         return
     if data is None:

@@ -112,7 +112,7 @@ def fit_truncated(angles: npt.ArrayLike) -> TruncatedGaussian:
         raise ValueError("expected angles in [0, π], but got " + ("none" if not len(at) else "some outside, or NaN"))
     mean, sd = float(at.mean()), float(at.std())
     if sd <= 1e-12:
-        raise ValueError(f"all {len(at)} angles are {np.degrees(mean):.4g}°; a Gaussian can't be fitted to one value")
+        raise ValueError(f"the angles are all {np.degrees(mean):.4g}°; a Gaussian can't be fitted to one value")
 
     def model(p: Array) -> TruncatedGaussian:
         return TruncatedGaussian(mean + sd * float(p[0]), sd * float(np.exp(p[1])))

@@ -165,7 +165,7 @@ def test_the_fit_finds_what_angles_were_drawn_from(mean: float, sd: float) -> No
         ([], "but got none"),
         ([1.0, np.nan], "some outside, or NaN"),
         ([1.0, 3.2], "some outside, or NaN"),
-        ([1.0, 1.0], "all 2 angles are 57.3°"),
+        ([1.0, 1.0], "angles are all 57.3°"),
         ([0.1, 3.1, 0.1, 3.1], "fit no Gaussian truncated"),
         ([0.0, 0.0, 0.0, 0.1], "fit no Gaussian truncated"),
     ],
