@@ -44,7 +44,7 @@ def isotropic_cdf(x: npt.ArrayLike, d: int) -> Array:
     >>> isotropic_cdf([0.0, 0.02, 0.1], 2048).round(3)
     array([0.   , 0.634, 1.   ])
     """
-    if isinstance(d, bool) or d != int(d) or d < 2:
+    if isinstance(d, bool) or not float(d).is_integer() or d < 2:
         raise ValueError(f"expected a whole number of dimensions, at least 2, but got {d}")
     at = np.asarray(x, dtype=np.float64)
     if bool((at < 0).any()):

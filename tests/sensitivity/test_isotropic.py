@@ -86,7 +86,7 @@ def test_shapes_and_refusals() -> None:
     assert isotropic_cdf(0.5, 4).shape == ()
     assert isotropic_cdf(np.full((2, 3), 0.5), 4).shape == (2, 3)
     assert np.isnan(isotropic_cdf([np.nan, 0.5], 4)).tolist() == [True, False]
-    for d in (1, 0, 2.5, True):
+    for d in (1, 0, 2.5, True, np.nan, np.inf):
         with pytest.raises(ValueError, match="at least 2, but got"):
             isotropic_cdf(0.5, d)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"at least 0, but the lowest is -0\.1"):
