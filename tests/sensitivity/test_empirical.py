@@ -1,4 +1,4 @@
-"""Eqs. 12 and 13 against a quadrature at 25 digits, another of scipy's, random angles and limits."""
+"""Eqs. 12 and 13 against a quadrature at 18 digits, another of scipy's, random angles and limits."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _exact(x: float, fc: AngleModel, l2: AngleModel) -> float:
         sine = np.sin(np.clip(angle, 0, PI / 2)) / x
         if sine < 1:
             places |= {float(np.arcsin(sine)), PI - float(np.arcsin(sine))}
-    with mpmath.workdps(20):
-        return float(mpmath.quad(lambda t: density(t, l2) * inner(t), sorted(places), maxdegree=5))
+    with mpmath.workdps(18):
+        return float(mpmath.quad(lambda t: density(t, l2) * inner(t), sorted(places), maxdegree=4))
 
 
 @pytest.mark.parametrize(("fc", "l2", "x"), list(_cases()))
-def test_it_is_the_integral_at_20_digits(fc: AngleModel, l2: AngleModel, x: float) -> None:
+def test_it_is_the_integral_at_18_digits(fc: AngleModel, l2: AngleModel, x: float) -> None:
     assert float(empirical_cdf(x, fc, l2)) == pytest.approx(_exact(x, fc, l2), abs=1e-11)
 
 
