@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from msa_eval.protocols import archive
+from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.clean import CleanBatches
@@ -55,6 +55,7 @@ def evaluate(
     out: str | Path | None = None,
     force: bool = False,
     save_adversarial: bool = False,
+    save_gallery: bool = True,
     progress: Progress = silent,
 ) -> Results:
     """Find out how robust a defence is under a protocol.
@@ -75,6 +76,7 @@ def evaluate(
         force: write over other results there.
         save_adversarial: keep there, for every broken sample, an adversarial batch that breaks it, confirmed by a
             pass of its own.
+        save_gallery: keep there a few broken samples as pictures, for the page.
         progress: shows how far each run has come.
 
     Returns:
@@ -107,6 +109,7 @@ def evaluate(
             out=None if out is None else Path(out),
             force=force,
             keep=save_adversarial,
+            show=save_gallery and out is not None,
             progress=progress,
         )
 
@@ -122,6 +125,7 @@ def _evaluate(
     out: Path | None,
     force: bool,
     keep: bool,
+    show: bool,
     progress: Progress,
 ) -> Results:
     started = time.perf_counter()
@@ -147,7 +151,7 @@ def _evaluate(
         for entrant in entrants:
             guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=seed)
             signs[entrant.name] = _probe(entrant) if protocol.audited else []
-            done += entrant.evaluate(progress, keep=keep)
+            done += entrant.evaluate(progress, keep=keep, show=show and entrant.name == "defense")
             signs[entrant.name].append(guard.sign())
         records = [one.record for one in done]
         about |= {"taken_back": _taken_back(records, about["draws"])}
@@ -157,7 +161,9 @@ def _evaluate(
         results = _timed(results, started)
         if out is not None:
             proofs = [proof for one in done for proof in one.proofs] if keep else None
-            results = _save(results, out, force, entrants, proofs)
+            exhibits = [shown for one in done for shown in one.exhibits]
+            pictures = gallery.pack(exhibits) if exhibits else None
+            results = _save(results, out, force, entrants, proofs, pictures)
     return results
 
 
@@ -206,23 +212,33 @@ def _timed(results: Results, started: float) -> Results:
 
 
 def _save(
-    results: Results, out: Path, force: bool, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None
+    results: Results,
+    out: Path,
+    force: bool,
+    entrants: Sequence[Entrant],
+    proofs: Sequence[Proof] | None,
+    pictures: bytes | None,
 ) -> Results:
     """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
     try:
-        return _write(results, out, force, entrants, proofs)
+        return _write(results, out, force, entrants, proofs, pictures)
     except OSError as error:
         rescue = Path(tempfile.mkdtemp(prefix="msa-eval-"))
-        _write(results, rescue, force, entrants, proofs)
+        _write(results, rescue, force, entrants, proofs, pictures)
         raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
 
 
 def _write(
-    results: Results, out: Path, force: bool, entrants: Sequence[Entrant], proofs: Sequence[Proof] | None
+    results: Results,
+    out: Path,
+    force: bool,
+    entrants: Sequence[Entrant],
+    proofs: Sequence[Proof] | None,
+    pictures: bytes | None,
 ) -> Results:
     """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
     if proofs is None:
-        results.save(out, force=force)
+        results.save(out, force=force, gallery=pictures)
         return results
     replays = {entrant.name: entrant.replay for entrant in entrants}
     path = out / NEW_ARCHIVE
@@ -233,7 +249,7 @@ def _write(
             exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip
         results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
-        results.save(out, force=force, archive=path)
+        results.save(out, force=force, archive=path, gallery=pictures)
     finally:
         path.unlink(missing_ok=True)
     return results

@@ -16,6 +16,7 @@ from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.clean import CleanBatches, Pool, seeded
 from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
+from msa_eval.protocols.gallery import POOL, Candidate, Exhibit, exhibit
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import Offers, offer
 from msa_eval.protocols.pursuit import PursuitAttack
@@ -38,10 +39,12 @@ class Evaluated(NamedTuple):
         record: what the tables are made of.
         proofs: an adversarial batch for every broken sample, where these are kept; of a target that ignores companions,
             in its first context only.
+        exhibits: a few broken samples to be looked at, where these are asked for.
     """
 
     record: TargetRecord
     proofs: list[Proof]
+    exhibits: list[Exhibit]
 
 
 @dataclass(frozen=True)
@@ -99,23 +102,24 @@ class Entrant:
         batches = [clean.chosen[seat] for seat in clean.seats]
         return Replay(self.defense, clean.samples, batches, device=clean.device, draws=clean.draws)
 
-    def evaluate(self, progress: Progress, *, keep: bool = False) -> Iterator[Evaluated]:
+    def evaluate(self, progress: Progress, *, keep: bool = False, show: bool = False) -> Iterator[Evaluated]:
         """Make every run in every context; a target that ignores its companions answers the same in all.
 
         Args:
             progress: shows how far each context has come.
             keep: whether to keep an adversarial batch for every broken sample.
+            show: whether to make exhibits, in the first context.
         """
         first, *others = self.protocol.contexts
-        done = self._evaluate(first, progress, keep=keep)
+        done = self._evaluate(first, progress, keep=keep, show=show)
         yield done
         for context in others:
             if self.clean.batch_dependent:
                 yield self._evaluate(context, progress, keep=keep)
             else:
-                yield Evaluated(dataclasses.replace(done.record, context=context), [])
+                yield Evaluated(dataclasses.replace(done.record, context=context), [], [])
 
-    def _evaluate(self, context: str, progress: Progress, *, keep: bool) -> Evaluated:
+    def _evaluate(self, context: str, progress: Progress, *, keep: bool, show: bool = False) -> Evaluated:
         """Make every run on every batch, batch after batch: a run may go on from what earlier ones found."""
         clean = self.clean.seen_in(context)
         seats, chosen, samples = clean.seats, clean.chosen, clean.samples
@@ -123,19 +127,24 @@ class Entrant:
         pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
         committed, taken_back = [], 0
         proofs: list[Proof] = []
+        candidates: list[Candidate] = []
         outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
         seconds = dict.fromkeys(outcomes, 0.0)
         with ticking(progress, len(clean) * len(runs), f"{self.name} {context}") as tick:
             for batch in clean:
                 history = History(batch, None if pool is None else clean.own_company(batch, pool))
+                looking = show and len(candidates) < POOL
                 for run in runs:
                     tick()
                     started = time.perf_counter()
-                    outcomes[run.name].append(self._attempt(run, batch, context, history, pool, keep=keep))
+                    outcomes[run.name].append(self._attempt(run, batch, context, history, pool, keep=keep or looking))
                     seconds[run.name] += time.perf_counter() - started
                 committed.append(history.committed)
                 taken_back += int((history.taken_back & ~history.broken).sum())
-                proofs += self._proofs(context, batch, history, pool) if keep else []
+                found = self._proofs(context, batch, history, pool) if keep or looking else []
+                proofs += found if keep else []
+                if looking:
+                    candidates += _candidates(found, batch, {name: made[-1] for name, made in outcomes.items()})
 
         def placed(values: Sequence[Tensor]) -> Any:
             return _place(values, seats)
@@ -153,7 +162,15 @@ class Entrant:
             taken_back=taken_back,
             runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
         )
-        return Evaluated(record, proofs)
+        return Evaluated(record, proofs, self._exhibits(candidates))
+
+    def _exhibits(self, candidates: Sequence[Candidate]) -> list[Exhibit]:
+        """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
+        try:
+            return exhibit(candidates, self.replay) if candidates else []
+        except (ValueError, RuntimeError) as error:
+            warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
+            return []
 
     def _proofs(self, context: str, batch: Batch, history: History, pool: Pool | None) -> list[Proof]:
         own = self.clean.chosen[self.clean.seats[batch.number]]
@@ -228,6 +245,19 @@ class Entrant:
         identity = torch.cat([own, pool.indices.to(own.device)])
         composition = CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
         return functools.partial(composition.pursue, rank=run.restart) if run.label == "pursuit" else composition
+
+
+def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Outcome]) -> list[Candidate]:
+    """The samples of a batch that are broken, in batch order, each with the first run that broke it."""
+    first: dict[int, str] = {}
+    for run, outcome in reversed(list(outcomes.items())):
+        first |= dict.fromkeys(outcome.any_broken.nonzero().flatten().tolist(), run)
+    single = {int(at): proof.only(proof.positions == at) for proof in proofs for at in proof.positions}
+    return [
+        Candidate(proof, int(batch.y[at]), first[at], batch.x[at], batch.logits[at])
+        for at, proof in sorted(single.items())
+        if at in first
+    ]
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

@@ -24,6 +24,11 @@ ARCHIVE = "adversarial.safetensors"
 NEW_ARCHIVE = f"new-{ARCHIVE}"
 """The same while the tables are not written yet, so that earlier results stay whole."""
 
+GALLERY = "gallery.safetensors"
+"""Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
+PAGE = "report.html"
+"""The page made from all this; not evidence, so it has no hash, and other results take it away."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -120,17 +125,20 @@ class Results:
     run: Mapping[str, Any]
     audit: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def save(self, folder: str | Path, *, force: bool = False, archive: Path | None = None) -> None:
+    def save(
+        self, folder: str | Path, *, force: bool = False, archive: Path | None = None, gallery: bytes | None = None
+    ) -> None:
         """Write the tables as CSV and ``run.json``, all or none.
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
-        identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each table and, last, of itself
-        (see `run_digest`). What other results left there, an archive or an audit, goes.
+        identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
+        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes.
 
         Args:
             folder: made if need be.
             force: write over other results.
             archive: a file in the folder with adversarial batches, named by ``run``, to be moved to its place.
+            gallery: the content of `GALLERY`.
 
         Raises:
             ValueError: when the folder holds something else.
@@ -142,15 +150,19 @@ class Results:
         tables["attacks"] = self.attacks.assign(seconds=None)
         if len(self.audit):
             tables["audit"] = self.audit
-        texts = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
+        contents = {
+            f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()
+        }
+        if gallery is not None:
+            contents[GALLERY] = gallery
         run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
-        run["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        run["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         run["sha256"] = run_digest(run)
-        texts["run.json"] = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
-        _write(folder, texts)
+        contents["run.json"] = f"{json.dumps(run, indent=2, ensure_ascii=False)}\n".encode()
+        _write(folder, contents)
         if archive is not None:
             archive.replace(folder / ARCHIVE)
-        stale = {"audit.csv"} - set(texts) | ({ARCHIVE} if run.get("adversarial") is None else set())
+        stale = {"audit.csv", GALLERY, PAGE} - set(contents) | ({ARCHIVE} if run.get("adversarial") is None else set())
         for name in stale:
             (folder / name).unlink(missing_ok=True)
 
@@ -249,13 +261,13 @@ def _read(path: Path) -> pd.DataFrame:
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
 
-def _write(folder: Path, texts: Mapping[str, str]) -> None:
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files whole, and all or none: each beside its place first, so that a full disk is noticed in time."""
-    partials = {folder / name: folder / f"{name}.part" for name in texts}
+    partials = {folder / name: folder / f"{name}.part" for name in contents}
     try:
-        for path, text in zip(partials, texts.values(), strict=True):
-            with partials[path].open("w", encoding="utf-8", newline="") as opened:
-                opened.write(text)
+        for path, content in zip(partials, contents.values(), strict=True):
+            with partials[path].open("wb") as opened:
+                opened.write(content)
                 opened.flush()
                 os.fsync(opened.fileno())
         for path, partial in partials.items():

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 from msa_eval.protocols.archive import Archive, Proof
-from msa_eval.protocols.evidence import ARCHIVE, SCHEMA_VERSION, TABLES, run_digest
+from msa_eval.protocols.evidence import ARCHIVE, GALLERY, SCHEMA_VERSION, TABLES, run_digest
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash
 from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
@@ -420,7 +420,7 @@ def _read_run(path: Path) -> tuple[str, _Stated]:
 
 
 def _check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
-    """Hold every table, and run.json itself, against the hashes recorded."""
+    """Hold every table, the gallery, and run.json itself, against the hashes recorded."""
     if "files" not in run and "sha256" not in run:
         raise _NotCheckedError("run.json carries no hashes: it is from before they were recorded, or they were removed")
     faults = []
@@ -428,13 +428,14 @@ def _check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
         faults.append("run.json was tampered with: it does not match its own hash")
     recorded = run.get("files")
     files = recorded if isinstance(recorded, dict) else {}
-    held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.csv")}
+    paths = [*folder.glob("*.csv"), *folder.glob(GALLERY)]
+    held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     due = {*held, *files, *(f"{name}.csv" for name in TABLES)}
     for name in sorted(due):
         if name not in held or files.get(name) != held[name]:
             faults.append(f"{name} was tampered with: it does not match the hash in run.json")
     _none_of(faults)
-    return f"{len(due)} tables and run.json match the hashes recorded", None
+    return f"{len(due)} files and run.json match the hashes recorded", None
 
 
 def _read_tables(folder: Path) -> tuple[str, Tables]:

@@ -10,11 +10,15 @@ import click
 from msa_eval import __version__
 from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
+from msa_eval.cli.compare import compare
 from msa_eval.cli.demo import demo
 from msa_eval.cli.evaluate import evaluate
+from msa_eval.cli.figures import figures
 from msa_eval.cli.finetune import finetune
 from msa_eval.cli.protocols import protocols
+from msa_eval.cli.report import report
 from msa_eval.cli.sensitivity import sensitivity
+from msa_eval.cli.tables import tables
 from msa_eval.cli.verify import verify
 from msa_eval.protocols import AttackError
 
@@ -51,9 +55,13 @@ def main(debug: bool) -> None:
 
 main.add_command(audit)
 main.add_command(batch_sizes)
+main.add_command(compare)
 main.add_command(demo)
 main.add_command(evaluate)
+main.add_command(figures)
 main.add_command(finetune)
 main.add_command(protocols)
+main.add_command(report)
 main.add_command(sensitivity)
+main.add_command(tables)
 main.add_command(verify)

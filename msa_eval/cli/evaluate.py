@@ -26,6 +26,9 @@ from msa_eval.cli import options
 )
 @options.assignments
 @click.option("--save-adversarial", is_flag=True, help="Keep a verified adversarial batch for every broken sample.")
+@click.option(
+    "--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page)."
+)
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.seed
 @options.device
@@ -62,6 +65,7 @@ def run(
     force: bool = False,
     quiet: bool,
     save_adversarial: bool = False,
+    no_gallery: bool = False,
     strict: bool = False,
 ) -> None:
     """Evaluate a checkpoint, show the table and write the results."""
@@ -82,11 +86,24 @@ def run(
         out=out,
         force=force,
         save_adversarial=save_adversarial,
+        save_gallery=not no_gallery,
         progress=options.bars(quiet),
     )
     click.echo(render_table(results))
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
+    write_report(out)
     if strict and results.run["verdict"] != "sound":
         sys.exit(options.NOT_SOUND)
+
+
+def write_report(out: Path) -> None:
+    """Write the page. The results are safe by now, so whatever goes wrong here is told and no more."""
+    from msa_eval.report.page import write_page
+
+    try:
+        click.echo(f"page in {write_page(out)}")
+    except (Exception, KeyboardInterrupt) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"Warning: no page was written ({told}); try again with 'msa-eval report {out}'", err=True)

@@ -1,152 +1,487 @@
-"""Charts made from evidence alone."""
+"""The figures: each drawn from its table (`msa_eval.report.frames`), told in words, and listed with its data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from html import escape
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.gallery import Exhibit
+from msa_eval.report import frames
+from msa_eval.report.style import COLOURS, COLUMN, DASHES, GRID, INK, NAMES, PAGE, PALETTE, SEQUENTIAL, paper_style
+
+FEW_CLASSES = 20
+"""Up to so many classes have a row each; more are drawn as a curve."""
 
 
-def spending(results: Results, *, target: str = "defense", context: str = "joint") -> pd.DataFrame:
-    """Worst case against spent passes, run after run.
+@dataclass(frozen=True)
+class Chart:
+    """A figure with all that stands around it.
 
-    A pass is a forward pass of one image through the trunk, with or without the way back; within a run they are taken
-    to be spent evenly over its iterates.
-
-    Args:
-        results: of an evaluation.
-        target: ``defense`` or ``fc``.
+    Attributes:
+        name: of its files, such as ``waterfall-joint``.
+        kind: ``waterfall``, ``transfer``, ``spending``, ``classes``, ``agreement`` or ``batches``.
         context: what the attacker controls.
-
-    Returns:
-        ``passes`` a sample, ascending from 0, and the ``worst_case`` then, a share.
+        title: in a few words.
+        caption: how to read it.
+        alt: what it shows, for those who can't see it.
+        data: what it shows, as a table.
+        draw: the figure.
     """
-    samples, attacks, outcomes = (
-        table[(table["target"] == target) & (table["context"] == context)]
-        for table in (results.samples, results.attacks, results.outcomes)
-    )
-    standing = samples.set_index("index")["clean_correct"].astype(bool)
-    n, spent = len(standing), 0.0
-    rows = [(0.0, float(standing.mean()))]
-    for run in attacks.to_dict(orient="records"):
-        of_run = outcomes[outcomes["run"] == run["run"]].set_index("index").loc[standing.index]
-        broken = standing & of_run["any_broken"].astype(bool)
-        cost = run["forwards"] / n
-        length = max(float(of_run["first_iterate"].max(skipna=True) or 0), 1.0) + 1
-        length = max(length, cost) if run["backwards"] else length
-        for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
-            left = rows[-1][1] - count / n
-            rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left))
-        standing, spent = standing & ~broken, spent + cost
-        rows.append((spent, float(standing.mean())))
-    return pd.DataFrame(rows, columns=["passes", "worst_case"])
+
+    name: str
+    kind: str
+    context: str
+    title: str
+    caption: str
+    alt: str
+    data: pd.DataFrame
+    draw: Callable[[pd.DataFrame], Figure]
+
+    def figure(self) -> Figure:
+        """Draw it."""
+        return self.draw(self.data)
 
 
-def render_curves(curves: Mapping[str, pd.DataFrame], title: str, *, width: int = 720, height: int = 420) -> str:
-    """Curves of worst case against passes as an SVG chart with a logarithmic axis of passes.
+def charts(results: Results) -> Iterator[Chart]:
+    """All figures of an evaluation, in the page's order: one kind after another, in every context."""
+    for kind, title, caption, frame, draw, tell in _KINDS:
+        for context in frames.contexts_of(results):
+            data = frame(results, context)
+            yield Chart(f"{kind}-{context}", kind, context, title, caption, tell(data), data, draw)
+
+
+def percent(value: float) -> str:
+    """A share in percent.
+
+    >>> percent(0.0519), percent(float("nan"))
+    ('5.2', 'undefined')
+    """
+    return "undefined" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def label(name: object, longest: int = 36) -> str:
+    r"""A name as it stands in a figure: not too long, and no formula.
+
+    >>> label("soft-hybrid:apgd-margin:0"), label("x" * 50, 9)
+    ('soft-hybrid:apgd-margin:0', 'xxxx…xxxx')
+    >>> print(label("$x$"))
+    \$x\$
+    """
+    text = " ".join(str(name).split())
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}\N{HORIZONTAL ELLIPSIS}{text[-((longest - 1) // 2) :]}"
+    return text.replace("$", r"\$")
+
+
+def draw_waterfall(data: pd.DataFrame) -> Figure:
+    """Clean, what each run newly broke, and the worst case; runs that broke nothing new are folded together."""
+    parts = {str(target): _folded(rows) for target, rows in data.groupby("target", sort=False)}
+    with paper_style():
+        figure, panels = _panels([len(steps) for steps in parts.values()], row=0.16)
+        for axes, (target, steps) in zip(panels, parts.items(), strict=True):
+            for place, (name, before, after, broken) in enumerate(steps):
+                _waterfall_bar(axes, place, name, (before, after), broken, COLOURS[target])
+            axes.set_yticks(range(len(steps)), [label(name) for name, *_ in steps])
+            axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
+            _percent_axis(axes)
+        panels[-1].set_xlabel("accuracy in %")
+    return figure
+
+
+def _waterfall_bar(axes: Axes, place: int, name: str, levels: tuple[float, float], broken: int, colour: str) -> None:
+    before, after = levels
+    total = name in ("clean", "worst case")
+    if total:
+        axes.barh(place, after, height=0.7, color=colour)
+        axes.text(_or_zero(after) + 0.01, place, percent(after), va="center", fontsize=6, fontweight="bold")
+        return
+    axes.barh(place, before - after, left=after, height=0.7, color=colour, alpha=0.45, linewidth=0)
+    axes.plot([after, after], [place - 0.35, place + 0.65], color=INK, linewidth=0.5)
+    if broken:
+        axes.text(_or_zero(before) + 0.01, place, f"\N{MINUS SIGN}{broken}", va="center", fontsize=6)
+
+
+def _folded(rows: pd.DataFrame) -> list[tuple[str, float, float, int]]:
+    """The steps to draw: neighbouring runs that broke nothing new become one."""
+    steps: list[tuple[str, float, float, int]] = []
+    idle = 0
+    for row in rows.to_dict(orient="records"):
+        if row["step"] in ("clean", "worst_case") or row["broken"]:
+            name = "worst case" if row["step"] == "worst_case" else str(row["step"])
+            steps.append((name, row["before"], row["after"], row["broken"]))
+            idle = 0
+            continue
+        idle += 1
+        if idle > 1:
+            steps.pop()
+        name = str(row["step"]) if idle == 1 else f"{idle} runs that broke no more"
+        steps.append((name, row["before"], row["after"], 0))
+    return steps
+
+
+def tell_waterfall(data: pd.DataFrame) -> str:
+    """The waterfall in words."""
+    told = []
+    for target, rows in data.groupby("target", sort=False):
+        first, *runs, last = rows.to_dict(orient="records")
+        steps = [f"{row['step']} breaks {row['broken']} more" for row in runs if row["broken"]]
+        told.append(
+            f"{NAMES[str(target)]}: clean {percent(first['after'])} %, {', '.join(steps) or 'no run breaks a sample'}, "
+            f"worst case {percent(last['after'])} %"
+        )
+    return "; ".join(told) + "."
+
+
+def draw_transfer(data: pd.DataFrame) -> Figure:
+    """The surrogate × loss matrix: the target's accuracy (large) over the surrogate's (small)."""
+    parts = [(str(target), rows) for target, rows in data.groupby("target", sort=False)]
+    losses = list(dict.fromkeys(_loss(row) for row in data.to_dict(orient="records")))
+    with paper_style():
+        rows_of = [rows["surrogate"].nunique() for _, rows in parts]
+        figure, panels = _panels(rows_of, row=0.27, top=0.9)
+        for place, (axes, (target, rows)) in enumerate(zip(panels, parts, strict=True)):
+            surrogates = list(dict.fromkeys(rows["surrogate"]))
+            for row in rows.to_dict(orient="records"):
+                _transfer_cell(axes, losses.index(_loss(row)), surrogates.index(row["surrogate"]), row)
+            axes.set_xlim(-0.5, len(losses) - 0.5)
+            axes.set_ylim(len(surrogates) - 0.5, -0.5)
+            axes.set_yticks(range(len(surrogates)), [label(name, 24) for name in surrogates])
+            axes.set_xticks(
+                range(len(losses)),
+                [label(name, 24) for name in losses],
+                rotation=30,
+                ha="right",
+                rotation_mode="anchor",
+            )
+            axes.tick_params(length=0, labelbottom=place == len(parts) - 1)
+            axes.spines[:].set_visible(False)
+            axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
+    return figure
+
+
+def _transfer_cell(axes: Axes, x: int, y: int, row: Mapping[Hashable, Any]) -> None:
+    value = row["target_accuracy"]
+    shade = mpl.colormaps[SEQUENTIAL](_or_zero(value))
+    ink = "#000000" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "#ffffff"
+    axes.add_patch(mpl.patches.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=shade, linewidth=0))
+    axes.text(x, y - 0.13, percent(value), ha="center", va="center", color=ink, fontsize=6.5, fontweight="bold")
+    axes.text(x, y + 0.26, percent(row["surrogate_accuracy"]), ha="center", va="center", color=ink, fontsize=5)
+
+
+def _loss(row: Mapping[Hashable, Any]) -> str:
+    return f"{row['attack']}, {row['loss']}"
+
+
+def tell_transfer(data: pd.DataFrame) -> str:
+    """The matrix in words."""
+    told = [
+        f"{NAMES[row['target']]}, {row['surrogate']} with {_loss(row)}: target {percent(row['target_accuracy'])} %, "
+        f"surrogate {percent(row['surrogate_accuracy'])} %"
+        for row in data.to_dict(orient="records")
+    ]
+    return "; ".join(told) + "."
+
+
+def draw_spending(data: pd.DataFrame) -> Figure:
+    """Worst case against passes, a step curve a target."""
+    curves = {str(target): rows for target, rows in data.groupby("target", sort=False)}
+    with paper_style():
+        figure = Figure(figsize=(COLUMN, 2.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_curves(axes, curves, {target: COLOURS[target] for target in curves})
+        axes.legend([NAMES[target] for target in curves])
+    return figure
+
+
+def draw_curves(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Curves of worst case against passes of many contenders, named beside their ends, at page width.
 
     Args:
         curves: by name, each with ``passes`` and ``worst_case`` in order of passes.
         title: above the chart.
-        width: in pixels.
-        height: in pixels.
     """
-    left, right, top, bottom = 50, 210, 40, 40
-    most = max(float(curve["passes"].max()) for curve in curves.values())
-    low, high = math.log10(5), math.log10(max(most, 10.0))
+    colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(curves)}
+    with paper_style():
+        figure = Figure(figsize=(PAGE, 4), layout="constrained")
+        axes = figure.subplots()
+        _draw_curves(axes, curves, colours, least=5)
+        axes.set_title(title, loc="left")
+        ends = sorted((float(curve["worst_case"].iloc[-1]), name) for name, curve in curves.items())
+        place = -math.inf
+        for value, name in ends:
+            place = max(place + 0.04, value)
+            axes.text(
+                1.02, place, f"{label(name)} {percent(value)}", transform=axes.get_yaxis_transform(), va="center",
+                color=colours[name], fontsize=6.5,
+            )  # fmt: skip
+    return figure
 
-    def at(passes: float, value: float) -> tuple[float, float]:
-        along = (math.log10(max(passes, 5.0)) - low) / (high - low)
-        return left + along * (width - left - right), height - bottom - value * (height - top - bottom)
 
-    parts = [f'<text x="8" y="20">{escape(title)}</text>']
-    for tick in range(0, 101, 20):
-        x, y = at(5, tick / 100)
-        parts.append(f'<path d="M{x:.1f} {y:.1f}H{width - right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" font-size="10">{tick}</text>')
-    for passes in (10, 30, 100, 300, 1000, 3000, 10000):
-        if passes <= most:
-            x, y = at(passes, 0)
-            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle" font-size="10">{passes}</text>')
-    parts.append(f'<text x="{left}" y="{height - 6}" font-size="10">passes a sample (logarithmic)</text>')
-    ends = []
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str], *, least: float = 1
+) -> None:
+    """Step curves on a logarithmic axis of passes, which starts at the least."""
     for number, (name, curve) in enumerate(curves.items()):
-        points = [at(float(p), float(v)) for p, v in zip(curve["passes"], curve["worst_case"], strict=True)]
-        steps = [f"M{points[0][0]:.1f} {points[0][1]:.1f}", *(f"H{x:.1f}V{y:.1f}" for x, y in points[1:])]
-        colour, dash = PALETTE[number % len(PALETTE)], "" if number < len(PALETTE) else ' stroke-dasharray="4 3"'
-        parts.append(f'<path d="{"".join(steps)}" fill="none" stroke="{colour}" stroke-width="1.6"{dash}/>')
-        ends.append((points[-1][1], f"{name} {100 * float(curve['worst_case'].iloc[-1]):.1f}", colour))
-    place = float(top)
-    for y, text, colour in sorted(ends):
-        place = max(place + 14, y)
-        x = width - right + 6
-        parts.append(f'<text x="{x}" y="{place:.1f}" font-size="11" fill="{colour}">{escape(text)}</text>')
-    return _svg(width, height, f"worst case against passes: {', '.join(curves)}", parts)
+        dash = DASHES[number // len(PALETTE) % len(DASHES)] if len(curves) > 2 else DASHES[number]
+        axes.step(
+            curve["passes"].clip(lower=least), curve["worst_case"], where="post", color=colours[name], linestyle=dash
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
+    axes.grid(axis="y")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("passes a sample (logarithmic)")
+    axes.set_ylabel("worst case in %")
 
 
-def _svg(width: int, height: int, label: str, parts: list[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="12" role="img" aria-label="{escape(label)}">'
-        f'<rect width="{width}" height="{height}" fill="white"/>{"".join(parts)}</svg>\n'
-    )
+def tell_spending(data: pd.DataFrame) -> str:
+    """The curves in words."""
+    told = []
+    for target, rows in data.groupby("target", sort=False):
+        first, last = rows.iloc[0], rows.iloc[-1]
+        half = rows[rows["worst_case"] <= (first["worst_case"] + last["worst_case"]) / 2]
+        halfway = f", half of the fall by {half['passes'].iloc[0]:.0f} passes" if len(half) else ""
+        told.append(
+            f"{NAMES[str(target)]}: from {percent(first['worst_case'])} % to {percent(last['worst_case'])} % after "
+            f"{last['passes']:.0f} passes a sample{halfway}"
+        )
+    return "; ".join(told) + "."
 
 
-PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-BAR, ROW, LEFT, RIGHT = 9, 30, 190, 60
-COLOURS = {"fc": "#0072B2", "defense": "#D55E00"}  # Okabe & Ito's, told apart by colour-blind readers too
+def draw_classes(data: pd.DataFrame) -> Figure:
+    """Clean (hollow) and worst case (filled, with its interval) of each class; of many classes, in order of it."""
+    targets = list(dict.fromkeys(data["target"]))
+    labels = sorted(data["label"].unique())
+    few = len(labels) <= FEW_CLASSES
+    with paper_style():
+        height = 0.7 + 0.2 * len(labels) if few else 2.2
+        figure = Figure(figsize=(COLUMN, height), layout="constrained")
+        axes = figure.subplots()
+        for number, target in enumerate(targets):
+            rows = data[data["target"] == target]
+            (_draw_dumbbells if few else _draw_ranked)(axes, rows, number, COLOURS[target], NAMES[target])
+        _percent_axis(axes, across=few)
+        if few:
+            axes.set_yticks(range(len(labels)), [label(name, 16) for name in labels])
+            axes.set_ylim(len(labels) - 0.4, -0.6)
+            axes.set_ylabel("class")
+            axes.set_xlabel("accuracy in % (hollow: clean, filled: worst case)")
+        else:
+            axes.set_xlabel("classes, in order of their accuracy")
+            axes.set_ylabel("accuracy in % (dashed: clean)")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.25 / height), ncols=2, borderaxespad=0)
+    return figure
 
 
-def render_bars(results: Results, *, width: int = 720) -> str:
-    """The numbers of the first context as an SVG bar chart: from clean through each run's final to the worst case.
+def _draw_dumbbells(axes: Axes, rows: pd.DataFrame, number: int, colour: str, name: str) -> None:
+    labels = sorted(rows["label"])
+    y = [labels.index(one) + (number - 0.5) * 0.36 for one in rows["label"]]
+    axes.hlines(y, rows["worst_case_low"], rows["worst_case_high"], color=colour, linewidth=0.7)
+    axes.plot(rows["worst_case"], y, "os"[number], color=colour, markersize=3.5, label=name)
+    axes.plot(rows["clean"], y, "os"[number], color=colour, markersize=3.5, markerfacecolor="none", markeredgewidth=0.7)
+
+
+def _draw_ranked(axes: Axes, rows: pd.DataFrame, number: int, colour: str, name: str) -> None:
+    for metric, dash in (("clean", "--"), ("worst_case", "-")):
+        values = rows[metric].sort_values().reset_index(drop=True)
+        told = name if metric == "worst_case" else None
+        axes.plot(values.index + 1, values, dash, color=colour, linewidth=1.2 - 0.3 * number, label=told)
+
+
+def tell_classes(data: pd.DataFrame) -> str:
+    """The classes in words: all of a few, the ends of many."""
+    told = []
+    for target, rows in data.groupby("target", sort=False):
+        ranked = rows.sort_values("worst_case", kind="stable")
+        if len(rows) > FEW_CLASSES:
+            ranked = pd.concat([ranked.head(3), ranked.tail(3)])
+        each = [
+            f"class {row['label']} clean {percent(row['clean'])} %, worst case {percent(row['worst_case'])} %"
+            for row in ranked.to_dict(orient="records")
+        ]
+        told.append(f"{NAMES[str(target)]}, from the weakest: {'; '.join(each)}")
+    return ". ".join(told) + "."
+
+
+def draw_agreement(data: pd.DataFrame) -> Figure:
+    """How many samples each run broke, and how many of them no other run did."""
+    parts = [(str(target), rows) for target, rows in data.groupby("target", sort=False)]
+    most = max(int(data["broken"].max()), 1) if len(data) else 1
+    with paper_style():
+        figure, panels = _panels([len(rows) for _, rows in parts], row=0.16)
+        for axes, (target, rows) in zip(panels, parts, strict=True):
+            y = range(len(rows))
+            axes.barh(y, rows["broken"], height=0.7, color=COLOURS[target], alpha=0.45, linewidth=0)
+            axes.barh(y, rows["only"], height=0.7, color=COLOURS[target])
+            for place, row in enumerate(rows.to_dict(orient="records")):
+                told = f"{row['broken']}" + (f" ({row['only']} alone)" if row["only"] else "")
+                axes.text(row["broken"] + 0.01 * most, place, told, va="center", fontsize=6)
+            axes.set_yticks(y, [label(run) for run in rows["run"]])
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlim(0, 1.25 * most)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.grid(axis="x")
+            axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
+        panels[-1].set_xlabel("samples broken (dark: by this run alone)")
+    return figure
+
+
+def tell_agreement(data: pd.DataFrame) -> str:
+    """The runs in words."""
+    told = [
+        f"{NAMES[row['target']]}, {row['run']}: broke {row['broken']}, {row['only']} of them alone"
+        for row in data.to_dict(orient="records")
+    ]
+    return "; ".join(told) + "."
+
+
+def draw_batches(data: pd.DataFrame) -> Figure:
+    """Clean (hollow) and worst case (filled) batch by batch."""
+    with paper_style():
+        figure = Figure(figsize=(COLUMN, 1.9), layout="constrained")
+        axes = figure.subplots()
+        for number, (target, rows) in enumerate(data.groupby("target", sort=False)):
+            colour, mark = COLOURS[str(target)], "os"[number]
+            axes.plot(rows["batch"], rows["clean"], mark, color=colour, markersize=3, markerfacecolor="none")
+            axes.plot(rows["batch"], rows["worst_case"], mark, color=colour, markersize=3, label=NAMES[str(target)])
+        _percent_axis(axes, across=False)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("batch (hollow: clean, filled: worst case)")
+        axes.set_ylabel("accuracy in %")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2, borderaxespad=0)
+    return figure
+
+
+def tell_batches(data: pd.DataFrame) -> str:
+    """The batches in words."""
+    told = []
+    for target, rows in data.groupby("target", sort=False):
+        low, high = rows["worst_case"].min(), rows["worst_case"].max()
+        told.append(
+            f"{NAMES[str(target)]}: worst case between {percent(low)} % and {percent(high)} % over {len(rows)} batches"
+        )
+    return "; ".join(told) + "."
+
+
+def draw_differences(data: pd.DataFrame) -> Figure:
+    """Paired differences of accuracy with their 95 % intervals, a row a number and evaluation.
 
     Args:
-        results: of an evaluation, or loaded from its folder.
-        width: in pixels.
-
-    Returns:
-        the SVG; whiskers are Wilson 95 % intervals.
+        data: ``metric``, ``name``, ``difference``, ``difference_low`` and ``difference_high``.
     """
-    context = results.summary["context"].iloc[0]
-    targets = sorted(results.summary["target"].unique(), key=["fc", "defense"].index)
-    summary = results.summary[results.summary["context"] == context]
-    attacks = results.attacks[results.attacks["context"] == context]
-    values = {(row["metric"], row["target"]): row for row in summary.to_dict(orient="records")}
-    values |= {(row["run"], row["target"]): row | {"value": row["final"]} for row in attacks.to_dict(orient="records")}
-    names = ["clean", *attacks["run"].unique(), "paper", "realised", "worst_case"]
-    height = ROW * len(names) + 40
-    scale = width - LEFT - RIGHT
-    parts = [_legend(targets, f"{results.run['protocol']['name']}, {results.run['data']['n']} samples, {context}")]
-    for i, name in enumerate(names):
-        top = 40 + ROW * i
-        weight = ' font-weight="bold"' if name == "worst_case" else ""
-        parts.append(f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end"{weight}>{escape(str(name))}</text>')
-        for j, target in enumerate(targets):
-            if (name, target) in values:
-                parts.append(_bar(values[name, target], top + 2 + j * (BAR + 2), scale, COLOURS[target]))
-    return _svg(width, height, f"accuracy of {' and '.join(targets)}", parts)
+    names, metrics = list(dict.fromkeys(data["name"])), list(dict.fromkeys(data["metric"]))
+    with paper_style():
+        height = 0.75 + 0.16 * len(metrics) * (len(names) + 0.5) + 0.12 * len(names)
+        figure = Figure(figsize=(COLUMN, height), layout="constrained")
+        axes = figure.subplots()
+        for number, name in enumerate(names):
+            rows = data[data["name"] == name]
+            y = [metrics.index(metric) + (number + 0.5) / len(names) * 0.7 - 0.35 for metric in rows["metric"]]
+            colour = PALETTE[(number + 2) % len(PALETTE)]
+            axes.hlines(y, 100 * rows["difference_low"], 100 * rows["difference_high"], color=colour, linewidth=0.9)
+            axes.plot(
+                100 * rows["difference"], y, "os^vD"[number % 5], color=colour, markersize=4, label=label(name, 40)
+            )
+        axes.axvline(0, color=INK, linewidth=0.6)
+        axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
+        axes.set_ylim(len(metrics) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.set_xlabel("difference in points")
+        figure.legend(loc="outside upper center", ncols=1)
+    return figure
 
 
-def _legend(targets: list[str], title: str) -> str:
-    parts = [f'<text x="8" y="20">{escape(title)}: accuracy in %</text>']
-    for j, target in enumerate(targets):
-        x = 480 + 90 * j
-        parts.append(f'<rect x="{x}" y="11" width="{BAR}" height="{BAR}" fill="{COLOURS[target]}"/>')
-        parts.append(f'<text x="{x + 14}" y="20">{escape(target)}</text>')
-    return "".join(parts)
+def draw_gallery(exhibits: Sequence[Exhibit], labels: Sequence[object]) -> Figure:
+    """Broken samples: original, adversarial image and their difference, scaled up, two samples a row.
+
+    Args:
+        exhibits: at least one.
+        labels: of each.
+    """
+    rows = -(-len(exhibits) // 2)
+    with paper_style():
+        figure = Figure(figsize=(COLUMN, 0.68 * rows + 0.1), layout="constrained")
+        panels = figure.subplots(rows, 6, squeeze=False).reshape(-1, 3)
+        for axes in panels.flatten():
+            axes.set_axis_off()
+        for (first, second, third), one, own in zip(panels, exhibits, labels, strict=False):
+            clean, delta = one.clean / 255, one.delta.astype(float)
+            largest = max(float(abs(delta).max()), 1e-12)
+            for axes, pixels in ((first, clean), (second, clean + delta), (third, 0.5 + delta / (2 * largest))):
+                image = pixels.clip(0, 1).transpose(1, 2, 0)
+                axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray", vmin=0, vmax=1)
+            first.set_title(label(own, 12), fontsize=6, pad=2)
+            second.set_title(f"{int(one.logits.argmax())}", fontsize=6, pad=2)
+            third.set_title(f"\N{MULTIPLICATION SIGN} {0.5 / largest:.2g}", fontsize=6, pad=2)
+    return figure
 
 
-def _bar(row: Mapping[Hashable, Any], top: int, scale: int, colour: str) -> str:
-    end = LEFT + scale * row["value"]
-    parts = [f'<rect x="{LEFT}" y="{top}" width="{end - LEFT:.1f}" height="{BAR}" fill="{colour}"/>']
-    if "low" in row:
-        low, high, middle = LEFT + scale * row["low"], LEFT + scale * row["high"], top + BAR / 2
-        parts.append(f'<path d="M{low:.1f} {middle}H{high:.1f}" stroke="black" stroke-width="1"/>')
-        end = max(end, high)
-    parts.append(f'<text x="{end + 4:.1f}" y="{top + BAR}" font-size="10">{100 * row["value"]:.1f}</text>')
-    return "".join(parts)
+def _panels(rows: list[int], *, row: float, top: float = 0.6) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel above the other, each as high as its number of rows needs."""
+    height = top + sum(row * count + 0.25 for count in rows)
+    figure = Figure(figsize=(COLUMN, height), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[count + 0.5 for count in rows])
+    return figure, list(panels[:, 0])
+
+
+def _percent_axis(axes: Axes, *, across: bool = True) -> None:
+    """An axis of shares, labelled in percent; rows run from the top."""
+    ticks = [0, 0.25, 0.5, 0.75, 1.0]
+    if across:
+        axes.set_xlim(0, 1.08)
+        axes.set_xticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
+        axes.set_ylim(max(axes.get_ylim()), min(axes.get_ylim()))
+    else:
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_yticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
+    axes.grid(axis="x" if across else "y", color=GRID)
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+_KINDS = (
+    (
+        "waterfall", "From clean to worst case",
+        "Each run takes away the samples that it breaks and none before it had. What is left is the worst case.",
+        frames.waterfall, draw_waterfall, tell_waterfall,
+    ),
+    (
+        "transfer", "Surrogate × loss",
+        "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
+        "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
+        "not excepted. Where the target is well above its surrogate, the points do not transfer.",
+        frames.transfer, draw_transfer, tell_transfer,
+    ),
+    (
+        "spending", "Worst case against passes",
+        "A pass is one image through the trunk. A curve that still falls at its end says that more passes would break "
+        "more.",
+        frames.budget, draw_spending, tell_spending,
+    ),
+    (
+        "classes", "Class by class", "Bars are Wilson 95 % intervals of the worst case.",
+        frames.per_class, draw_classes, tell_classes,
+    ),
+    (
+        "agreement", "Agreement between runs",
+        "Of the samples right on their clean batch: how many each run broke at some iterate, and how many of them no "
+        "other run broke. In a cascade later runs search for what still stands, and need not break again what fell.",
+        frames.agreement, draw_agreement, tell_agreement,
+    ),
+    (
+        "batches", "Batch by batch", "Every verdict is given in the batch of the plan.",
+        frames.seating, draw_batches, tell_batches,
+    ),
+)  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from cycler import cycler
@@ -21,16 +23,19 @@ DASHES = ("-", "--", ":", "-.")
 COLOURS = {"defense": PALETTE[0], "fc": PALETTE[1]}
 """Of the two targets, in every figure."""
 
-SEQUENTIAL = "cividis"
+SEQUENTIAL = "viridis"
 """The colour map of shares; its lightness rises evenly."""
 
 INK, GRID = "#1a1a1a", "#d9d9d9"
+NAMES = {"defense": "defence", "fc": "FC head"}
+"""Of the two targets, as they are written for readers."""
 
-_RC = {
+_RC: dict[str, Any] = {
     "figure.dpi": 100,
     "figure.constrained_layout.h_pad": 0.03,
     "figure.constrained_layout.w_pad": 0.03,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that it is everywhere the same
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that it is everywhere the same
     "font.size": 7,
     "axes.titlesize": 7.5,
     "axes.labelsize": 7,
@@ -66,7 +71,8 @@ def paper_style() -> Iterator[None]:
     """Settings of matplotlib under which figures are made and saved; those from before come back afterwards."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update({**_RC, "axes.prop_cycle": cycler(color=PALETTE)})
+        settings: Any = _RC | {"axes.prop_cycle": cycler(color=PALETTE)}
+        mpl.rcParams.update(settings)
         yield
 
 
@@ -89,9 +95,11 @@ def save(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
     return pdf, svg
 
 
-def to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure, *, transparent: bool = False) -> str:
     """A figure as the text of an SVG file, without a date or a version."""
     buffer = io.StringIO()
-    with paper_style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with paper_style(), warnings.catch_warnings():
+        # Text stays text, so a letter that this font lacks comes from the reader's.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

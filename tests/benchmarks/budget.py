@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.references import reference_path
-from msa_eval.report import render_curves, spending
+from msa_eval.report import draw_curves, spending, to_svg
 
 SINGLE = ("fc-oracle", "soft-hybrid", "soft-hybrid@0.3", "ste", "frozen-assignment", "frozen-prototypes")
 LOSSES = ("margin", "dlr-targeted", "dlr", "dlr-targeted", "ce", "dlr-targeted", "margin", "dlr-targeted", "dlr",
@@ -154,7 +154,7 @@ def main() -> None:
     table = pd.concat(frames, ignore_index=True)
     curves = {str(name): rows for name, rows in table[table["target"] == "defense"].groupby("contender", sort=False)}
     title = f"HPM on {options.reference}, {options.samples} samples: worst case in %, by passes"
-    chart = render_curves(curves, title)
+    chart = to_svg(draw_curves(curves, title))
     (options.out / f"budget-{options.reference}.svg").write_text(chart, encoding="utf-8")
 
 

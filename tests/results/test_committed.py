@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from msa_eval.protocols import load_protocol
 
 from msa_eval import HPM, Results, Samples, load_checkpoint, load_samples, verify
 from msa_eval.checkpoint import weights_hash
 from msa_eval.references import reference_path
-from msa_eval.report import render_bars
+from msa_eval.report import draw_curves, draw_waterfall, frames, to_svg
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/run.json") if path.parent.name != "demo")
@@ -25,6 +29,11 @@ def test_they_are_under_the_protocols_as_they_are_now(folder: str, name: str) ->
     run = Results.load(ROOT / "results" / folder).run
     assert run["protocol"]["sha256"] == load_protocol(name, overrides=run["protocol"]["overrides"]).digest()
     assert set(run["protocol"]["overrides"]) <= {"threat.contexts", "samples.limit"}
+
+
+def test_no_image_of_cifar10_is_committed() -> None:
+    kept = [path.name for folder in FOLDERS if folder.name.startswith("cifar10") for path in folder.iterdir()]
+    assert not {"gallery.safetensors", "report.html", "figures"} & set(kept)
 
 
 def test_the_cifar10_run_is_proven_by_its_archive(shared: Path) -> None:
@@ -97,4 +106,35 @@ def test_the_readme_and_the_chart_show_the_committed_numbers() -> None:
             for row in rows.to_dict(orient="records")
         }
         assert f"| {metric} | {cells['fc']} | {cells['defense']} |" in lines
-    assert (ROOT / "results/cifar10-wrn10-2.svg").read_text(encoding="utf-8") == render_bars(results)
+    _check_drawn("cifar10-wrn10-2.svg", draw_waterfall(frames.waterfall(results, "joint")))
+
+
+@pytest.mark.parametrize("reference", ["digits", "cifar10-wrn10-2"])
+def test_the_budget_charts_show_their_tables(reference: str) -> None:
+    table = pd.read_csv(ROOT / f"results/benchmarks/budget-{reference}.csv")
+    rows = table[table["target"] == "defense"]
+    curves = {str(name): curve for name, curve in rows.groupby("contender", sort=False)}
+    name = f"benchmarks/budget-{reference}.svg"
+    root = ElementTree.parse(ROOT / "results" / name).getroot()
+    (title,) = [text for text in _texts(root) if "worst case in %, by passes" in text]
+    _check_drawn(name, draw_curves(curves, title))
+
+
+def _check_drawn(name: str, figure: Figure) -> None:
+    """A committed chart is this figure: the same texts, and the same lines to a tenth of a point.
+
+    Bytes would be too much to ask: another release of matplotlib may write the same otherwise.
+    """
+    committed = ElementTree.parse(ROOT / "results" / name).getroot()
+    drawn = ElementTree.fromstring(to_svg(figure))
+    assert _texts(committed) == _texts(drawn)
+    assert _points(committed) == pytest.approx(_points(drawn), abs=0.1)
+
+
+def _texts(root: ElementTree.Element) -> list[str]:
+    return ["".join(node.itertext()) for node in root.iter() if node.tag.endswith("}text")]
+
+
+def _points(root: ElementTree.Element) -> list[float]:
+    paths = [str(node.get("d")) for node in root.iter() if node.tag.endswith("}path")]
+    return [float(number) for path in paths for number in re.findall(r"-?\d+(?:\.\d+)?", path)]

@@ -1,0 +1,25 @@
+"""``msa-eval compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page to write."
+)
+def compare(results: tuple[Path, ...], out: Path) -> None:
+    """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page."""
+    from msa_eval.report.comparison import compare as compare_results
+    from msa_eval.report.comparison import load_all, render_comparison
+    from msa_eval.report.page import check_page
+    from msa_eval.report.sidebyside import write_comparison
+
+    check_page(out)
+    comparison = compare_results(load_all(results))
+    click.echo(render_comparison(comparison))
+    click.echo(f"\npage in {write_comparison(comparison, out)}")

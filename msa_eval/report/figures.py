@@ -1,0 +1,42 @@
+"""All figures of an evaluation as files for a paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msa_eval.protocols import gallery
+from msa_eval.protocols.evidence import GALLERY, Results
+from msa_eval.report.charts import charts, draw_gallery
+from msa_eval.report.style import save
+
+
+def write_figures(folder: str | Path, out: str | Path | None = None) -> list[Path]:
+    """Write each figure of the results in a folder as PDF and SVG at column width, and its data as CSV.
+
+    Args:
+        folder: of the results.
+        out: where to; ``figures`` in the folder by default.
+
+    Returns:
+        the files.
+
+    Raises:
+        ValueError: when there are no complete results, or their gallery is no gallery.
+        OSError: when a file can't be written.
+    """
+    folder = Path(folder)
+    out = folder / "figures" if out is None else Path(out)
+    results = Results.load(folder)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; choose a folder for the figures")
+    if (out / "run.json").exists():
+        raise ValueError(f"{out} holds results, among which figures would be strangers; choose another folder")
+    written: list[Path] = []
+    for chart in charts(results):
+        written += save(chart.figure(), out / chart.name)
+        chart.data.to_csv(out / f"{chart.name}.csv", index=False, lineterminator="\n")
+        written.append(out / f"{chart.name}.csv")
+    if (folder / GALLERY).is_file() and (shown := gallery.read(folder / GALLERY)):
+        labels = results.samples.drop_duplicates("index").set_index("index")["label"]
+        written += save(draw_gallery(shown, [labels.get(one.index, "") for one in shown]), out / "gallery")
+    return written

@@ -1,0 +1,173 @@
+"""What each figure shows, as a tidy table made from evidence alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pandas as pd
+
+from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.metrics import rate
+
+
+def targets_of(results: Results) -> list[str]:
+    """The targets, the FC head first."""
+    return sorted(results.summary["target"].unique(), key=["fc", "defense"].index)
+
+
+def contexts_of(results: Results) -> list[str]:
+    """The contexts, in the order they were evaluated."""
+    return [str(context) for context in results.summary["context"].unique()]
+
+
+def pick(table: pd.DataFrame, target: str, context: str) -> pd.DataFrame:
+    """The rows of a target in a context."""
+    return table[(table["target"] == target) & (table["context"] == context)]
+
+
+def number(results: Results, target: str, context: str, metric: str) -> pd.Series:
+    """A number of the summary: ``value``, ``low``, ``high`` and ``n``."""
+    rows = pick(results.summary, target, context)
+    found: pd.Series = rows[rows["metric"] == metric].iloc[0]
+    return found
+
+
+def waterfall(results: Results, context: str) -> pd.DataFrame:
+    """From clean through what each run newly broke to the worst case.
+
+    Returns:
+        ``target``, ``step`` (``clean``, a run's name, ``worst_case``), ``before``, ``after`` (shares) and ``broken``
+        (samples).
+    """
+    rows: list[tuple[str, str, float, float, int]] = []
+    for target in targets_of(results):
+        clean, worst = (float(number(results, target, context, metric)["value"]) for metric in ("clean", "worst_case"))
+        right = pick(results.samples, target, context)["clean_correct"].astype(bool)
+        n, left, level = len(right), int(right.sum()), clean
+        rows.append((target, "clean", 1.0, clean, n - left))
+        for run in pick(results.attacks, target, context).to_dict(orient="records"):
+            left -= int(run["newly_broken"])
+            rows.append((target, run["run"], level, left / n, int(run["newly_broken"])))
+            level = left / n
+        rows.append((target, "worst_case", level, worst, 0))
+    return pd.DataFrame(rows, columns=["target", "step", "before", "after", "broken"])
+
+
+def transfer(results: Results, context: str) -> pd.DataFrame:
+    """How well each surrogate's points transfer to the target, by attack and loss.
+
+    Returns:
+        ``target``, ``surrogate``, ``attack``, ``loss``, ``runs`` (restarts made), and of the one of the lowest
+        ``target_accuracy`` (its ``final``) that, ``surrogate_accuracy`` and ``any``.
+    """
+    rows = results.attacks[results.attacks["context"] == context]
+    keys = ["target", "surrogate", "attack", "loss"]
+    counts = rows.groupby(keys, sort=False).size().rename("runs").reset_index()
+    lowest = rows.loc[rows.sort_values("final", kind="stable").drop_duplicates(keys).index]
+    best = lowest[[*keys, "surrogate_accuracy", "final", "any"]].rename(columns={"final": "target_accuracy"})
+    return _in_order(counts.merge(best, on=keys), results)
+
+
+def spending(results: Results, *, target: str = "defense", context: str = "joint") -> pd.DataFrame:
+    """Worst case against spent passes, run after run.
+
+    A pass is a forward pass of one image through the trunk, with or without the way back; within a run they are taken
+    to be spent evenly over its iterates.
+
+    Args:
+        results: of an evaluation.
+        target: ``defense`` or ``fc``.
+        context: what the attacker controls.
+
+    Returns:
+        ``passes`` a sample, ascending from 0, and the ``worst_case`` then, a share.
+    """
+    samples, attacks, outcomes = (
+        pick(table, target, context) for table in (results.samples, results.attacks, results.outcomes)
+    )
+    standing = samples.set_index("index")["clean_correct"].astype(bool)
+    n, spent, left = len(standing), 0.0, int(standing.sum())
+    rows = [(0.0, left / n)]
+    for run in attacks.to_dict(orient="records"):
+        of_run = outcomes[outcomes["run"] == run["run"]].set_index("index").loc[standing.index]
+        broken = standing & of_run["any_broken"].astype(bool)
+        cost = run["forwards"] / n
+        iterates = of_run["first_iterate"].dropna()
+        length = max(float(iterates.max()) if len(iterates) else 0.0, 1.0) + 1
+        length = max(length, cost) if run["backwards"] else length
+        for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
+            left -= int(count)
+            rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left / n))
+        standing, spent, left = standing & ~broken, spent + cost, int((standing & ~broken).sum())
+        rows.append((spent, left / n))
+    return pd.DataFrame(rows, columns=["passes", "worst_case"])
+
+
+def budget(results: Results, context: str) -> pd.DataFrame:
+    """`spending` of all targets: ``target``, ``passes``, ``worst_case``."""
+    curves = [spending(results, target=target, context=context).assign(target=target) for target in targets_of(results)]
+    return pd.concat(curves, ignore_index=True)[["target", "passes", "worst_case"]]
+
+
+def per_class(results: Results, context: str) -> pd.DataFrame:
+    """Accuracy class by class.
+
+    Returns:
+        ``target``, ``label``, ``n``, and of ``clean`` and ``worst_case`` each the share with its Wilson 95 % interval
+        (``_low``, ``_high``).
+    """
+    rows = []
+    for target in targets_of(results):
+        for label, samples in pick(results.samples, target, context).groupby("label"):
+            row: dict[str, object] = {"target": target, "label": label, "n": len(samples)}
+            for metric, column in (("clean", "clean_correct"), ("worst_case", "robust")):
+                found = rate(int(samples[column].sum()), len(samples))
+                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def breakers(results: Results, target: str, context: str) -> pd.DataFrame:
+    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run."""
+    right = pick(results.samples, target, context).set_index("index")["clean_correct"].astype(bool)
+    rows = pick(results.outcomes, target, context)
+    table = rows.pivot_table(index="index", columns="run", values="any_broken", aggfunc="max", sort=False)
+    runs = list(pick(results.attacks, target, context)["run"])
+    return table.astype(bool).reindex(index=right[right].index, columns=runs, fill_value=False)
+
+
+def agreement(results: Results, context: str) -> pd.DataFrame:
+    """How many samples each run broke, and how many of them no other did: ``target``, ``run``, ``broken``, ``only``."""
+    rows = []
+    for target in targets_of(results):
+        table = breakers(results, target, context)
+        single = table.sum(axis=1) == 1
+        rows += [(target, run, int(table[run].sum()), int((table[run] & single).sum())) for run in table]
+    return pd.DataFrame(rows, columns=["target", "run", "broken", "only"])
+
+
+def only_one(results: Results, context: str) -> pd.DataFrame:
+    """The samples that one run alone broke: ``target``, ``run``, ``index``, ``label``."""
+    rows = []
+    for target in targets_of(results):
+        table = breakers(results, target, context)
+        labels = pick(results.samples, target, context).set_index("index")["label"]
+        alone = table[table.sum(axis=1) == 1]
+        for run, index in itertools.product(table.columns, alone.index):
+            if alone.at[index, run]:
+                rows.append((target, run, int(index), labels[index]))
+    return pd.DataFrame(rows, columns=["target", "run", "index", "label"])
+
+
+def seating(results: Results, context: str) -> pd.DataFrame:
+    """Accuracy batch by batch: ``target``, ``batch``, ``size``, ``clean``, ``worst_case``."""
+    rows = results.samples[results.samples["context"] == context]
+    grouped = rows.groupby(["target", "batch"], sort=True)
+    table = grouped.agg(size=("index", "size"), clean=("clean_correct", "mean"), worst_case=("robust", "mean"))
+    return _in_order(table.reset_index(), results)
+
+
+def _in_order(table: pd.DataFrame, results: Results) -> pd.DataFrame:
+    """The rows of one target after those of the other, each in the order they had."""
+    parts = [table[table["target"] == target] for target in targets_of(results)]
+    return pd.concat(parts, ignore_index=True)

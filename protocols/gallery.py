@@ -1,0 +1,162 @@
+"""The gallery: a few broken samples as pictures with the target's answers: a page needs neither model nor data.
+
+One small safetensors file beside the tables. Images are kept as 8-bit pixels and perturbations in half precision, to be
+looked at; the proofs are in the archive. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.replay import Replay
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_tensors
+from torch import Tensor
+
+LIMIT = 12
+"""So many samples are shown at most."""
+
+POOL = 64
+"""Batches are looked through until so many broken samples are found to choose from."""
+
+CHANNELS = (1, 3)
+FORMAT_VERSION = 1
+LARGEST_BYTES = 100_000_000
+"""A larger file is none of ours."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A broken sample that may be shown.
+
+    Attributes:
+        proof: the batch that breaks it, and it alone.
+        label: its class.
+        run: the first that broke it.
+        clean: its image ``(C, H, W)``.
+        clean_logits: the target's answer to it ``(k,)``.
+    """
+
+    proof: Proof
+    label: int
+    run: str
+    clean: Tensor
+    clean_logits: Tensor
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A broken sample as it is shown.
+
+    Attributes:
+        target: ``defense`` or ``fc``.
+        context: what the attacker controls.
+        index: in the data set.
+        clean: its pixels ``(C, H, W)``, 8 bits.
+        delta: the perturbation ``(C, H, W)``, in pixel units of [0, 1].
+        clean_logits: the target's answer in its clean batch ``(k,)``; of HPM, minus the distances to the prototypes.
+        logits: its answer in the adversarial batch ``(k,)``.
+    """
+
+    target: str
+    context: str
+    index: int
+    clean: npt.NDArray[np.uint8]
+    delta: npt.NDArray[np.float16]
+    clean_logits: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+def spread(labels: Sequence[int], runs: Sequence[str], limit: int = LIMIT) -> list[int]:
+    """Choose places so that classes, and then runs, come up as evenly as they can; the earlier place wins a tie.
+
+    >>> spread([3, 3, 5, 5, 7], ["a", "a", "a", "b", "a"], limit=4)
+    [0, 3, 4, 1]
+    """
+    of_class: Counter[int] = Counter()
+    of_run: Counter[str] = Counter()
+    left = list(range(len(labels)))
+    chosen: list[int] = []
+    while left and len(chosen) < limit:
+        place = min(left, key=lambda i: (of_class[labels[i]], of_run[runs[i]], i))
+        left.remove(place)
+        chosen.append(place)
+        of_class[labels[place]] += 1
+        of_run[runs[place]] += 1
+    return chosen
+
+
+def exhibit(candidates: Sequence[Candidate], replay: Replay) -> list[Exhibit]:
+    """Choose from the candidates, and ask the target once more about each; what does not break again is not shown."""
+    chosen = spread([one.label for one in candidates], [one.run for one in candidates])
+    shown = []
+    for one in (candidates[place] for place in chosen):
+        proof = one.proof
+        logits = replay.logits(proof)[0].float().cpu()
+        if int(logits.argmax()) == one.label:
+            continue
+        at = int(proof.positions[0])
+        point = proof.x[0] if proof.kind == "rows" else proof.x[at] if proof.own is None else proof.own[0]
+        clean = one.clean.detach().cpu().float()
+        shown.append(
+            Exhibit(
+                proof.target, proof.context, int(replay.batches[proof.batch][at]),
+                clean.mul(255).round().clamp(0, 255).byte().numpy(), (point.cpu() - clean).half().numpy(),
+                one.clean_logits.detach().cpu().float().numpy(), logits.numpy(),
+            )
+        )  # fmt: skip
+    return shown
+
+
+def pack(exhibits: Sequence[Exhibit]) -> bytes:
+    """The file's content; the same exhibits give the same bytes."""
+    entries = [{"target": one.target, "context": one.context, "index": one.index} for one in exhibits]
+    names = ("clean", "delta", "clean_logits", "logits")
+    tensors = {name: np.stack([getattr(one, name) for one in exhibits]) for name in names}
+    about = {"format_version": FORMAT_VERSION, "exhibits": entries}
+    return bytes(save_tensors(tensors, metadata={"gallery": json.dumps(about)}))
+
+
+def read(path: str | Path) -> list[Exhibit]:
+    """Read a gallery; the file is taken for hostile.
+
+    Raises:
+        ValueError: when it is no gallery of this format.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ValueError("it is too large for a gallery")
+        with safe_open(path, framework="np") as opened:
+            return _exhibits(opened)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not a readable gallery: {error}") from error
+
+
+def _exhibits(opened: Any) -> list[Exhibit]:
+    about = json.loads((opened.metadata() or {}).get("gallery", "null"))
+    if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"expected a gallery of format version {FORMAT_VERSION}")
+    types = {"clean": "U8", "delta": "F16", "clean_logits": "F32", "logits": "F32"}
+    if set(opened.keys()) != set(types) or any(opened.get_slice(n).get_dtype() != t for n, t in types.items()):
+        raise ValueError(f"expected the tensors {', '.join(f'{name} ({kind})' for name, kind in types.items())}")
+    tensors = {name: opened.get_tensor(name) for name in types}
+    entries = about["exhibits"]
+    n, images, logits = len(entries), tensors["clean"].shape, tensors["logits"].shape
+    fits = tensors["delta"].shape == images and tensors["clean_logits"].shape == logits
+    if not fits or len(images) != 4 or len(logits) != 2 or images[0] != n or logits[0] != n or n > LIMIT:
+        raise ValueError(f"expected images and logits of at most {LIMIT} samples that fit together")
+    if images[1] not in CHANNELS or 0 in images or logits[1] < 1:
+        raise ValueError(f"expected images of one or three channels, but got shape {images}")
+    if not np.isfinite(tensors["delta"]).all():
+        raise ValueError("a perturbation is not finite")
+    rows = zip(entries, *(tensors[name] for name in types), strict=True)
+    return [Exhibit(str(entry["target"]), str(entry["context"]), int(entry["index"]), *row) for entry, *row in rows]

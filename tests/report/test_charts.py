@@ -1,0 +1,169 @@
+"""Every figure shows what the tables hold, counted here another way."""
+
+from __future__ import annotations
+
+import itertools
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from records import make_results
+from scipy.stats import binomtest
+
+from msa_eval import Results
+from msa_eval.report import charts, draw_curves, frames, spending, to_svg
+from msa_eval.report.charts import Chart
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return make_results(contexts=("joint", "solo"))
+
+
+def _texts(svg: str) -> list[str]:
+    return ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("}text")]
+
+
+def _number(results: Results, target: str, context: str, metric: str) -> float:
+    table = results.summary.set_index(["target", "context", "metric"])["value"]
+    return float(table[target, context, metric])
+
+
+def test_the_waterfall_falls_from_clean_to_the_worst_case(results: Results) -> None:
+    for context, target in itertools.product(("joint", "solo"), ("fc", "defense")):
+        data = frames.waterfall(results, context)
+        rows = data[data["target"] == target]
+        assert rows["after"].iloc[0] == _number(results, target, context, "clean")
+        assert rows["after"].iloc[-1] == _number(results, target, context, "worst_case")
+        assert rows["before"].iloc[-1] == pytest.approx(rows["after"].iloc[-1])
+        assert list(rows["before"].iloc[1:]) == list(rows["after"].iloc[:-1])
+        assert (rows["before"] - rows["after"]).iloc[1:-1].tolist() == pytest.approx(rows["broken"].iloc[1:-1] / 40)
+        assert rows["step"].tolist()[1:-1] == results.attacks["run"].unique().tolist()
+
+
+def test_the_matrix_shows_the_restart_that_leaves_the_fewest(results: Results) -> None:
+    data = frames.transfer(results, "joint").set_index(["target", "surrogate", "attack", "loss"])
+    attacks = results.attacks[results.attacks["context"] == "joint"]
+    assert len(data) == 2 * 3
+    for key, rows in attacks.groupby(["target", "surrogate", "attack", "loss"]):
+        lowest = rows[rows["final"] == rows["final"].min()]
+        assert data.loc[key, "target_accuracy"] == rows["final"].min()
+        assert data.loc[key, "surrogate_accuracy"] in set(lowest["surrogate_accuracy"])
+        assert data.loc[key, "runs"] == len(rows)
+
+
+def test_classes_add_up_and_have_wilson_intervals(results: Results) -> None:
+    data = frames.per_class(results, "solo")
+    for target, rows in data.groupby("target"):
+        assert (rows["n"] * rows["worst_case"]).sum() / 40 == pytest.approx(
+            _number(results, str(target), "solo", "worst_case")
+        )
+        assert (rows["n"] * rows["clean"]).sum() / 40 == pytest.approx(_number(results, str(target), "solo", "clean"))
+    for row in data.to_dict(orient="records"):
+        interval = binomtest(round(row["n"] * row["clean"]), row["n"]).proportion_ci(method="wilson")
+        assert (row["clean_low"], row["clean_high"]) == pytest.approx((interval.low, interval.high))
+
+
+def test_agreement_counts_the_samples_that_one_run_alone_broke(results: Results) -> None:
+    data = frames.agreement(results, "joint").set_index(["target", "run"])
+    alone = frames.only_one(results, "joint")
+    outcomes = results.outcomes[results.outcomes["context"] == "joint"]
+    samples = results.samples[results.samples["context"] == "joint"].set_index(["target", "index"])
+    for target in ("fc", "defense"):
+        broke: dict[int, set[str]] = {}
+        for row in outcomes[outcomes["target"] == target].to_dict(orient="records"):
+            if row["any_broken"] and samples.loc[(target, row["index"]), "clean_correct"]:
+                broke.setdefault(row["index"], set()).add(row["run"])
+        assert broke
+        for run in outcomes["run"].unique():
+            assert data.loc[(target, run), "broken"] == sum(run in runs for runs in broke.values())
+            mine = {index for index, runs in broke.items() if runs == {run}}
+            assert data.loc[(target, run), "only"] == len(mine)
+            listed = alone[(alone["target"] == target) & (alone["run"] == run)]
+            assert set(listed["index"]) == mine
+            assert all(
+                samples.loc[(target, row["index"]), "label"] == row["label"] for row in listed.to_dict("records")
+            )
+
+
+def test_batches_add_up(results: Results) -> None:
+    data = frames.seating(results, "joint")
+    assert data.groupby("target")["size"].sum().to_dict() == {"fc": 40, "defense": 40}
+    for target, rows in data.groupby("target"):
+        share = (rows["size"] * rows["worst_case"]).sum() / 40
+        assert share == pytest.approx(_number(results, str(target), "joint", "worst_case"))
+
+
+def test_the_curve_of_spent_passes_ends_at_the_worst_case(results: Results) -> None:
+    for target in ("defense", "fc"):
+        curve = spending(results, target=target, context="joint")
+        assert curve["passes"].is_monotonic_increasing
+        assert curve["worst_case"].is_monotonic_decreasing
+        assert curve.iloc[0].tolist() == [0.0, _number(results, target, "joint", "clean")]
+        runs = results.attacks[(results.attacks["target"] == target) & (results.attacks["context"] == "joint")]
+        worst = _number(results, target, "joint", "worst_case")
+        assert curve.iloc[-1].tolist() == pytest.approx([runs["forwards"].sum() / 40, worst])
+
+
+def test_figures_come_in_the_pages_order_for_every_context(results: Results) -> None:
+    listed = list(charts(results))
+    kinds = ["waterfall", "transfer", "spending", "classes", "agreement", "batches"]
+    assert [(one.kind, one.context) for one in listed] == list(itertools.product(kinds, ("joint", "solo")))
+    assert len({one.name for one in listed}) == len(listed)
+
+
+@pytest.mark.parametrize("kind", ["waterfall", "transfer", "spending", "classes", "agreement", "batches"])
+def test_every_figure_is_drawn_and_told(results: Results, kind: str) -> None:
+    (chart,) = [one for one in charts(results) if one.kind == kind and one.context == "joint"]
+    texts = _texts(to_svg(chart.figure()))
+    assert "defence" in texts
+    assert "FC head" in texts
+    assert "defence" in chart.alt
+    assert "FC head" in chart.alt
+    assert to_svg(chart.figure()) == to_svg(chart.figure())
+
+
+def test_numbers_stand_in_the_waterfall_and_the_matrix(results: Results) -> None:
+    drawn: dict[str, Chart] = {one.kind: one for one in charts(results) if one.context == "joint"}
+    waterfall = _texts(to_svg(drawn["waterfall"].figure()))
+    assert f"{100 * _number(results, 'defense', 'joint', 'worst_case'):.1f}" in waterfall
+    for broken in results.attacks.loc[results.attacks["context"] == "joint", "newly_broken"]:
+        assert not broken or f"\N{MINUS SIGN}{broken}" in waterfall
+    matrix = _texts(to_svg(drawn["transfer"].figure()))
+    for row in drawn["transfer"].data.to_dict(orient="records"):
+        assert f"{100 * row['target_accuracy']:.1f}" in matrix
+        assert f"{100 * row['surrogate_accuracy']:.1f}" in matrix
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"classes": 1000, "n": 2000}, {"targets": ("defense",), "n": 1, "classes": 1},
+        {"runs": [("<run> & $x^2$ \u6f22" * 9, "a$_b" * 20, "x", "<y>" * 20, 0)]},
+    ],
+    ids=("many classes", "one sample", "names"),
+)  # fmt: skip
+def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
+    for chart in charts(make_results(**odd)):  # type: ignore[arg-type]
+        assert to_svg(chart.figure()).endswith("</svg>\n")
+        assert chart.alt
+
+
+def test_missing_numbers_are_drawn() -> None:
+    results = make_results()
+    attacks = results.attacks.assign(surrogate_accuracy=np.nan, final=np.nan)
+    summary = results.summary.assign(value=np.nan, low=np.nan, high=np.nan)
+    blank = Results(summary, attacks, results.samples, results.outcomes, results.batches, results.run)
+    for chart in charts(blank):
+        assert to_svg(chart.figure())
+
+
+def test_many_curves_have_their_names_at_their_ends() -> None:
+    curves = {
+        f"c{i} $ <a>": pd.DataFrame({"passes": [0, 10, 100], "worst_case": [0.9, 0.5, i / 20]}) for i in range(18)
+    }
+    figure = draw_curves(curves, "title & more")
+    texts = _texts(to_svg(figure))
+    assert "title & more" in texts
+    assert [f"c{i} $ <a> {5 * i:.1f}" in texts for i in range(18)] == [True] * 18
