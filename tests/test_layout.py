@@ -21,7 +21,8 @@ SOURCES = {
 }  # fmt: skip
 FLOORS = {
     "architectures": 0, "data": 0, "defense": 0, "hpm": 0, "checkpoint": 0, "ikl": 0, "progress": 0,
-    "attacks": 1, "surrogates": 1, "finetune": 2, "protocols": 3, "report": 4, "references": 4, "cli": 5,
+    "attacks": 1, "surrogates": 1, "finetune": 2, "protocols": 3, "report": 4, "references": 4,
+    "sensitivity": 5, "cli": 6,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from msa_eval.cli.figures import figures
 from msa_eval.cli.finetune import finetune
 from msa_eval.cli.protocols import protocols
 from msa_eval.cli.report import report
+from msa_eval.cli.sensitivity import sensitivity
 from msa_eval.cli.tables import tables
 from msa_eval.cli.verify import verify
 from msa_eval.protocols import AttackError
@@ -63,5 +64,6 @@ main.add_command(figures)
 main.add_command(finetune)
 main.add_command(protocols)
 main.add_command(report)
+main.add_command(sensitivity)
 main.add_command(tables)
 main.add_command(verify)
