@@ -12,10 +12,12 @@ from msa_eval.cli import options
 
 if TYPE_CHECKING:
     from msa_eval.checkpoint import Checkpoint
+    from msa_eval.data import Samples
+    from msa_eval.targets import Target
 
 
 @click.command()
-@click.argument("classifier", type=click.Path(path_type=Path))
+@options.target
 @click.option("--data", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
 @click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn.")
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 )
 @click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel.")
 @click.option("--std", type=float, multiple=True, help="Likewise.")
-@click.option("--head", default="fc", show_default=True, help="Name of the fully connected layer of a bare state dict.")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--lr", type=options.NUMBER, default=5e-5, show_default=True)
@@ -39,14 +40,13 @@ if TYPE_CHECKING:
 @options.force
 @options.quiet
 def finetune(
-    classifier: Path,
+    target: options.Chosen,
     data: str,
     out: Path,
     architecture: str | None,
     arguments: tuple[tuple[str, Any], ...],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    head: str,
     limit: int | None,
     device: str,
     data_root: str,
@@ -54,9 +54,9 @@ def finetune(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Put an HPM head on CLASSIFIER and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
+    """Put an HPM head on TARGET and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
 
-    CLASSIFIER is a checkpoint of msa-eval, or a safetensors file with a bare state dict and --architecture.
+    TARGET is what 'msa-eval evaluate' takes, or a safetensors file with a bare state dict and --architecture.
     """
     import torch
 
@@ -64,6 +64,7 @@ def finetune(
     from msa_eval.data import Samples, load_samples
     from msa_eval.finetune import FinetuneSettings, history
     from msa_eval.finetune import finetune as finetune_classifier
+    from msa_eval.targets import Target
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or replace it with --force")
@@ -75,27 +76,33 @@ def finetune(
         raise ValueError(f"{out} can't be written: {error.strerror}; choose another place") from error
     chosen = FinetuneSettings(**settings)
     normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
-    loaded = _load(classifier, architecture, dict(arguments), normalization, head)
     samples = load_samples(data, split="train", root=data_root)
+    loaded = _load(target, samples, architecture, dict(arguments), normalization, quiet)
     if limit is not None and limit < len(samples):
         index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(chosen.seed))[:limit]
         samples = Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")
     hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
-    save_checkpoint(out, hpm, loaded.blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
+    assert loaded.blueprint is not None  # or it had no classifier
+    origin: dict[str, Any] = {"classifier": Path(target.word).name}
+    if isinstance(loaded, Target):
+        origin = {"classifier": loaded.word, "target": dict(loaded.about)}
+    save_checkpoint(out, hpm, loaded.blueprint, history=origin | history(chosen, samples))
     click.echo(f"fine-tuned on {len(samples)} samples of {samples.name}; HPM checkpoint in {out}")
 
 
 def _load(
-    path: Path,
+    target: options.Chosen,
+    samples: Samples,
     architecture: str | None,
     arguments: dict[str, Any],
     normalization: dict[str, list[float]] | None,
-    head: str,
-) -> Checkpoint:
-    from msa_eval.checkpoint import load_bare_classifier, load_checkpoint
+    quiet: bool,
+) -> Checkpoint | Target:
+    from msa_eval.checkpoint import load_bare_classifier
 
     if architecture is None and (arguments or normalization):
         raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
     if architecture is None:
-        return load_checkpoint(path)
-    return load_bare_classifier(path, architecture, arguments, normalization=normalization, head=head)
+        return target.load(samples, quiet=quiet)
+    head = target.how.get("head") or "fc"
+    return load_bare_classifier(target.word, architecture, arguments, normalization=normalization, head=head)

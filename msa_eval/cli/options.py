@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
 from msa_eval.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from msa_eval.data import Samples
+    from msa_eval.targets import Target
 
 NOT_SOUND = 3
 """Exit status of ``--strict`` where the verdict is anything but sound."""
@@ -47,7 +53,6 @@ class _Assignment(click.ParamType[tuple[str, Any]]):
 NUMBER = _Number()
 ASSIGNMENT = _Assignment()
 
-checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path))
 data = click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
 protocol = click.option(
     "--protocol",
@@ -74,6 +79,51 @@ quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
 )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The target that a command was given, and how it is to be loaded."""
+
+    word: str
+    how: Mapping[str, Any]
+
+    def load(self, samples: Samples, *, quiet: bool = False) -> Target:
+        """Load it, and say on stderr what its user should know."""
+        from msa_eval.targets import load_target
+
+        loaded = load_target(self.word, samples, **self.how)
+        for note in () if quiet else loaded.notes:
+            click.echo(f"note: {note}", err=True)
+        return loaded
+
+
+def target(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument TARGET and the options that say how it is loaded, as one parameter ``target``."""
+
+    @functools.wraps(command)
+    def gathered(target: str, **given: Any) -> None:
+        how = {name: given.pop(name) for name in _LOADING}
+        command(target=Chosen(target, how), **given)
+
+    for option in reversed([click.argument("target"), *_LOADING.values()]):
+        gathered = option(gathered)
+    return gathered
+
+
+_LOADING = {
+    "weights": click.option(
+        "--weights", type=click.Path(path_type=Path), help="Weights for TARGET: safetensors, or a plain state dict."
+    ),
+    "random_weights": click.option("--random-weights", is_flag=True, help="Leave TARGET untrained, and say so."),
+    "head": click.option("--head", help="Name of the layer that makes the logits, where it is not found."),
+    "whole": click.option("--whole", is_flag=True, help="Do not split TARGET into trunk and head."),
+    "models": click.option(
+        "--models", default="models", show_default=True, help="Folder of robustbench's weights.",
+        type=click.Path(path_type=Path),
+    ),
+    "trunk": click.option("--trunk", help="Your own code that a checkpoint was made from; it is imported."),
+}  # fmt: skip
 
 
 def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] = (), **given: Any) -> dict[str, Any]:

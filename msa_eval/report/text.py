@@ -58,7 +58,13 @@ def _title(results: Results) -> str:
     return (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
         f"{run['data']['name']}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
+        f"{_untrained(run)}"
     )
+
+
+def _untrained(run: Mapping[str, Any]) -> str:
+    random = run.get("target", {}).get("random_weights")
+    return "\nRANDOM WEIGHTS: no figure says anything of a trained model" if random else ""
 
 
 def _context_table(results: Results, context: str, targets: list[str]) -> str:
