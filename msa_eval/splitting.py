@@ -248,6 +248,8 @@ def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, lis
             ) from error
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
         raise ValueError(f"expected logits of shape ({len(x)}, k) from the model, but got {describe(out)}")
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError("the model answers with NaN or infinite values")
     last = {call.module: call for call in calls}  # in the order of first calls
     times = {module: sum(call.module is module for call in calls) for module in last}
     order = sorted(last.values(), key=lambda call: max(i for i, c in enumerate(calls) if c.module is call.module))

@@ -11,8 +11,10 @@ from msa_eval import __version__
 from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.demo import demo
+from msa_eval.cli.entry import entry
 from msa_eval.cli.evaluate import evaluate
 from msa_eval.cli.finetune import finetune
+from msa_eval.cli.paper_table import paper_table
 from msa_eval.cli.protocols import protocols
 from msa_eval.cli.verify import verify
 from msa_eval.protocols import AttackError
@@ -51,7 +53,9 @@ def main(debug: bool) -> None:
 main.add_command(audit)
 main.add_command(batch_sizes)
 main.add_command(demo)
+main.add_command(entry)
 main.add_command(evaluate)
 main.add_command(finetune)
+main.add_command(paper_table)
 main.add_command(protocols)
 main.add_command(verify)

@@ -132,3 +132,28 @@ def render_sizes(table: pd.DataFrame) -> str:
         index=["context", "batch_size"], columns="metric", values="cell", aggfunc="first", sort=False
     )  # fmt: skip
     return "accuracy in % by batch size, with 95 % intervals\n" + wide[list(METRICS)].to_string()
+
+
+def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
+    """The paper's numbers next to the measured ones as text, in percent with 95 % intervals, and why a row is empty.
+
+    Args:
+        table: of `msa_eval.paper.paper_table`.
+        dataset: whose table it is.
+    """
+    rows, notes = [], []
+    for row in table.to_dict(orient="records"):
+        cells = {"model": row["model"], "head": row["head"]}
+        for ours, theirs in (("clean", "reported_clean"), ("paper", "reported_robust"), ("worst_case", None)):
+            if theirs is not None:
+                cells[f"{theirs.removeprefix('reported_')}, reported"] = f"{row[theirs]:.1f}"
+            shown = f"{row[ours]:.1f} [{row[f'{ours}_low']:.1f}, {row[f'{ours}_high']:.1f}]" if row["n"] else "-"
+            cells[{"clean": "measured", "paper": "measured (paper)"}.get(ours, ours)] = shown
+        rows.append(cells | {"n": str(row["n"] or "-"), "verdict": row["verdict"] or "-"})
+        if row["note"]:
+            told = f"{row['model']}, {row['head']}: {row['note']}"
+            notes += textwrap.wrap(told, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    frame = pd.DataFrame(rows).to_string(index=False)
+    return f"{dataset}: accuracy in %, as the paper reports it and as measured here\n{frame}" + "".join(
+        f"\n{line}" for line in ["", *notes] if notes
+    )
