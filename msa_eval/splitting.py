@@ -406,7 +406,7 @@ def _affine(call: _Call) -> tuple[Tensor, Tensor | None]:
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
         names = [*_linear_layers(model)]
         close = difflib.get_close_matches(name, names, n=1)

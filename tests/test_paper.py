@@ -22,7 +22,13 @@ NEEDS = pytest.mark.skipif(
     importlib.util.find_spec("robustbench") is None, reason="needs pip install '.[robustbench]': no robustbench"
 )
 NAME = "Addepalli2022Efficient_RN18"
-FAST = {"samples.fraction": 1.0, "samples.limit": 4, "attack.apgd.steps": 1, "attack.square.queries": 1, "audit.samples": 0}
+FAST = {
+    "samples.fraction": 1.0,
+    "samples.limit": 4,
+    "attack.apgd.steps": 1,
+    "attack.square.queries": 1,
+    "audit.samples": 0,
+}
 
 
 def test_the_papers_numbers() -> None:
@@ -114,6 +120,7 @@ def test_rows_are_measured_or_say_why_not(samples: Samples, tmp_path: Path) -> N
 
 @NEEDS
 @pytest.mark.usefixtures("table")
+@pytest.mark.filterwarnings("ignore:'saved_variables' is deprecated")  # in robustbench's Swish
 def test_the_command_marks_random_weights(samples: Samples, tmp_path: Path) -> None:
     import numpy as np
 

@@ -154,7 +154,7 @@ def _checkpoint(path: Path, trunk: str | None) -> Target:
     loaded = load_checkpoint(path, trunk=trunk)
     about = {"word": path.name, "kind": "checkpoint", **describe_file(path)}
     about |= {key: loaded.history[key] for key in ("target", "random_weights") if key in loaded.history}
-    notes = ()
+    notes: tuple[str, ...] = ()
     if trunk is not None:
         about |= {"imported": _short(trunk)}
         notes = (f"imported your own code: {trunk}",)

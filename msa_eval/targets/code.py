@@ -5,6 +5,7 @@ It is imported, so it runs: a target word of this kind is the only way to make t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -32,6 +33,11 @@ def make(word: str) -> tuple[object, Path | None]:
         ValueError: when there is no such file, module or callable, when it fails, or when it returns anything but a
             model or a defence.
     """
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not part of our output
+        return _make(word)
+
+
+def _make(word: str) -> tuple[object, Path | None]:
     place, _, name = word.rpartition(":")
     module = _from_file(Path(place), word) if place.endswith(".py") else _from_module(place, word)
     found: object = module
