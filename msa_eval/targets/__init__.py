@@ -10,6 +10,7 @@ A word is
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,7 +165,8 @@ def _checkpoint(path: Path, trunk: str | None) -> Target:
 def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: str | None, whole: bool) -> Target:
     family = word.partition(":")[0]
     random = built.about.get("weights") == RANDOM
-    about = {"word": word, "kind": family, **built.about, "random_weights": random}
+    release = f"{family} {importlib.metadata.version(family)}"
+    about = {"word": word, "kind": family, "package": release, **built.about, "random_weights": random}
     images = _images(example)
     notes = [f"{word} has random weights: no figure says anything of the trained model"] if random else []
     if built.size is not None and images is not None and images.shape[-1] != built.size:
