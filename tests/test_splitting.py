@@ -262,6 +262,19 @@ class _Averaged(nn.Module):
         return (self.one(z) + self.two(z.square())) / 2
 
 
+class _Leaning(nn.Module):
+    """A second head whose answer hardly differs from image to image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.one, self.two = _Body(), _linear(), _linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x).mean(dim=(2, 3))
+        out: Tensor = self.one(z) + self.two(1e-4 * z)
+        return out
+
+
 class _Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -309,6 +322,8 @@ class _Matrix(nn.Module):
         (lambda: _Net(_linear(), after=lambda out: out[:, :1]), r"expected logits of shape \(2, k\)"),
         (lambda: _Net(_conv(), before=_same), "expected logits"),
         (_Averaged, r"two \(Linear.*makes only a part.*; one \(Linear.*makes only a part.*--head.*--whole"),
+        (_Leaning, r"two \(Linear.*makes only a part.*; one \(Linear.*makes only a part"),
+        (lambda: _Net(_linear(), after=lambda out: out / 0), "answers with NaN or infinite values"),
         (_Twice, "top.head .*runs 2 times in a pass"),
         (_Random, "differently from pass to pass"),
         (_Batchwise, "features depend on the other images"),
