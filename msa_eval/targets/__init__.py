@@ -102,7 +102,7 @@ def load_target(
         if trunk is not None:
             raise ValueError("a trunk of your own code belongs to a checkpoint made from it")
         return _by_name(word, example, ZOOS[family](name, wanted), head, whole)
-    if word.endswith(".safetensors"):
+    if _is_checkpoint(word):
         given = {"weights": weights, "random weights": random_weights, "a head": head, "a whole model": whole}
         if wrong := [what for what, value in given.items() if value]:
             raise ValueError(f"{word} is a checkpoint, which says all of itself; it can't be given {wrong[0]}")
@@ -243,14 +243,23 @@ def _short(word: str) -> str:
     return f"{Path(place).name}{separator}{name}" if place.endswith(".py") else word
 
 
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+
+
+def _is_checkpoint(word: str) -> bool:
+    """Whether a word can only mean a checkpoint, there or not: a file's name that is not of another kind."""
+    path = Path(word)
+    return path.suffix == ".safetensors" or (
+        ":" not in word and path.suffix not in (".py", *_PICKLES) and (path.is_file() or len(path.parts) > 1)
+    )
+
+
 def _no_such_target(word: str) -> str:
     path = Path(word)
-    if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+    if path.suffix in _PICKLES:
         return f"{word} alone does not say its architecture; give a model, as torchvision:NAME, with --weights {word}"
     if path.suffix == ".py":
         return f"{word} names no function; give {word}:FUNCTION"
-    if path.is_file():
-        return f"{word} is no .safetensors file; pickles are never loaded"
     close = difflib.get_close_matches(word.partition(":")[0], [*ZOOS], n=1)
     hint = f"; did you mean {close[0]}:NAME?" if close else ""
     return (

@@ -76,7 +76,12 @@ def torchvision(name: str, wanted: Wanted) -> Built:
     kinds = models.get_model_weights(name)
     _known(tag or "DEFAULT", ["DEFAULT", *kinds.__members__], f"weights of torchvision:{name}")
     weights = kinds[tag or "DEFAULT"]
-    plain = {"transform_input": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    # What torchvision's own builders set beside pretrained weights.
+    plain: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        plain = {"transform_input": True, "init_weights": False}
+    elif name.startswith("vit_"):
+        plain = {"image_size": weights.meta["min_size"][0]}
 
     def build(classes: int | None) -> nn.Module:
         model: nn.Module = models.get_model(name, weights=None, **plain, **_classes(classes))
@@ -145,8 +150,11 @@ def robustbench(name: str, wanted: Wanted) -> Built:
     about = {"preprocessing": entry.get("preprocessing")} if entry.get("preprocessing") else {}
     size = {"cifar10": 32, "cifar100": 32}.get(dataset)
     if wanted.random:
-        with _quietly(), _same_random():
-            model: nn.Module = entry["model"]()
+        try:
+            with _quietly(), _same_random():
+                model: nn.Module = entry["model"]()
+        except (OSError, RuntimeError, ImportError) as error:
+            raise ValueError(f"{word} can't be built without its pretrained weights: {_told(error)}") from error
         return Built(model.eval(), size, {**about, "weights": RANDOM})
     place = wanted.folder / dataset / norm / f"{name}.pt"
     parts = [place] if not isinstance(entry["gdrive_id"], list) else [
@@ -165,7 +173,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
         try:
             model = load_model(name, model_dir=folder, dataset=dataset, threat_model=norm)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = _told(error)
             if wanted.file is not None or held:
                 raise ValueError(f"{wanted.file or place} does not fit {word}: {reason}") from error
             raise ValueError(_not_to_be_had(word, [p for p in parts if not p.is_file()], reason)) from error
@@ -194,6 +202,10 @@ def _robustbench_name(name: str, model_dicts: Mapping[Any, Mapping[Any, Mapping[
         where = f" for {dataset or 'any data set'}/{norm}"
         _known(name, sorted({n for ds in sets for n in zoo[ds].get(norm, ())}), "robustbench" + where)
     return name, holding[0], norm
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _known(name: str, names: Iterable[str], what: str) -> None:

@@ -146,6 +146,10 @@ def test_torchvision_weights_from_the_hub_folder_and_from_a_file(tmp_path: Path)
     save_file(state, tmp_path / "ten.safetensors")
     ten = load_target(word, _images(64), weights=tmp_path / "ten.safetensors")
     assert ten.classifier.fc.out_features == 10
+    assert ten.blueprint is not None
+    save_checkpoint(tmp_path / "classifier.safetensors", ten.classifier, ten.blueprint)
+    again = load_checkpoint(tmp_path / "classifier.safetensors")
+    assert torch.equal(again.model(_images(64)), ten.classifier(_images(64)))
     with pytest.raises(ValueError, match="does not fit the model"):
         load_target("torchvision:resnet18", _images(64), weights=tmp_path / "ten.safetensors")
 
@@ -198,6 +202,30 @@ def test_robustbench_weights(form: str, tmp_path: Path) -> None:
 def test_misspelt_names(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_target(word, _images(32))
+
+
+@pytest.mark.parametrize("name", ["googlenet", "vit_b_16@IMAGENET1K_SWAG_E2E_V1", "inception_v3"])
+def test_what_torchvision_sets_beside_pretrained_weights_is_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to torchvision's own builder with pretrained weights, whose download is cut short at the architecture."""
+    import_torchvision()
+    from torchvision.models import get_model, get_model_weights
+    from torchvision.models._api import WeightsEnum
+
+    plain, _, tag = name.partition("@")
+    ours = torchvision(name, Wanted(random=True)).model[1]  # type: ignore[index]
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: ours.state_dict())
+    theirs = get_model(plain, weights=get_model_weights(plain)[tag or "DEFAULT"]).eval()
+    for attribute in ("transform_input", "image_size"):
+        assert getattr(ours, attribute, None) == getattr(theirs, attribute, None)
+    if plain == "googlenet":
+        x = _images(64)
+        with torch.no_grad():
+            assert torch.equal(ours(x), theirs(x))
+
+
+def test_a_model_that_fetches_weights_while_it_is_built() -> None:
+    with pytest.raises(ValueError, match="Standard_R50@imagenet/Linf can't be built without its pretrained weights"):
+        load_target("robustbench:Standard_R50@imagenet", _images(64), random_weights=True)
 
 
 def test_images_of_another_size() -> None:
