@@ -107,7 +107,7 @@ def test_rows_are_measured_or_say_why_not(samples: Samples, tmp_path: Path) -> N
 
     text = render_paper_table(found, dataset="cifar10")
     assert f"{measured['clean']:.1f} [" in text
-    assert "Rade2021Helper_R18_ddpm, hpm: the weights of" in " ".join(text.split())
+    assert "Rade2021Helper_R18_ddpm, fc and hpm: the weights of" in " ".join(text.split())
 
     hpm = HPM(target.classifier.trunk, target.classifier.fc).eval()
     assert target.blueprint is not None

@@ -141,7 +141,8 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
         table: of `msa_eval.paper.paper_table`.
         dataset: whose table it is.
     """
-    rows, notes = [], []
+    rows: list[dict[str, str]] = []
+    told: dict[tuple[str, str], list[str]] = {}
     for row in table.to_dict(orient="records"):
         cells = {"model": row["model"], "head": row["head"]}
         for ours, theirs in (("clean", "reported_clean"), ("paper", "reported_robust"), ("worst_case", None)):
@@ -151,8 +152,15 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
             cells[{"clean": "measured", "paper": "measured (paper)"}.get(ours, ours)] = shown
         rows.append(cells | {"n": str(row["n"] or "-"), "verdict": row["verdict"] or "-"})
         if row["note"]:
-            told = f"{row['model']}, {row['head']}: {row['note']}"
-            notes += textwrap.wrap(told, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            told.setdefault((row["model"], row["note"]), []).append(row["head"])
+    notes = [
+        line
+        for (model, note), heads in told.items()
+        for line in textwrap.wrap(
+            f"{model}, {' and '.join(heads)}: {note}", 110, subsequent_indent="  ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+    ]  # fmt: skip
     frame = pd.DataFrame(rows).to_string(index=False)
     return f"{dataset}: accuracy in %, as the paper reports it and as measured here\n{frame}" + "".join(
         f"\n{line}" for line in ["", *notes] if notes

@@ -169,6 +169,8 @@ def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: st
     about = {"word": word, "kind": family, "package": release, **built.about, "random_weights": random}
     images = _images(example)
     notes = [f"{word} has random weights: no figure says anything of the trained model"] if random else []
+    if images is not None and images.shape[1] != 3:
+        raise ValueError(f"{word} takes images of 3 channels, but these have {images.shape[1]}")
     if built.size is not None and images is not None and images.shape[-1] != built.size:
         notes += [
             f"{word} was made for images of {built.size}x{built.size}, but gets {images.shape[-2]}x{images.shape[-1]}"

@@ -205,6 +205,8 @@ def _robustbench_name(name: str, model_dicts: Mapping[Any, Mapping[Any, Mapping[
 
 
 def _told(error: Exception) -> str:
+    if any(sign in str(error) for sign in ("urlopen", "Max retries", "NameResolution", "Connection")):
+        return "there is no network"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -235,7 +237,7 @@ def _filled(
         try:
             file = fetch()
         except (OSError, RuntimeError, ValueError, ImportError) as error:
-            raise ValueError(_not_to_be_had(word, [cached], str(error))) from error
+            raise ValueError(_not_to_be_had(word, [cached], _told(error))) from error
     tensors = adapt(read_weights(file), model)
     if wanted.file is not None and (classes := other_classes(model, tensors)) is not None:
         with _same_random():

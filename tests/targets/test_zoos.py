@@ -223,6 +223,11 @@ def test_what_torchvision_sets_beside_pretrained_weights_is_set(name: str, monke
             assert torch.equal(ours(x), theirs(x))
 
 
+def test_grey_images_are_not_taken_for_colour() -> None:
+    with pytest.raises(ValueError, match="takes images of 3 channels, but these have 1"):
+        load_target("torchvision:mobilenet_v3_small", torch.rand(2, 1, 64, 64), random_weights=True)
+
+
 def test_a_model_that_fetches_weights_while_it_is_built() -> None:
     with pytest.raises(ValueError, match="Standard_R50@imagenet/Linf can't be built without its pretrained weights"):
         load_target("robustbench:Standard_R50@imagenet", _images(64), random_weights=True)
