@@ -9,6 +9,8 @@ from msa_eval.data import Samples, load_samples
 from msa_eval.defense import Defense, WholeModel, as_defense
 from msa_eval.finetune import FinetuneSettings, finetune
 from msa_eval.hpm import HPM, Variant
+from msa_eval.splitting import split
+from msa_eval.targets import Target, load_target
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __all__ = [
     "FinetuneSettings",
     "Results",
     "Samples",
+    "Target",
     "Variant",
     "WholeModel",
     "ablate",
@@ -39,6 +42,8 @@ __all__ = [
     "load_bare_classifier",
     "load_checkpoint",
     "load_samples",
+    "load_target",
     "save_checkpoint",
+    "split",
     "verify",
 ]

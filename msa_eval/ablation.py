@@ -25,6 +25,7 @@ from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import Protocol, Results, evaluate, load_protocol
 from msa_eval.protocols.provenance import environment
+from msa_eval.targets import Target
 
 FULL = "full"
 VARIANTS: Mapping[str, Variant] = {
@@ -73,7 +74,7 @@ class Ablation:
 
 
 def ablate(
-    start: Checkpoint | Classifier | HPM,
+    start: Checkpoint | Target | Classifier | HPM,
     train: Samples,
     test: Samples,
     *,
@@ -159,13 +160,13 @@ def ablate(
     return Ablation(_table(found), record.about)
 
 
-def settings_of(start: Checkpoint | Classifier | HPM) -> FinetuneSettings:
+def settings_of(start: Checkpoint | Target | Classifier | HPM) -> FinetuneSettings:
     """The settings an HPM checkpoint was fine-tuned with, or the paper's for CIFAR-10.
 
     Raises:
         ValueError: when a checkpoint's notes on them can't be read.
     """
-    notes = start.history.get("finetune", {}) if isinstance(start, Checkpoint) else {}
+    notes = {} if isinstance(start, Classifier | HPM) else start.history.get("finetune", {})
     try:
         return FinetuneSettings(**notes)
     except TypeError as error:
@@ -287,7 +288,7 @@ class _Record:
         """Note a variant's weights, and save its checkpoint where its architecture is known."""
         self.about["variants"][name] |= {"sha256": weights_hash(model), "seconds_finetune": round(seconds, 1)}
         path = self._checkpoint(name)
-        if path is not None and isinstance(start, Checkpoint):
+        if path is not None and isinstance(start, Checkpoint | Target) and start.blueprint is not None:
             notes = {"classifier_sha256": self.about["classifier"]["sha256"], **notes}
             save_checkpoint(path, model, start.blueprint, history=notes)
         self.write()

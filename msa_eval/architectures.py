@@ -170,8 +170,8 @@ class Blueprint:
     """What a checkpoint says of its architecture: enough to build the classifier with random weights.
 
     Attributes:
-        architecture: a name of `TRUNKS`.
-        arguments: keyword arguments of that trunk.
+        architecture: a name of `TRUNKS`, or a target's word (see `msa_eval.targets`).
+        arguments: keyword arguments of that trunk; of a target, ``cut`` says where it was cut.
         num_classes: k, at least 2.
         normalization: ``{"mean": [...], "std": [...]}``, one value a channel, or ``None``.
     """
@@ -180,6 +180,11 @@ class Blueprint:
     arguments: Mapping[str, Any]
     num_classes: int
     normalization: Mapping[str, Sequence[float]] | None = None
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the architecture is a target by name, which `msa_eval.targets.rebuild` builds."""
+        return "cut" in self.arguments
 
     def build(self) -> Classifier:
         """Build the classifier.

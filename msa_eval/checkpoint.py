@@ -91,8 +91,13 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint:
     """Read a checkpoint written by `save_checkpoint`.
+
+    Args:
+        path: the file.
+        trunk: where the user's own code lies that the checkpoint was made from, as ``module:callable`` or
+            ``path/to/file.py:callable``. A checkpoint never imports such code by itself.
 
     Raises:
         ValueError: when the file is missing, is no such checkpoint, is of a newer format or doesn't fit its own
@@ -113,7 +118,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         about = json.loads(header["about"])
         blueprint = Blueprint(**about["blueprint"])
-        model = _build(about, blueprint)
+        classifier = None if blueprint.by_name else _build_quietly(blueprint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit its own description: {error}") from error
+    if classifier is None:
+        classifier = _rebuilt(path, blueprint, trunk)
+    elif trunk is not None:
+        raise ValueError(f"{path} was not made from code of your own; it takes no trunk")
+    try:
+        model = _build(about, classifier)
         _check_tensors(model, tensors)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -184,8 +197,16 @@ def _build_quietly(blueprint: Blueprint) -> Classifier:
         return blueprint.build()
 
 
-def _build(about: Mapping[str, Any], blueprint: Blueprint) -> HPM | Classifier:
-    classifier = _build_quietly(blueprint)
+def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
+    from msa_eval.targets import rebuild  # which builds on checkpoints itself
+
+    try:
+        return rebuild(blueprint, trunk=trunk)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _build(about: Mapping[str, Any], classifier: Classifier) -> HPM | Classifier:
     if about["kind"] == "classifier":
         return classifier
     if about["kind"] != "hpm":
@@ -194,7 +215,12 @@ def _build(about: Mapping[str, Any], blueprint: Blueprint) -> HPM | Classifier:
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and values before loading, so that one line tells what is wrong."""
+    if wrong := misfits(model, tensors):
+        raise ValueError(wrong)
+
+
+def misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with the names, shapes and values of tensors that a model is to load; empty if nothing is."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     problems += [f"{name} is not part of the model" for name in tensors.keys() - expected.keys()]
@@ -203,6 +229,5 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
         elif not bool(torch.isfinite(tensors[name]).all()):
             problems.append(f"{name} holds values that are not finite")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("; ".join(sorted(problems)[:3]) + more)
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(sorted(problems)[:3]) + more

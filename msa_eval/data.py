@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msa_eval.upstream import import_torchvision
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -138,9 +140,12 @@ def _digits(split: Split) -> Samples:
 
 def _torchvision(source: str, split: Split, root: str | Path) -> Samples:
     try:
+        import_torchvision()
         from torchvision import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ValueError(f"{source} is read by torchvision; install it, or give an .npz file with x and y") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{source} is read by torchvision; install it, or give an .npz file with x and y ({error})"
+        ) from error
     kind = datasets.CIFAR10 if source == "cifar10" else datasets.CIFAR100
     try:
         found = kind(root, train=split == "train", download=False)

@@ -31,6 +31,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.targets import resolve
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
 
@@ -104,6 +105,7 @@ def audit(
     elif overrides:
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     samples, device = Samples.of(x, y), check_device(device)
+    target, _ = resolve(target, samples)
     defense = as_defense(target)
     beside = None if fc is None or fc is False else as_defense(fc)
     for module in [*modules_of(defense), *modules_of(beside)]:

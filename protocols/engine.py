@@ -39,6 +39,7 @@ from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.progress import Progress, silent
+from msa_eval.targets import resolve
 
 
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
 
     Args:
         target: an object with ``features(x)`` and ``logits(z)``, or a module from images to logits; in evaluation mode.
+            Also the name of one, such as ``"hpm.safetensors"`` or ``"torchvision:resnet50"`` (see `msa_eval.targets`).
         x: `Samples`, or images ``(N, C, H, W)``: float in [0, 1], or uint8.
         y: labels ``(N,)`` from 0, unless ``x`` is `Samples`.
         protocol: the name of a shipped one, a TOML file, or a `Protocol`.
@@ -97,12 +99,14 @@ def evaluate(
         raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
     device = check_device(device)
+    target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
         return _evaluate(
             _targets(target, fc, device),
             samples,
             protocol=protocol,
+            named=named,
             own=surrogates or {},
             seed=seed,
             device=device,
@@ -119,6 +123,7 @@ def _evaluate(
     samples: Samples,
     *,
     protocol: Protocol,
+    named: Mapping[str, Any] | None,
     own: Mapping[str, Own],
     seed: int,
     device: str,
@@ -143,7 +148,7 @@ def _evaluate(
             )
             for name, model in targets.items()
         ]  # fmt: skip
-        about = _identity(protocol, entrants, seed)
+        about = _identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
         if out is not None:
             claim_folder(out, about["key"], force=force)
         signs: dict[str, list[Sign]] = {}

@@ -14,6 +14,7 @@ from msa_eval.protocols.plan import select
 from msa_eval.protocols.spec import Protocol, load_protocol, make_protocol
 
 from msa_eval.data import Samples
+from msa_eval.targets import named
 
 SIZES = (1, 8, 64, 256)
 
@@ -67,6 +68,7 @@ def batch_size_report(
     n = len(select(samples.y, protocol))
     if n < max(sizes):
         raise ValueError(f"a batch of {max(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
+    target = named(target, samples)
     results: dict[int, Results] = {}
     for size in sizes:
         sized = make_protocol(protocol.values, overrides={"batches.size": size}, source=protocol.name)

@@ -33,6 +33,7 @@ from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.progress import Progress, silent
+from msa_eval.targets import resolve
 
 NEAR_TIE = 1e-5
 """Where two logits are closer than this share of their size, another machine may round to the other verdict."""
@@ -124,7 +125,7 @@ def verify(
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
     samples = Samples.of(x, y)
     device = check_device(device)
-    targets = _targets(target, fc, device)
+    targets = _targets(resolve(target, samples)[0], fc, device)
     case = _Case(folder, targets, samples, device, progress)
     # The verdicts are float32, whatever surrounds the call.
     with (

@@ -13,9 +13,11 @@ from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.compare import compare
 from msa_eval.cli.demo import demo
+from msa_eval.cli.entry import entry
 from msa_eval.cli.evaluate import evaluate
 from msa_eval.cli.figures import figures
 from msa_eval.cli.finetune import finetune
+from msa_eval.cli.paper_table import paper_table
 from msa_eval.cli.protocols import protocols
 from msa_eval.cli.report import report
 from msa_eval.cli.sensitivity import sensitivity
@@ -59,9 +61,11 @@ main.add_command(audit)
 main.add_command(batch_sizes)
 main.add_command(compare)
 main.add_command(demo)
+main.add_command(entry)
 main.add_command(evaluate)
 main.add_command(figures)
 main.add_command(finetune)
+main.add_command(paper_table)
 main.add_command(protocols)
 main.add_command(report)
 main.add_command(sensitivity)

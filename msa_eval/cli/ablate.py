@@ -15,7 +15,7 @@ from msa_eval.finetune import FinetuneSettings
 
 
 @click.command()
-@click.argument("classifier", type=click.Path(path_type=Path))
+@options.target
 @options.bare
 @click.option("--train", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
 @options.data
@@ -38,7 +38,7 @@ from msa_eval.finetune import FinetuneSettings
 @options.force
 @options.quiet
 def ablate(
-    classifier: Path,
+    target: options.Chosen,
     train: str,
     data: str,
     protocol: str,
@@ -56,10 +56,10 @@ def ablate(
     quiet: bool,
     **described: Any,
 ) -> None:
-    """Fine-tune and evaluate variants of HPM, all from CLASSIFIER (the paper's section 4.4).
+    """Fine-tune and evaluate variants of HPM, all from TARGET (the paper's section 4.4).
 
-    CLASSIFIER is what 'msa-eval finetune' takes, or an HPM checkpoint: that stands for the classifier it was built on,
-    and brings the settings of its fine-tuning; the paper's for CIFAR-10 are the default otherwise. Each variant's
+    TARGET is what 'msa-eval finetune' takes. An HPM checkpoint stands for the classifier it was built on, and brings
+    the settings of its fine-tuning; the paper's for CIFAR-10 are the default otherwise. Each variant's
     evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and started again with the same
     options, it goes on with the variants that are not done.
     """
@@ -67,12 +67,13 @@ def ablate(
     from msa_eval.data import load_samples
     from msa_eval.report import render_ablation
 
-    start = options.load_classifier(classifier, **described)
+    training = load_samples(train, split="train", root=data_root)
+    start = options.load_classifier(target, training, **described, quiet=quiet)
     settings = _changed(replace(settings_of(start), seed=seed), dict(given))
     try:
         ablation = ablate_classifier(
             start,
-            options.drawn(load_samples(train, split="train", root=data_root), train_limit, seed=seed),
+            options.drawn(training, train_limit, seed=seed),
             load_samples(data, root=data_root),
             protocol=protocol,
             overrides=options.overrides(assignments, context=context, limit=limit),

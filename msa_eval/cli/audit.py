@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +18,7 @@ WIDTH = 100
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
+@options.target
 @options.data
 @options.protocol
 @click.option(
@@ -31,7 +30,7 @@ WIDTH = 100
 @options.device
 @options.data_root
 def audit(
-    target: Path,
+    target: options.Chosen,
     data: str,
     protocol: str,
     limit: int,
@@ -41,25 +40,26 @@ def audit(
     device: str,
     data_root: str,
 ) -> None:
-    """Look for signs that a robustness figure of the checkpoint TARGET should not be believed.
+    """Look for signs that a robustness figure of TARGET should not be believed.
 
     A short look at the first batches of a protocol, no evaluation: randomness, state, batch dependence, vanishing
     gradients, and attacks that do better or worse than they should.
     """
-    from msa_eval.checkpoint import load_checkpoint
     from msa_eval.data import load_samples
     from msa_eval.protocols.audit import audit as audit_target
 
+    samples = load_samples(data, root=data_root)
+    loaded = target.load(samples)
     report = audit_target(
-        load_checkpoint(target).model,
-        load_samples(data, root=data_root),
+        loaded,
+        samples,
         protocol=protocol,
         overrides=dict(assignments),
         seed=seed,
         device=device,
         limit=limit,
     )
-    click.echo(render(report, name=target.name, protocol=protocol))
+    click.echo(render(report, name=loaded.word, protocol=protocol))
     if strict and report.verdict.verdict != "sound":
         sys.exit(options.NOT_SOUND)
 

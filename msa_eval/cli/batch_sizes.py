@@ -24,7 +24,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 
 
 @click.command("batch-sizes")
-@options.checkpoint
+@options.target
 @options.data
 @options.protocol
 @options.out
@@ -38,7 +38,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @options.force
 @options.quiet
 def batch_sizes(
-    checkpoint: Path,
+    target: options.Chosen,
     data: str,
     protocol: str,
     out: Path,
@@ -50,16 +50,16 @@ def batch_sizes(
     quiet: bool,
     **common: Any,
 ) -> None:
-    """Show how the accuracy of CHECKPOINT depends on the batch size."""
-    from msa_eval.checkpoint import load_checkpoint
+    """Show how the accuracy of TARGET depends on the batch size."""
     from msa_eval.data import load_samples
     from msa_eval.protocols import load_protocol
     from msa_eval.protocols.sizes import batch_size_report
     from msa_eval.report import render_sizes
 
+    samples = load_samples(data, root=data_root)
     report = batch_size_report(
-        load_checkpoint(checkpoint).model,
-        load_samples(data, root=data_root),
+        target.load(samples, quiet=quiet),
+        samples,
         protocol=load_protocol(protocol, overrides=options.overrides(assignments, limit=limit, context=context)),
         sizes=sizes,
         out=out,

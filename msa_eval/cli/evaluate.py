@@ -12,7 +12,7 @@ from msa_eval.cli import options
 
 
 @click.command()
-@options.checkpoint
+@options.target
 @options.data
 @options.protocol
 @options.out
@@ -36,7 +36,7 @@ from msa_eval.cli import options
 @options.force
 @options.quiet
 def evaluate(
-    checkpoint: Path,
+    target: options.Chosen,
     data: str,
     protocol: str,
     out: Path,
@@ -47,13 +47,17 @@ def evaluate(
     assignments: tuple[tuple[str, Any], ...],
     **common: Any,
 ) -> None:
-    """Evaluate CHECKPOINT, and the classifier it was built on, under a protocol."""
+    """Evaluate TARGET, and the classifier it was built on, under a protocol.
+
+    TARGET is a checkpoint of msa-eval, your own code as module:callable or path/to/file.py:callable, or a model of
+    others as robustbench:NAME[@dataset][/norm], torchvision:NAME[@WEIGHTS] or timm:NAME[.TAG].
+    """
     chosen = options.overrides(assignments, context=context, limit=limit, batch_size=batch_size, victim=victim)
-    run(checkpoint, data, protocol, out, overrides=chosen, **common)
+    run(target, data, protocol, out, overrides=chosen, **common)
 
 
 def run(
-    checkpoint: Path,
+    target: options.Chosen,
     data: str,
     protocol: str,
     out: Path,
@@ -68,18 +72,17 @@ def run(
     no_gallery: bool = False,
     strict: bool = False,
 ) -> None:
-    """Evaluate a checkpoint, show the table and write the results."""
-    from msa_eval.checkpoint import load_checkpoint
+    """Evaluate a target, show the table and write the results."""
     from msa_eval.data import load_samples
     from msa_eval.protocols import evaluate as evaluate_target
     from msa_eval.protocols import load_protocol
     from msa_eval.report import render_sample, render_table
 
     loaded = load_protocol(protocol, overrides=overrides)
-    model = load_checkpoint(checkpoint).model
+    samples = load_samples(data, root=data_root)
     results = evaluate_target(
-        model,
-        load_samples(data, root=data_root),
+        target.load(samples, quiet=quiet),
+        samples,
         protocol=loaded,
         seed=seed,
         device=device,

@@ -13,7 +13,7 @@ from msa_eval.cli import options
 
 
 @click.command()
-@click.argument("classifier", type=click.Path(path_type=Path))
+@options.target
 @click.option("--data", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
 @options.bare
@@ -31,7 +31,7 @@ from msa_eval.cli import options
 @options.force
 @options.quiet
 def finetune(
-    classifier: Path,
+    target: options.Chosen,
     data: str,
     out: Path,
     limit: int | None,
@@ -41,14 +41,15 @@ def finetune(
     quiet: bool,
     **described: Any,
 ) -> None:
-    """Put an HPM head on CLASSIFIER and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
+    """Put an HPM head on TARGET and fine-tune it adversarially, the trunk frozen (the paper's section 6.2).
 
-    CLASSIFIER is a checkpoint of msa-eval, or a safetensors file with a bare state dict and --architecture.
+    TARGET is what 'msa-eval evaluate' takes, or a safetensors file with a bare state dict and --architecture.
     """
     from msa_eval.checkpoint import save_checkpoint
     from msa_eval.data import load_samples
     from msa_eval.finetune import FinetuneSettings, history
     from msa_eval.finetune import finetune as finetune_classifier
+    from msa_eval.targets import Target
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or replace it with --force")
@@ -61,8 +62,13 @@ def finetune(
     chosen = FinetuneSettings(
         **{field.name: described.pop(field.name) for field in fields(FinetuneSettings) if field.name in described}
     )
-    loaded = options.load_classifier(classifier, **described)
-    samples = options.drawn(load_samples(data, split="train", root=data_root), limit, seed=chosen.seed)
+    samples = load_samples(data, split="train", root=data_root)
+    loaded = options.load_classifier(target, samples, **described, quiet=quiet)
+    samples = options.drawn(samples, limit, seed=chosen.seed)
     hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
-    save_checkpoint(out, hpm, loaded.blueprint, history={"classifier": classifier.name, **history(chosen, samples)})
+    assert loaded.blueprint is not None  # or it had no classifier
+    origin: dict[str, Any] = {"classifier": Path(target.word).name}
+    if isinstance(loaded, Target):
+        origin = {"classifier": loaded.word, "target": dict(loaded.about)}
+    save_checkpoint(out, hpm, loaded.blueprint, history=origin | history(chosen, samples))
     click.echo(f"fine-tuned on {len(samples)} samples of {samples.name}; HPM checkpoint in {out}")

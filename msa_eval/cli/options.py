@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 from tqdm import tqdm
 
-from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint
+from msa_eval.checkpoint import Checkpoint, load_bare_classifier
 from msa_eval.data import Samples
 from msa_eval.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from msa_eval.targets import Target
 
 NOT_SOUND = 3
 """Exit status of ``--strict`` where the verdict is anything but sound."""
@@ -50,7 +55,6 @@ class _Assignment(click.ParamType[tuple[str, Any]]):
 NUMBER = _Number()
 ASSIGNMENT = _Assignment()
 
-checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path))
 data = click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
 protocol = click.option(
     "--protocol",
@@ -78,6 +82,52 @@ seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
 )
 
+
+@dataclass(frozen=True)
+class Chosen:
+    """The target that a command was given, and how it is to be loaded."""
+
+    word: str
+    how: Mapping[str, Any]
+
+    def load(self, samples: Samples, *, quiet: bool = False) -> Target:
+        """Load it, and say on stderr what its user should know."""
+        from msa_eval.targets import load_target
+
+        loaded = load_target(self.word, samples, **self.how)
+        for note in () if quiet else loaded.notes:
+            click.echo(f"note: {note}", err=True)
+        return loaded
+
+
+def target(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument TARGET and the options that say how it is loaded, as one parameter ``target``."""
+
+    @functools.wraps(command)
+    def gathered(target: str, **given: Any) -> None:
+        how = {name: given.pop(name) for name in _LOADING}
+        command(target=Chosen(target, how), **given)
+
+    for option in reversed([click.argument("target"), *_LOADING.values()]):
+        gathered = option(gathered)
+    return gathered
+
+
+_LOADING = {
+    "weights": click.option(
+        "--weights", type=click.Path(path_type=Path), help="Weights for TARGET: safetensors, or a plain state dict."
+    ),
+    "random_weights": click.option("--random-weights", is_flag=True, help="Leave TARGET untrained, and say so."),
+    "head": click.option("--head", help="Name of the layer that makes the logits, where it is not found."),
+    "whole": click.option("--whole", is_flag=True, help="Do not split TARGET into trunk and head."),
+    "models": click.option(
+        "--models", default="models", show_default=True, help="Folder of robustbench's weights.",
+        type=click.Path(path_type=Path),
+    ),
+    "trunk": click.option("--trunk", help="Your own code that a checkpoint was made from; it is imported."),
+}  # fmt: skip
+
+
 _BARE = (
     click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn."),
     click.option(
@@ -85,9 +135,6 @@ _BARE = (
     ),
     click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel."),
     click.option("--std", type=float, multiple=True, help="Likewise."),
-    click.option(
-        "--head", default="fc", show_default=True, help="Name of the fully connected layer of a bare state dict."
-    ),
 )
 
 
@@ -99,15 +146,16 @@ def bare(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_classifier(
-    path: Path,
+    target: Chosen,
+    samples: Samples,
     *,
     architecture: str | None,
     arguments: Sequence[tuple[str, Any]],
     mean: Sequence[float],
     std: Sequence[float],
-    head: str,
-) -> Checkpoint:
-    """Read a checkpoint, or a bare state dict where an architecture is given.
+    quiet: bool = False,
+) -> Checkpoint | Target:
+    """Load a target, or a bare state dict where an architecture is given.
 
     Raises:
         ValueError: when it can't be read, or is described though it describes itself.
@@ -115,9 +163,10 @@ def load_classifier(
     if architecture is None:
         if arguments or mean or std:
             raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
-        return load_checkpoint(path)
+        return target.load(samples, quiet=quiet)
     normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
-    return load_bare_classifier(path, architecture, dict(arguments), normalization=normalization, head=head)
+    head = target.how.get("head") or "fc"
+    return load_bare_classifier(target.word, architecture, dict(arguments), normalization=normalization, head=head)
 
 
 def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] = (), **given: Any) -> dict[str, Any]:

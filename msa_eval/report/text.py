@@ -59,7 +59,13 @@ def _title(results: Results) -> str:
     return (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
         f"{run['data']['name']}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
+        f"{_untrained(run)}"
     )
+
+
+def _untrained(run: Mapping[str, Any]) -> str:
+    random = run.get("target", {}).get("random_weights")
+    return "\nRANDOM WEIGHTS: no figure says anything of a trained model" if random else ""
 
 
 def _context_table(results: Results, context: str, targets: list[str]) -> str:
@@ -180,3 +186,36 @@ def _parts(switches: Mapping[str, str] | None) -> str:
     if parts["prototypes"] == "global":
         del parts["mixer"]
     return ", ".join(parts.values())
+
+
+def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
+    """The paper's numbers next to the measured ones as text, in percent with 95 % intervals, and why a row is empty.
+
+    Args:
+        table: of `msa_eval.paper.paper_table`.
+        dataset: whose table it is.
+    """
+    rows: list[dict[str, str]] = []
+    told: dict[tuple[str, str], list[str]] = {}
+    for row in table.to_dict(orient="records"):
+        cells = {"model": row["model"], "head": row["head"]}
+        for ours, theirs in (("clean", "reported_clean"), ("paper", "reported_robust"), ("worst_case", None)):
+            if theirs is not None:
+                cells[f"{theirs.removeprefix('reported_')}, reported"] = f"{row[theirs]:.1f}"
+            shown = f"{row[ours]:.1f} [{row[f'{ours}_low']:.1f}, {row[f'{ours}_high']:.1f}]" if row["n"] else "-"
+            cells[{"clean": "measured", "paper": "measured (paper)"}.get(ours, ours)] = shown
+        rows.append(cells | {"n": str(row["n"] or "-"), "verdict": row["verdict"] or "-"})
+        if row["note"]:
+            told.setdefault((row["model"], row["note"]), []).append(row["head"])
+    notes = [
+        line
+        for (model, note), heads in told.items()
+        for line in textwrap.wrap(
+            f"{model}, {' and '.join(heads)}: {note}", 110, subsequent_indent="  ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows).to_string(index=False)
+    return f"{dataset}: accuracy in %, as the paper reports it and as measured here\n{frame}" + "".join(
+        f"\n{line}" for line in ["", *notes] if notes
+    )

@@ -1,0 +1,53 @@
+"""``msa-eval paper-table``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msa_eval.cli import options
+
+
+@click.command("paper-table")
+@click.argument("dataset", type=click.Choice(["cifar10", "cifar100", "imagenet"]))
+@click.option("--data", help="The test set, as for 'msa-eval evaluate'; the data set itself by default.")
+@options.out
+@click.option(
+    "--models", default="models", show_default=True, type=click.Path(path_type=Path),
+    help="Folder of robustbench's weights, and of HPM heads as DATASET/Linf/NAME-hpm.safetensors.",
+)  # fmt: skip
+@click.option("--random-weights", is_flag=True, help="Run the models untrained, to try the machinery.")
+@options.limit
+@options.assignments
+@options.seed
+@options.device
+@options.data_root
+@options.force
+@options.quiet
+def paper_table(
+    dataset: str,
+    data: str | None,
+    out: Path,
+    limit: int | None,
+    assignments: tuple[tuple[str, Any], ...],
+    data_root: str,
+    quiet: bool,
+    **common: Any,
+) -> None:
+    """Run the paper's protocol over the paper's models, and print its numbers next to the measured ones.
+
+    Rows whose weights are not to be had say so.
+    """
+    from msa_eval.data import load_samples
+    from msa_eval.paper import paper_table as measure
+    from msa_eval.report.text import render_paper_table
+
+    samples = load_samples(data or dataset, root=data_root)
+    table = measure(
+        dataset, samples, overrides=options.overrides(assignments, limit=limit), out=out,
+        progress=options.bars(quiet), **common,
+    )  # fmt: skip
+    click.echo(render_paper_table(table, dataset=dataset))
+    click.echo(f"\npaper_table.csv and the results of every model in {out}")

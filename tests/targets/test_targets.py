@@ -1,0 +1,254 @@
+"""Targets by name: what each word gives, what the results say of it, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msa_eval import HPM, Classifier, Samples, evaluate, load_checkpoint, load_target
+from msa_eval.checkpoint import weights_hash
+from msa_eval.cli import main
+from msa_eval.defense import WholeModel
+from msa_eval.references import reference_path
+
+SOURCE = """
+    import torch
+    from torch import nn
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)).eval()
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Flatten(), nn.Linear(64, 10))
+            self.eval()
+
+    class Centred:
+        def __init__(self):
+            self.net = model()
+        def features(self, x):
+            return self.net[:3](x)
+        def logits(self, z):
+            return self.net[3](z - z.mean(0))
+
+    ready = model()
+    number = 3
+    training = lambda: model().train()
+    nothing = lambda: None
+    broken = lambda: 1 / 0
+    random = lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5).train(), nn.Linear(64, 10))
+    cosine = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softmax(1)).eval()
+"""
+FAST = ("--limit", "16", "--set", "attack.apgd.steps=2", "--set", "attack.square.queries=2", "--set",
+        "attack.spsa.queries=3", "--set", "audit.samples=0", "--quiet")  # fmt: skip
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(textwrap.dedent(SOURCE))
+    return str(tmp_path / "mine.py")
+
+
+@pytest.fixture
+def x(digits: Samples) -> Tensor:
+    return digits.x[:4]
+
+
+def _run(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def _evaluate(word: str, out: Path, *more: Any) -> Result:
+    return _run("evaluate", word, "--data", "digits", "--protocol", "quick", "--out", out, *FAST, *more)
+
+
+def test_a_checkpoint(x: Tensor) -> None:
+    target = load_target(reference_path("digits"), x)
+    assert isinstance(target.model, HPM)
+    assert target.word == "digits.safetensors"
+    assert target.about["kind"] == "checkpoint"
+    assert isinstance(target.classifier, Classifier)
+
+
+def test_own_code_is_imported_split_and_named(code: str, x: Tensor) -> None:
+    target = load_target(f"{code}:model", x)
+    assert isinstance(target.model, Classifier)
+    assert target.word == "mine.py:model"
+    assert target.about["imported"] == "mine.py:model"
+    assert target.about["cut"]["head"] == "3"
+    assert target.notes[0].startswith(f"imported your own code: {code}:model")
+    assert "split at layer '3', 12 features, 10 classes" in target.notes[1]
+
+    for name in ("Net", "ready"):
+        assert isinstance(load_target(f"{code}:{name}", x).model, Classifier)
+    defense = load_target(f"{code}:Centred", x)
+    assert type(defense.model).__name__ == "Centred"
+    with pytest.raises(ValueError, match="no classifier of a trunk and a fully connected head"):
+        _ = defense.classifier
+    assert isinstance(load_target(f"{code}:model", x, whole=True).model, WholeModel)
+
+
+def test_code_of_an_installed_module(x: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my_models_for_this_test.py").write_text(textwrap.dedent(SOURCE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    target = load_target("my_models_for_this_test:model", x)
+    assert target.word == "my_models_for_this_test:model"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "nested", "prefixed"])
+def test_weights_of_own_code(form: str, code: str, x: Tensor, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10)
+    ).eval()
+    weights, path = model.state_dict(), tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(weights, path)
+    else:
+        weights = {f"module.{name}": value for name, value in weights.items()} if form == "prefixed" else weights
+        torch.save({"state_dict": weights, "epoch": 3} if form == "nested" else weights, path)
+    target = load_target(f"{code}:model", x, weights=path)
+    assert torch.equal(target.classifier(x), model(x))
+    assert target.about["weights"] == path.name
+    assert len(target.about["weights_sha256"]) == 64
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_weights_that_are_refused(code: str, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no weights file"):
+        load_target(f"{code}:model", x, weights=tmp_path / "none.pt")
+    torch.save(_Hostile(), tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"no file of plain weights that torch.load\(weights_only=True\) reads"):
+        load_target(f"{code}:model", x, weights=tmp_path / "hostile.pt")
+    assert not (tmp_path / "pwned").exists()
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="no file of plain weights"):
+        load_target(f"{code}:model", x, weights=tmp_path / "text.pt")
+    torch.save({"epoch": 3}, tmp_path / "epoch.pt")
+    with pytest.raises(ValueError, match="no state dict but epoch"):
+        load_target(f"{code}:model", x, weights=tmp_path / "epoch.pt")
+    torch.save({"1.weight": torch.zeros(3, 64)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt does not fit the model: 1.bias is missing; 1.weight is \(3, 64\)"):
+        load_target(f"{code}:model", x, weights=tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("{}:modle", r"has no 'modle'; did you mean 'model'\?"),
+        ("{}:number", "is a int, not a function"),
+        ("{}:nothing", "returned a NoneType; expected a torch module"),
+        ("{}:broken", "failed when it was called without arguments: ZeroDivisionError"),
+        ("{}:training", r"training mode; call \.eval\(\)"),
+        ("{}:random", "training mode"),
+        ("{}", "names no function; give .*mine.py:FUNCTION"),
+        ("{}x.py:model", "there is no file"),
+        ("torchvison:resnet18", r"no module 'torchvison'.*did you mean torchvision:...\?"),
+        ("no_such_module:f", "no module 'no_such_module'; expected module:callable"),
+        ("resnet18", "there is no target 'resnet18'; expected a .safetensors checkpoint"),
+        ("robustbnch", "did you mean robustbench:NAME"),
+        ("model.pth", "does not say its architecture; give a model, as torchvision:NAME, with --weights model.pth"),
+        ("none.safetensors", "there is no file none.safetensors"),
+        ("torchvision:", "there is no target 'torchvision:'"),
+    ],
+)
+def test_words_that_are_refused(word: str, message: str, code: str, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_target(word.format(code), x)
+
+
+def test_options_that_do_not_go_together(code: str, x: Tensor) -> None:
+    digits = str(reference_path("digits"))
+    for how, message in (
+        ({"weights": "w.pt"}, "can't be given weights"),
+        ({"random_weights": True}, "can't be given random weights"),
+        ({"head": "fc"}, "can't be given a head"),
+        ({"trunk": "mine.py:model"}, "was not made from code of your own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_target(digits, x, **how)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not both"):
+        load_target(f"{code}:model", x, weights="w.pt", random_weights=True)
+    with pytest.raises(ValueError, match="takes neither random weights"):
+        load_target(f"{code}:model", x, random_weights=True)
+    with pytest.raises(ValueError, match="stays whole has no head"):
+        load_target(f"{code}:model", x, whole=True, head="3")
+
+
+def test_a_file_that_fails_and_one_that_imports_its_neighbour(x: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import no_such_package_at_all\n")
+    with pytest.raises(ValueError, match="can't be imported: ModuleNotFoundError: No module named 'no_such_package"):
+        load_target(f"{tmp_path}/bad.py:model", x)
+    (tmp_path / "neighbour_of_this_test.py").write_text(textwrap.dedent(SOURCE))
+    (tmp_path / "torch.py").write_text("from neighbour_of_this_test import model\n")
+    assert isinstance(load_target(f"{tmp_path}/torch.py:model", x).model, Classifier)
+    assert __import__("torch") is torch
+
+
+def test_run_json_names_the_word_and_the_weights(code: str, tmp_path: Path) -> None:
+    result = _evaluate(f"{code}:model", tmp_path / "r")
+    assert result.exit_code == 0, result.stderr
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert run["target"]["word"] == "mine.py:model"
+    assert run["target"]["imported"] == "mine.py:model"
+    assert len(run["targets"]["defense"]["sha256"]) == 64
+    checked = _run("verify", tmp_path / "r", f"{code}:model", "--data", "digits", "--quiet")
+    assert "ok      weights" in checked.stdout, checked.stdout
+
+
+def test_notes_go_to_stderr(code: str, digits: Samples, capsys: pytest.CaptureFixture[str]) -> None:
+    from msa_eval.cli.options import Chosen
+
+    Chosen(f"{code}:model", {}).load(digits)
+    assert capsys.readouterr().err.startswith(f"note: imported your own code: {code}:model")
+
+
+def test_errors_are_one_line(code: str, tmp_path: Path) -> None:
+    for word in (f"{code}:modle", "resnet18", f"{code}:cosine"):
+        result = _evaluate(word, tmp_path / "r")
+        assert result.exit_code == 2, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert "has label 9, but the model has 5 classes" in result.stderr
+
+
+def test_the_api_takes_words_too(code: str, digits: Samples) -> None:
+    results = evaluate(f"{code}:model", digits, protocol="quick", overrides={
+        "samples.limit": 8, "attack.apgd.steps": 2, "audit.samples": 0})  # fmt: skip
+    assert results.run["target"]["word"] == "mine.py:model"
+
+
+def test_hpm_on_own_code_is_loaded_again_with_consent(code: str, digits: Samples, tmp_path: Path) -> None:
+    out = tmp_path / "hpm.safetensors"
+    result = _run(
+        "finetune", f"{code}:model", "--data", "digits", "--limit", "300", "--steps", "1", "--out", out, "--quiet"
+    )
+    assert result.exit_code == 0, result.stderr
+    with pytest.raises(
+        ValueError, match=r"its trunk is code of your own, mine.py:model; .*--trunk path/to/mine.py:model"
+    ):
+        load_checkpoint(out)
+    loaded = load_checkpoint(out, trunk=f"{code}:model")
+    assert isinstance(loaded.model, HPM)
+    assert loaded.history["target"]["word"] == "mine.py:model"
+    again = load_target(out, digits, trunk=f"{code}:model")
+    assert again.about["imported"] == "mine.py:model"
+    assert weights_hash(again.model) == weights_hash(loaded.model)  # type: ignore[arg-type]
+    x = digits.x[:4]
+    assert torch.equal(loaded.classifier(x), load_target(f"{code}:model", x).classifier(x))
+    with pytest.raises(ValueError, match="the model has no layer '3'"):
+        load_checkpoint(out, trunk=f"{code}:Net")
+    assert _evaluate(str(out), tmp_path / "r", "--trunk", f"{code}:model").exit_code == 0

@@ -1,0 +1,55 @@
+"""Others' packages: the pins, and imports that work in spite of what is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from msa_eval.upstream import PINS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_extra_is_what_the_reasons_are_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["robustbench"] == list(PINS)
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("robustbench") is None, reason="needs pip install '.[robustbench]'")
+def test_robustbench_is_imported_in_a_new_process_without_a_warning() -> None:
+    done = _python(
+        "from msa_eval.upstream import import_robustbench; import_robustbench(); import robustbench, torchvision, sys; "
+        "print(robustbench.benchmark.__name__, sys.modules['autoattack'].__name__)"
+    )
+    assert done.stdout == "benchmark pyautoattack\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_what_is_not_installed_says_how_to_install_it() -> None:
+    """A finder that hides the packages stands for an environment without them."""
+    done = _python(
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torchvision', 'timm', 'robustbench'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "from msa_eval import load_target, load_samples\n"
+        "for word in ('torchvision:resnet18', 'timm:resnet18', 'robustbench:Standard'):\n"
+        "    try:\n"
+        "        load_target(word)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert all("install it with: pip install 'msa-eval[robustbench]'" in line for line in lines)
