@@ -19,9 +19,8 @@ from torch import Tensor, nn
 class Defense(Protocol):
     """A model under attack.
 
-    Four attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing,
-    it is taken to. ``fc_logits(z)`` and further differentiable decisions make more surrogates available, unless
-    ``assigns`` is false: then they have no part in ``logits``, which is attacked by its own gradient alone.
+    Three attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing,
+    it is taken to. ``fc_logits(z)`` and further differentiable decisions make more surrogates available.
     ``fc_target`` is the plain classifier the defence was built on, evaluated beside it.
     """
 

@@ -59,29 +59,25 @@ def soft_hybrid_at(temperature: float) -> Surrogate:
     return Surrogate(f"soft-hybrid@{temperature:g}", logits, applies=_has_a_temperature)
 
 
-def _assigns(defense: Any) -> bool:
-    """Whether FC logits decide who is assigned to which class, which a defence says is not so by ``assigns``.
-
-    A plain head that happens to carry an FC layer is then attacked by its own gradient in all runs, as a plain
-    classifier is: of its other surrogates some would be that under another name, and the FC logits another model's.
-    """
-    return bool(getattr(defense, "assigns", True))
-
-
 def _has_fc_logits(defense: Any) -> bool:
-    return callable(getattr(defense, "fc_logits", None)) and _assigns(defense)
+    return callable(getattr(defense, "fc_logits", None))
 
 
 def _assigns_softly(defense: Any) -> bool:
-    return "assignment" in inspect.signature(defense.logits).parameters and _assigns(defense)
+    """Whether there is an assignment to soften; on a plain head, which takes none, this is its own exact gradient.
+
+    Protocols replace a run whose surrogate is missing by one through the first they have, which on a plain head would
+    be the FC head's: then its own gradient would hardly be followed.
+    """
+    return "assignment" in inspect.signature(defense.logits).parameters
 
 
 def _has_a_temperature(defense: Any) -> bool:
-    return "temperature" in inspect.signature(defense.logits).parameters and _assigns(defense)
+    return "temperature" in inspect.signature(defense.logits).parameters
 
 
 def _freezes_prototypes(defense: Any) -> bool:
-    return "constant_prototypes" in inspect.signature(defense.logits).parameters and _assigns(defense)
+    return "constant_prototypes" in inspect.signature(defense.logits).parameters
 
 
 def _is_not_its_own_fc(defense: Any) -> bool:

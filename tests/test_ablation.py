@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
+from msa_eval.surrogates import get
 from safetensors.torch import save_file
 from torch import Tensor
 from toys import make_classifier, make_samples
@@ -161,8 +162,27 @@ def test_plain_heads_are_attacked_by_their_own_gradient_down_to_what_is_exactly_
     exact = _exactly_robust(z, samples.y, points, offsets, weight, EPS)
     assert results.samples.sort_values("index")["robust"].tolist() == exact.tolist()
     assert 0.1 < exact.float().mean() < 0.9
-    assert set(results.attacks["surrogate"]) == {"ste"}
-    assert results.run["targets"]["defense"]["not_applicable"] == ["fc-oracle", "soft-hybrid"]
+    assert set(results.attacks["surrogate"]) == {"fc-oracle", "soft-hybrid"}
+    assert results.run["targets"]["defense"]["not_applicable"] == []
+
+
+@pytest.mark.parametrize("name", ["plain-l2", "plain-cosine"])
+def test_the_default_protocol_follows_a_plain_heads_own_gradient_and_in_two_runs_its_fc_heads(name: str) -> None:
+    classifier = make_classifier()
+    hpm = finetune(classifier, make_samples(classifier, 40), settings=SETTINGS, variant=VARIANTS[name])
+    few = {"samples.limit": 4, "threat.contexts": ["solo"], "attack.apgd.steps": 2, "attack.apgd.passes": 4,
+           "attack.apgd.overtime": 4, "attack.square.queries": 1, "attack.spsa.queries": 4, "audit.samples": 0,
+           "batches.size": 4}  # fmt: skip
+    results = evaluate(hpm, make_samples(classifier, 40), protocol="msa", overrides=few, fc=False)
+    runs = results.attacks[results.attacks["attack"] == "apgd"]["surrogate"].value_counts()
+    assert runs["fc-oracle"] == 2
+    assert runs.sum() == 22
+    z = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    own, *others = (
+        torch.autograd.grad(get(each).logits(hpm, z)[:, 0].sum(), z)[0]
+        for each in ("ste", *(runs.index.drop("fc-oracle")))
+    )
+    assert all(torch.equal(own, other) for other in others)
 
 
 def test_without_dataset_prototypes_a_batch_of_one_is_as_weak_as_its_fc_head() -> None:
