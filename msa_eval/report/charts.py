@@ -461,7 +461,9 @@ _KINDS = (
         "transfer", "Surrogate × loss",
         "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
         "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
-        "not excepted. Where the target is well above its surrogate, the points do not transfer.",
+        "not excepted. Where the target is well above its surrogate, the points do not transfer. In a cascade a run "
+        "starts from the best points so far, so its final includes what earlier runs broke. Recombination, pursuit, "
+        "composition and overtime search among points of several runs and are left out.",
         frames.transfer, draw_transfer, tell_transfer,
     ),
     (
@@ -476,8 +478,9 @@ _KINDS = (
     ),
     (
         "agreement", "Agreement between runs",
-        "Of the samples right on their clean batch: how many each run broke at some iterate, and how many of them no "
-        "other run broke. In a cascade later runs search for what still stands, and need not break again what fell.",
+        "Of the samples right on their clean batch: how many each run broke itself at some iterate, and how many of "
+        "them no other run broke. Where a run starts from the best points so far, as in a cascade, what had fallen "
+        "before and is wrong at its start (iterate 0) does not count as broken by it.",
         frames.agreement, draw_agreement, tell_agreement,
     ),
     (

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import tomllib
 
 import pandas as pd
 
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
+
+AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")
+"""Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
 
 
 def targets_of(results: Results) -> list[str]:
@@ -58,9 +62,9 @@ def transfer(results: Results, context: str) -> pd.DataFrame:
 
     Returns:
         ``target``, ``surrogate``, ``attack``, ``loss``, ``runs`` (restarts made), and of the one of the lowest
-        ``target_accuracy`` (its ``final``) that, ``surrogate_accuracy`` and ``any``.
+        ``target_accuracy`` (its ``final``) that, ``surrogate_accuracy`` and ``any``. Runs `among_found` are left out.
     """
-    rows = results.attacks[results.attacks["context"] == context]
+    rows = results.attacks[(results.attacks["context"] == context) & ~among_found(results.attacks)]
     keys = ["target", "surrogate", "attack", "loss"]
     counts = rows.groupby(keys, sort=False).size().rename("runs").reset_index()
     lowest = rows.loc[rows.sort_values("final", kind="stable").drop_duplicates(keys).index]
@@ -127,17 +131,55 @@ def per_class(results: Results, context: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def cascades(results: Results) -> bool:
+    """Whether runs start from the best points of the runs before them (``attack.apgd.combine`` is ``cascade``)."""
+    attack = tomllib.loads(results.run["protocol"]["text"]).get("attack", {})
+    return bool(attack.get("apgd", {}).get("combine") == "cascade")
+
+
+def among_found(attacks: pd.DataFrame) -> pd.Series:
+    """Whether each run is a search among, or from, what others found."""
+    found: pd.Series = attacks["attack"].astype(str).str.split("-").str[0].isin(AMONG_FOUND)
+    return found
+
+
+def chained(results: Results, target: str, context: str) -> set[str]:
+    """The runs that start from earlier runs' points; those that gather for a recombination are each on their own."""
+    attacks = pick(results.attacks, target, context)
+    late = among_found(attacks)
+    if not cascades(results):
+        return set(attacks.loc[late, "run"])
+    mixing = attacks["attack"].isin(["recombination", "pursuit"]) if context == "joint" else late & False
+    return set(attacks.loc[mixing.cummax(), "run"] if mixing.any() else attacks["run"])
+
+
 def breakers(results: Results, target: str, context: str) -> pd.DataFrame:
-    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run."""
+    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run.
+
+    A chained run finds what fell before wrong at its start already, at iterate 0: that break is not its own.
+    """
     right = pick(results.samples, target, context).set_index("index")["clean_correct"].astype(bool)
     rows = pick(results.outcomes, target, context)
     table = rows.pivot_table(index="index", columns="run", values="any_broken", aggfunc="max", sort=False)
     runs = list(pick(results.attacks, target, context)["run"])
-    return table.astype(bool).reindex(index=right[right].index, columns=runs, fill_value=False)
+    table = table.astype(bool).reindex(index=right[right].index, columns=runs, fill_value=False)
+    at_start = rows[rows["first_iterate"] == 0].set_index(["index", "run"]).index
+    later = chained(results, target, context)
+    own, fallen = table.copy(), pd.Series(False, index=table.index)
+    for run in runs:
+        if run in later:
+            started = pd.MultiIndex.from_product([table.index, [run]]).isin(at_start)
+            own[run] = table[run] & ~(fallen & started)
+        fallen |= table[run]
+    return own
 
 
 def agreement(results: Results, context: str) -> pd.DataFrame:
-    """How many samples each run broke, and how many of them no other did: ``target``, ``run``, ``broken``, ``only``."""
+    """How many samples each run broke itself, and how many of them no other did.
+
+    Returns:
+        ``target``, ``run``, ``broken`` and ``only``; see `breakers` for what counts.
+    """
     rows = []
     for target in targets_of(results):
         table = breakers(results, target, context)
