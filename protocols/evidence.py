@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from msa_eval.protocols import metrics
+from msa_eval.protocols.spec import CONTEXTS
 
 SCHEMA_VERSION = 1
+TARGETS = ("defense", "fc")
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 ARCHIVE = "adversarial.safetensors"
 """The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
@@ -171,7 +173,8 @@ class Results:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: when the folder holds no complete results of this schema.
+            ValueError: when the folder holds no complete results of this schema, or they name a target or context that
+                there is not.
         """
         folder = Path(folder)
         run = _read_run(folder)
@@ -187,6 +190,8 @@ class Results:
             raise ValueError(f"{folder} holds no complete results: {error}") from error
         if (folder / "audit.csv").is_file():
             tables["audit"] = _read(folder / "audit.csv")
+        for name, table in tables.items():
+            _check_known(f"{folder / name}.csv", table)
         seconds = run.get("seconds_by_run", {})
         tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
         return cls(**tables, run=run)
@@ -259,6 +264,18 @@ def _read(path: Path) -> pd.DataFrame:
     for name in {"verdict", "reasons"} & set(table):  # a sound verdict has no reasons, which reads as a missing number
         table[name] = table[name].astype("string").fillna("").astype(object)
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
+
+
+def _check_known(name: str, table: pd.DataFrame) -> None:
+    """Names of targets and contexts become parts of file names and pages, so no others are let in.
+
+    Raises:
+        ValueError: when there is another.
+    """
+    for column, known in (("target", TARGETS), ("context", CONTEXTS)):
+        others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
+        if others:
+            raise ValueError(f"{name} names the {column} {others[0]!r:.40}; expected one of {', '.join(known)}")
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -22,9 +22,9 @@ from PIL import Image
 from records import RUNS, make_results
 
 from msa_eval import Results
-from msa_eval.report import render_page, write_page
+from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare
-from msa_eval.report.inline import script_json
+from msa_eval.report.inline import inline_svg, script_json
 from msa_eval.report.page import SECTIONS
 from msa_eval.report.sidebyside import render_page as render_comparison_page
 
@@ -193,6 +193,29 @@ def test_names_with_markup_are_shown_and_not_run() -> None:
     assert "alert(1)" in reader.texts["command"]
     assert f"{EVIL}:apgd:0" in json.loads(reader.texts["samples-data"])["names"]
     _check_harmless(render_comparison_page(compare({EVIL: _evil(), f"2{EVIL}": _evil()})), scripts=0)
+
+
+@pytest.mark.parametrize("column", ["target", "context"])
+@pytest.mark.parametrize("table", ["summary", "attacks", "samples", "outcomes"])
+def test_a_target_or_context_that_there_is_not_is_refused(table: str, column: str, tmp_path: Path) -> None:
+    """They would end up in the page's ids, unescaped, and in paths of figures."""
+    make_results().save(tmp_path / "r")
+    path = tmp_path / "r" / f"{table}.csv"
+    held = pd.read_csv(path)
+    held[column] = held[column].replace({"joint": "../../out", "fc": EVIL})
+    held.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=f"{table}.csv names the {column} .* expected one of"):
+        Results.load(tmp_path / "r")
+
+
+def test_figures_keep_their_texts_and_escape_their_names() -> None:
+    """A number in a text is a name's and stays whole, and so does a colour; in tags both are changed."""
+    figure = draw_curves({"s@0.125 #1a1a1a": pd.DataFrame({"passes": [1, 2], "worst_case": [0.9, 0.5]})}, "0.98765")
+    svg = str(inline_svg(figure, '"><img src=x>\\1', "ALT 0.98765 <b>"))
+    for text in (">s@0.125 #1a1a1a 50.0</text>", ">0.98765</text>", '-alt">ALT 0.98765 &lt;b&gt;</desc>'):
+        assert text in svg
+    assert "<img" not in svg
+    assert not re.search(r"\d\.\d{3}|#1a1a1a", "".join(re.findall(r"<[^>]*>", svg)))
 
 
 def test_json_in_a_script_is_not_a_number_and_no_tag() -> None:
