@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ GALLERY = "gallery.safetensors"
 """Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
 PAGE = "report.html"
 """The page made from all this; not evidence, so it has no hash, and other results take it away."""
+FIGURES = "figures"
+"""A folder of figures made from all this; no evidence either, and left to who made it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class Results:
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
-        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes.
+        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes; a gallery of
+        these same results stays.
 
         Args:
             folder: made if need be.
@@ -148,6 +152,11 @@ class Results:
         """
         folder = Path(folder)
         claim_folder(folder, self.run["key"], force=force)
+        before = (_read_run(folder) or {}).get("key", self.run["key"])
+        if gallery is None and (folder / GALLERY).is_file():
+            held = (folder / GALLERY).read_bytes()
+            listed = self.run.get("files", {}).get(GALLERY)
+            gallery = held if hashlib.sha256(held).hexdigest() == listed else None
         tables = {name: getattr(self, name) for name in TABLES}
         tables["attacks"] = self.attacks.assign(seconds=None)
         if len(self.audit):
@@ -166,7 +175,10 @@ class Results:
             archive.replace(folder / ARCHIVE)
         stale = {"audit.csv", GALLERY, PAGE} - set(contents) | ({ARCHIVE} if run.get("adversarial") is None else set())
         for name in stale:
-            (folder / name).unlink(missing_ok=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        if before != self.run["key"] and (folder / FIGURES).is_dir():
+            warnings.warn(f"{folder / FIGURES} is still of the results before; make the figures again", stacklevel=2)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:

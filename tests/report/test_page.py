@@ -24,6 +24,7 @@ from records import RUNS, make_results
 from msa_eval import Results
 from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare
+from msa_eval.report.figures import write_figures
 from msa_eval.report.inline import inline_svg, script_json
 from msa_eval.report.page import SECTIONS
 from msa_eval.report.sidebyside import render_page as render_comparison_page
@@ -316,7 +317,12 @@ def test_the_gallery_shows_pixels_and_distances(tmp_path: Path) -> None:
     assert f"difference × {scale:.2g}" in page
     assert "Distance to the prototype" in page
     table = _linked(page, "gallery")
-    assert table["clean"].tolist() == pytest.approx(one.clean_logits.tolist())
+    assert table["clean"].tolist() == pytest.approx((-one.clean_logits).tolist())
+    assert table["adversarial"].tolist() == pytest.approx((-one.logits).tolist())
+    assert table["class"].tolist() == [0, 1, 2, 3]
+    assert set(zip(table["target"], table["context"], table["index"], table["unit"], strict=True)) == {
+        ("defense", "joint", 5, "Distance to the prototype")
+    }
     for value in one.logits:
         assert f"<td>{-value:.2f}</td>" in page
     label = Results.load(tmp_path).samples.set_index("index")["label"][5].iloc[0]
@@ -329,6 +335,16 @@ def test_logits_that_are_no_distances_are_called_logits() -> None:
     )
 
 
+def test_one_exhibit_with_a_positive_logit_decides_for_all() -> None:
+    shown = [_exhibit(0), dataclasses.replace(_exhibit(1), logits=np.array([1.0, 2.0, 3.0, -4.0], np.float32))]
+    page = render_page(make_results(), shown)
+    assert page.count("<caption>Logit</caption>") == 2
+    assert "The largest logit decides" in page
+    table = _linked(page, "gallery")
+    assert set(table["unit"]) == {"Logit"}
+    assert table["adversarial"].tolist() == pytest.approx([*shown[0].logits, *shown[1].logits])
+
+
 def test_large_pictures_are_scaled_down() -> None:
     page = render_page(make_results(classes=1000), [_exhibit(i, (3, 224, 224), 1000) for i in range(12)])
     assert len(page) < 900_000
@@ -337,13 +353,33 @@ def test_large_pictures_are_scaled_down() -> None:
     assert len(sizes) == 36
 
 
-@pytest.mark.parametrize("content", [b"nothing", gallery.pack([_exhibit(999)])])
-def test_a_gallery_that_is_not_of_these_results_is_left_out(content: bytes, tmp_path: Path) -> None:
-    make_results().save(tmp_path)
-    (tmp_path / GALLERY).write_bytes(content)
+@pytest.mark.parametrize(
+    ("listed", "there", "message"),
+    [
+        (b"nothing", b"nothing", "not a readable gallery"),
+        (gallery.pack([_exhibit(999)]), gallery.pack([_exhibit(999)]), "is not of these results"),
+        (gallery.pack([_exhibit(1)]), gallery.pack([_exhibit(2)]), "does not match the hash in run.json"),
+        (None, gallery.pack([_exhibit(2)]), "does not match the hash in run.json"),
+        (gallery.pack([_exhibit(1)]), None, "which run.json lists, is missing"),
+    ],
+    ids=("no gallery", "another's sample", "another gallery", "not listed", "missing"),
+)
+def test_a_gallery_that_is_not_of_these_results_is_left_out(
+    listed: bytes | None, there: bytes | None, message: str, tmp_path: Path
+) -> None:
+    make_results().save(tmp_path, gallery=listed)
+    (tmp_path / GALLERY).unlink(missing_ok=True)
+    if there is not None:
+        (tmp_path / GALLERY).write_bytes(there)
     page = write_page(tmp_path).read_text(encoding="utf-8")
     assert "There are no pictures" in page
+    assert message in page
     assert "<img" not in page
+    if message != "is not of these results":  # a figure of that one has no label to show, and only that
+        with pytest.warns(UserWarning, match=f"no figure of broken samples: .*{message}"):
+            written = write_figures(tmp_path, tmp_path / "out")
+        assert len(written) == 18
+        assert not list((tmp_path / "out").glob("gallery.*"))
 
 
 def test_what_is_no_results_folder_is_refused(tmp_path: Path) -> None:
