@@ -9,6 +9,7 @@ import pandas as pd
 
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
+from msa_eval.protocols.spec import StochasticBudget
 
 AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")
 """Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
@@ -76,7 +77,7 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
     """Worst case against spent passes, run after run.
 
     A pass is a forward pass of one image through the trunk, with or without the way back; within a run they are taken
-    to be spent evenly over its iterates.
+    to be spent evenly over its iterates, of which each costs a target that answers at random several.
 
     Args:
         results: of an evaluation.
@@ -89,6 +90,7 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
     samples, attacks, outcomes = (
         pick(table, target, context) for table in (results.samples, results.attacks, results.outcomes)
     )
+    eot = _answers_a_gradient(results, target)
     standing = samples.set_index("index")["clean_correct"].astype(bool)
     n, spent, left = len(standing), 0.0, int(standing.sum())
     rows = [(0.0, left / n)]
@@ -98,13 +100,21 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         cost = run["forwards"] / n
         iterates = of_run["first_iterate"].dropna()
         length = max(float(iterates.max()) if len(iterates) else 0.0, 1.0) + 1
-        length = max(length, cost) if run["backwards"] else length
+        length = max(length, cost / eot) if run["backwards"] else length
         for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
             left -= int(count)
             rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left / n))
         standing, spent, left = standing & ~broken, spent + cost, int((standing & ~broken).sum())
         rows.append((spent, left / n))
     return pd.DataFrame(rows, columns=["passes", "worst_case"])
+
+
+def _answers_a_gradient(results: Results, target: str) -> int:
+    """How many passes of a stochastic target one step of a gradient attack takes; 1 of any other."""
+    if results.run.get("draws", {}).get(target, 1) <= 1:
+        return 1
+    protocol = tomllib.loads(results.run["protocol"]["text"])
+    return int(protocol.get("stochastic", {}).get("eot", StochasticBudget.eot))
 
 
 def budget(results: Results, context: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from records import make_results
+from records import RUNS, make_results
 from scipy.stats import binomtest
 
 from msa_eval import Results
@@ -173,6 +173,17 @@ def test_the_curve_of_spent_passes_ends_at_the_worst_case(results: Results) -> N
         assert curve.iloc[-1].tolist() == pytest.approx([runs["forwards"].sum() / 40, worst])
 
 
+def test_a_stochastic_target_spends_several_passes_an_iterate() -> None:
+    """Ten passes a sample at two answers a gradient are five iterates: the break at iterate 3 comes after 8 passes."""
+    made = make_results(1, clean=1.0, targets=("defense",), runs=RUNS[:1])
+    outcomes = made.outcomes.assign(any_broken=True, first_iterate=pd.array([3], "Int64"))
+    protocol = dict(made.run["protocol"]) | {"text": "[stochastic]\neot = 2\n"}
+    for draws, passes in ((9, 8.0), (1, 4.0)):
+        run = dict(made.run) | {"protocol": protocol, "draws": {"defense": draws}}
+        curve = spending(dataclasses.replace(made, outcomes=outcomes, run=run))
+        assert curve["passes"].tolist()[1] == pytest.approx(passes)
+
+
 def test_figures_come_in_the_pages_order_for_every_context(results: Results) -> None:
     listed = list(charts(results))
     kinds = ["waterfall", "transfer", "spending", "classes", "agreement", "batches"]
@@ -215,6 +226,20 @@ def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
     for chart in charts(make_results(**odd)):  # type: ignore[arg-type]
         assert to_svg(chart.figure()).endswith("</svg>\n")
         assert chart.alt
+
+
+@pytest.mark.parametrize(("n", "told"), [(200, "batch (hollow"), (201, "batches, in order")])
+def test_many_batches_are_drawn_as_curves(n: int, told: str) -> None:
+    results = make_results(n, batch=1)
+    (chart,) = [one for one in charts(results) if one.kind == "batches"]
+    svg = to_svg(chart.figure())
+    assert any(text.startswith(told) for text in _texts(svg))
+    assert (svg.count("<use") > 4 * 200) == (n == 200)
+    (axes,) = chart.figure().axes
+    lines = [line.get_ydata() for line in axes.get_lines()]
+    drawn = [*lines[0], *lines[1]]
+    rows = chart.data[chart.data["target"] == "fc"]
+    assert sorted(drawn) == sorted([*rows["clean"], *rows["worst_case"]])
 
 
 def test_missing_numbers_are_drawn() -> None:
