@@ -8,6 +8,7 @@ import itertools
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from msa_eval.protocols.evidence import (
     claim_folder,
     tabulate,
 )
+from msa_eval.protocols.gallery import Exhibit
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.spec import Protocol, load_protocol
@@ -167,8 +169,7 @@ def _evaluate(
         if out is not None:
             proofs = [proof for one in done for proof in one.proofs] if keep else None
             exhibits = [shown for one in done for shown in one.exhibits]
-            pictures = gallery.pack(exhibits) if exhibits else None
-            results = _save(results, out, force, entrants, proofs, pictures)
+            results = _save(results, out, force, entrants, proofs, _pictures(exhibits))
     return results
 
 
@@ -214,6 +215,15 @@ def _timed(results: Results, started: float) -> Results:
     return dataclasses.replace(
         results, run=dict(results.run) | {"seconds": round(time.perf_counter() - started, 3)}
     )  # fmt: skip
+
+
+def _pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
+    """The gallery's content; where it can't be made, the evaluation is worth no less."""
+    try:
+        return gallery.pack(exhibits) if exhibits else None
+    except Exception as error:
+        warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
+        return None
 
 
 def _save(

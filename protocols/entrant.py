@@ -168,7 +168,7 @@ class Entrant:
         """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
         try:
             return exhibit(candidates, self.replay) if candidates else []
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
             return []
 

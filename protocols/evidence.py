@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from msa_eval.protocols import metrics
+from msa_eval.protocols.spec import CONTEXTS
 
 SCHEMA_VERSION = 1
+TARGETS = ("defense", "fc")
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 ARCHIVE = "adversarial.safetensors"
 """The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
@@ -28,6 +31,8 @@ GALLERY = "gallery.safetensors"
 """Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
 PAGE = "report.html"
 """The page made from all this; not evidence, so it has no hash, and other results take it away."""
+FIGURES = "figures"
+"""A folder of figures made from all this; no evidence either, and left to who made it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Results:
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
-        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes.
+        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes; a gallery of
+        these same results stays.
 
         Args:
             folder: made if need be.
@@ -146,6 +152,11 @@ class Results:
         """
         folder = Path(folder)
         claim_folder(folder, self.run["key"], force=force)
+        before = (_read_run(folder) or {}).get("key", self.run["key"])
+        if gallery is None and (folder / GALLERY).is_file():
+            held = (folder / GALLERY).read_bytes()
+            listed = self.run.get("files", {}).get(GALLERY)
+            gallery = held if hashlib.sha256(held).hexdigest() == listed else None
         tables = {name: getattr(self, name) for name in TABLES}
         tables["attacks"] = self.attacks.assign(seconds=None)
         if len(self.audit):
@@ -164,14 +175,18 @@ class Results:
             archive.replace(folder / ARCHIVE)
         stale = {"audit.csv", GALLERY, PAGE} - set(contents) | ({ARCHIVE} if run.get("adversarial") is None else set())
         for name in stale:
-            (folder / name).unlink(missing_ok=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        if before != self.run["key"] and (folder / FIGURES).is_dir():
+            warnings.warn(f"{folder / FIGURES} is still of the results before; make the figures again", stacklevel=2)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: when the folder holds no complete results of this schema.
+            ValueError: when the folder holds no complete results of this schema, or they name a target or context that
+                there is not.
         """
         folder = Path(folder)
         run = _read_run(folder)
@@ -187,6 +202,8 @@ class Results:
             raise ValueError(f"{folder} holds no complete results: {error}") from error
         if (folder / "audit.csv").is_file():
             tables["audit"] = _read(folder / "audit.csv")
+        for name, table in tables.items():
+            _check_known(f"{folder / name}.csv", table)
         seconds = run.get("seconds_by_run", {})
         tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
         return cls(**tables, run=run)
@@ -259,6 +276,18 @@ def _read(path: Path) -> pd.DataFrame:
     for name in {"verdict", "reasons"} & set(table):  # a sound verdict has no reasons, which reads as a missing number
         table[name] = table[name].astype("string").fillna("").astype(object)
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
+
+
+def _check_known(name: str, table: pd.DataFrame) -> None:
+    """Names of targets and contexts become parts of file names and pages, so no others are let in.
+
+    Raises:
+        ValueError: when there is another.
+    """
+    for column, known in (("target", TARGETS), ("context", CONTEXTS)):
+        others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
+        if others:
+            raise ValueError(f"{name} names the {column} {others[0]!r:.40}; expected one of {', '.join(known)}")
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -6,9 +6,10 @@ looked at; the proofs are in the archive. Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.evidence import GALLERY
 from msa_eval.protocols.replay import Replay
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
@@ -31,6 +33,9 @@ CHANNELS = (1, 3)
 FORMAT_VERSION = 1
 LARGEST_BYTES = 100_000_000
 """A larger file is none of ours."""
+
+HEADER_BYTES = 10_000
+"""So much of it is left for what is no tensor."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,15 @@ def spread(labels: Sequence[int], runs: Sequence[str], limit: int = LIMIT) -> li
 
 
 def exhibit(candidates: Sequence[Candidate], replay: Replay) -> list[Exhibit]:
-    """Choose from the candidates, and ask the target once more about each; what does not break again is not shown."""
-    chosen = spread([one.label for one in candidates], [one.run for one in candidates])
+    """Choose from the candidates, and ask the target once more about each; what does not break again is not shown.
+
+    Nor are images that are no pictures (of other than one or three channels), or more than fit into the file.
+    """
+    if not candidates or candidates[0].clean.shape[0] not in CHANNELS:
+        return []
+    each = 3 * candidates[0].clean.numel() + 8 * candidates[0].clean_logits.numel()
+    limit = min(LIMIT, (LARGEST_BYTES - HEADER_BYTES) // each)
+    chosen = spread([one.label for one in candidates], [one.run for one in candidates], limit)
     shown = []
     for one in (candidates[place] for place in chosen):
         proof = one.proof
@@ -125,6 +137,28 @@ def pack(exhibits: Sequence[Exhibit]) -> bytes:
     return bytes(save_tensors(tensors, metadata={"gallery": json.dumps(about)}))
 
 
+def of_results(folder: str | Path, files: Mapping[str, Any]) -> list[Exhibit]:
+    """The gallery of the results in a folder; none where they kept none.
+
+    Args:
+        folder: of the results.
+        files: SHA-256 by file, as their run.json has it.
+
+    Raises:
+        ValueError: when it is missing, not the one that run.json lists, or no gallery.
+    """
+    path = Path(folder) / GALLERY
+    if not path.is_file():
+        if GALLERY in files:
+            raise ValueError(f"{GALLERY}, which run.json lists, is missing")
+        return []
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if files.get(GALLERY) != digest:
+        raise ValueError(f"{GALLERY} is not of these results: it does not match the hash in run.json")
+    return read(path)
+
+
 def read(path: str | Path) -> list[Exhibit]:
     """Read a gallery; the file is taken for hostile.
 
@@ -137,7 +171,7 @@ def read(path: str | Path) -> list[Exhibit]:
             raise ValueError("it is too large for a gallery")
         with safe_open(path, framework="np") as opened:
             return _exhibits(opened)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a readable gallery: {error}") from error
 
 
@@ -158,5 +192,7 @@ def _exhibits(opened: Any) -> list[Exhibit]:
         raise ValueError(f"expected images of one or three channels, but got shape {images}")
     if not np.isfinite(tensors["delta"]).all():
         raise ValueError("a perturbation is not finite")
+    if any(type(entry["index"]) is not int for entry in entries):
+        raise ValueError("an index is no whole number")
     rows = zip(entries, *(tensors[name] for name in types), strict=True)
-    return [Exhibit(str(entry["target"]), str(entry["context"]), int(entry["index"]), *row) for entry, *row in rows]
+    return [Exhibit(str(entry["target"]), str(entry["context"]), entry["index"], *row) for entry, *row in rows]

@@ -21,6 +21,9 @@ from msa_eval.report.style import COLOURS, COLUMN, DASHES, GRID, INK, NAMES, PAG
 FEW_CLASSES = 20
 """Up to so many classes have a row each; more are drawn as a curve."""
 
+FEW_BATCHES = 200
+"""Up to so many batches are drawn one by one; more as a curve."""
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -346,18 +349,22 @@ def tell_agreement(data: pd.DataFrame) -> str:
 
 
 def draw_batches(data: pd.DataFrame) -> Figure:
-    """Clean (hollow) and worst case (filled) batch by batch."""
+    """Clean (hollow) and worst case (filled) batch by batch; of many batches, in order of it."""
+    few = data["batch"].nunique() <= FEW_BATCHES
     with paper_style():
         figure = Figure(figsize=(COLUMN, 1.9), layout="constrained")
         axes = figure.subplots()
         for number, (target, rows) in enumerate(data.groupby("target", sort=False)):
             colour, mark = COLOURS[str(target)], "os"[number]
+            if not few:
+                _draw_ranked(axes, rows, number, colour, NAMES[str(target)])
+                continue
             axes.plot(rows["batch"], rows["clean"], mark, color=colour, markersize=3, markerfacecolor="none")
             axes.plot(rows["batch"], rows["worst_case"], mark, color=colour, markersize=3, label=NAMES[str(target)])
         _percent_axis(axes, across=False)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("batch (hollow: clean, filled: worst case)")
-        axes.set_ylabel("accuracy in %")
+        axes.set_xlabel("batch (hollow: clean, filled: worst case)" if few else "batches, in order of their accuracy")
+        axes.set_ylabel("accuracy in %" if few else "accuracy in % (dashed: clean)")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2, borderaxespad=0)
     return figure
 
@@ -461,7 +468,9 @@ _KINDS = (
         "transfer", "Surrogate × loss",
         "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
         "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
-        "not excepted. Where the target is well above its surrogate, the points do not transfer.",
+        "not excepted. Where the target is well above its surrogate, the points do not transfer. In a cascade a run "
+        "starts from the best points so far, so its final includes what earlier runs broke. Recombination, pursuit, "
+        "composition and overtime search among points of several runs and are left out.",
         frames.transfer, draw_transfer, tell_transfer,
     ),
     (
@@ -476,8 +485,9 @@ _KINDS = (
     ),
     (
         "agreement", "Agreement between runs",
-        "Of the samples right on their clean batch: how many each run broke at some iterate, and how many of them no "
-        "other run broke. In a cascade later runs search for what still stands, and need not break again what fell.",
+        "Of the samples right on their clean batch: how many each run broke itself at some iterate, and how many of "
+        "them no other run broke. Where a run starts from the best points so far, as in a cascade, what had fallen "
+        "before and is wrong at its start (iterate 0) does not count as broken by it.",
         frames.agreement, draw_agreement, tell_agreement,
     ),
     (

@@ -21,6 +21,9 @@ from msa_eval.report.charts import percent
 from msa_eval.report.style import NAMES
 from msa_eval.report.text import METRICS
 
+KEYS = ("target", "context", "metric", "index")
+"""What a row of `Comparison.right` is about; no evaluation can have such a name."""
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -86,11 +89,11 @@ class Comparison:
 
 
 def load_all(folders: Sequence[str | Path]) -> dict[str, Results]:
-    """Read several results, named by their folders, or by more of the path where two have one name."""
+    """Read several results, named by their folders; by more of the path where names are alike or one of `KEYS`."""
     paths = [Path(folder) for folder in folders]
     for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
         names = ["/".join(path.resolve().parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not set(names) & set(KEYS):
             return {name: Results.load(path) for name, path in zip(names, paths, strict=True)}
     raise ValueError("the same folder is given twice; give each results folder once")
 
@@ -102,10 +105,12 @@ def compare(results: Mapping[str, Results]) -> Comparison:
         results: two or more, by name.
 
     Raises:
-        ValueError: when there are less than two, or they are not of the same samples.
+        ValueError: when there are less than two, one has a name of `KEYS`, or they are not of the same samples.
     """
     if len(results) < 2:
         raise ValueError("a comparison needs at least two results folders")
+    if reserved := [name for name in results if name in KEYS]:
+        raise ValueError(f"no evaluation can be called {reserved[0]!r} in a comparison; give it another name")
     base, *others = results
     for name in others:
         _check_same(base, results[base], name, results[name])
@@ -122,8 +127,9 @@ def compare(results: Mapping[str, Results]) -> Comparison:
                 right = pd.DataFrame({name: _right(one, target, context, metric) for name, one in results.items()})
                 masks.append(right.assign(target=target, context=context, metric=metric).reset_index())
                 rows += [_row(results[name], name, base, target, context, metric, right) for name in results]
-    right = pd.concat(masks, ignore_index=True)[["target", "context", "metric", "index", *results]]
-    return Comparison(results, pd.DataFrame(rows), right, _notes(results))
+    right = pd.concat(masks, ignore_index=True)[[*KEYS, *results]]
+    notes = [*_left_out(results, shared, targets), *_notes(results)]
+    return Comparison(results, pd.DataFrame(rows), right, notes)
 
 
 def _row(
@@ -175,6 +181,17 @@ def _check_same(base: str, first: Results, name: str, second: Results) -> None:
         )
 
 
+def _left_out(results: Mapping[str, Results], contexts: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Which contexts and targets some evaluations have and others don't, in sentences."""
+    lacking = []
+    for name, one in results.items():
+        found = [f"context {context}" for context in frames.contexts_of(one) if context not in contexts]
+        found += [NAMES[target] for target in frames.targets_of(one) if target not in targets]
+        if found:
+            lacking.append(f"{', '.join(found)} of {name}")
+    return [f"Not all have them, so these are left out: {'; '.join(lacking)}."] if lacking else []
+
+
 def _notes(results: Mapping[str, Results]) -> list[str]:
     runs = [one.run for one in results.values()]
     notes = []
@@ -186,6 +203,8 @@ def _notes(results: Mapping[str, Results]) -> list[str]:
         notes.append(f"The perturbation sets differ: {', '.join(balls)}.")
     if len({run["targets"]["defense"]["sha256"] for run in runs}) > 1:
         notes.append("The defences differ (their weights have different hashes).")
+    if all("fc" in run["targets"] for run in runs) and len({run["targets"]["fc"]["sha256"] for run in runs}) > 1:
+        notes.append("The FC heads differ (their weights have different hashes).")
     if len({run["batches"]["sha256"] for run in runs}) > 1:
         notes.append("The batch plans differ, so the same sample has other companions.")
     if len({run["seed"] for run in runs}) > 1:

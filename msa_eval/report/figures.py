@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from msa_eval.protocols import gallery
-from msa_eval.protocols.evidence import GALLERY, Results
+from msa_eval.protocols.evidence import FIGURES, Results
 from msa_eval.report.charts import charts, draw_gallery
 from msa_eval.report.style import save
 
@@ -21,11 +22,11 @@ def write_figures(folder: str | Path, out: str | Path | None = None) -> list[Pat
         the files.
 
     Raises:
-        ValueError: when there are no complete results, or their gallery is no gallery.
+        ValueError: when there are no complete results.
         OSError: when a file can't be written.
     """
     folder = Path(folder)
-    out = folder / "figures" if out is None else Path(out)
+    out = folder / FIGURES if out is None else Path(out)
     results = Results.load(folder)
     if out.is_file():
         raise ValueError(f"{out} is a file; choose a folder for the figures")
@@ -36,7 +37,12 @@ def write_figures(folder: str | Path, out: str | Path | None = None) -> list[Pat
         written += save(chart.figure(), out / chart.name)
         chart.data.to_csv(out / f"{chart.name}.csv", index=False, lineterminator="\n")
         written.append(out / f"{chart.name}.csv")
-    if (folder / GALLERY).is_file() and (shown := gallery.read(folder / GALLERY)):
+    try:
+        shown = gallery.of_results(folder, results.run.get("files", {}))
+    except ValueError as error:
+        shown = []
+        warnings.warn(f"there is no figure of broken samples: {error}", stacklevel=2)
+    if shown:
         labels = results.samples.drop_duplicates("index").set_index("index")["label"]
         written += save(draw_gallery(shown, [labels.get(one.index, "") for one in shown]), out / "gallery")
     return written

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import tomllib
 
 import pandas as pd
 
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
+from msa_eval.protocols.spec import StochasticBudget
+
+AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")
+"""Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
 
 
 def targets_of(results: Results) -> list[str]:
@@ -58,9 +63,9 @@ def transfer(results: Results, context: str) -> pd.DataFrame:
 
     Returns:
         ``target``, ``surrogate``, ``attack``, ``loss``, ``runs`` (restarts made), and of the one of the lowest
-        ``target_accuracy`` (its ``final``) that, ``surrogate_accuracy`` and ``any``.
+        ``target_accuracy`` (its ``final``) that, ``surrogate_accuracy`` and ``any``. Runs `among_found` are left out.
     """
-    rows = results.attacks[results.attacks["context"] == context]
+    rows = results.attacks[(results.attacks["context"] == context) & ~among_found(results.attacks)]
     keys = ["target", "surrogate", "attack", "loss"]
     counts = rows.groupby(keys, sort=False).size().rename("runs").reset_index()
     lowest = rows.loc[rows.sort_values("final", kind="stable").drop_duplicates(keys).index]
@@ -72,7 +77,7 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
     """Worst case against spent passes, run after run.
 
     A pass is a forward pass of one image through the trunk, with or without the way back; within a run they are taken
-    to be spent evenly over its iterates.
+    to be spent evenly over its iterates, of which each costs a target that answers at random several.
 
     Args:
         results: of an evaluation.
@@ -85,6 +90,7 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
     samples, attacks, outcomes = (
         pick(table, target, context) for table in (results.samples, results.attacks, results.outcomes)
     )
+    eot = _answers_a_gradient(results, target)
     standing = samples.set_index("index")["clean_correct"].astype(bool)
     n, spent, left = len(standing), 0.0, int(standing.sum())
     rows = [(0.0, left / n)]
@@ -94,13 +100,21 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         cost = run["forwards"] / n
         iterates = of_run["first_iterate"].dropna()
         length = max(float(iterates.max()) if len(iterates) else 0.0, 1.0) + 1
-        length = max(length, cost) if run["backwards"] else length
+        length = max(length, cost / eot) if run["backwards"] else length
         for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
             left -= int(count)
             rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left / n))
         standing, spent, left = standing & ~broken, spent + cost, int((standing & ~broken).sum())
         rows.append((spent, left / n))
     return pd.DataFrame(rows, columns=["passes", "worst_case"])
+
+
+def _answers_a_gradient(results: Results, target: str) -> int:
+    """How many passes of a stochastic target one step of a gradient attack takes; 1 of any other."""
+    if results.run.get("draws", {}).get(target, 1) <= 1:
+        return 1
+    protocol = tomllib.loads(results.run["protocol"]["text"])
+    return int(protocol.get("stochastic", {}).get("eot", StochasticBudget.eot))
 
 
 def budget(results: Results, context: str) -> pd.DataFrame:
@@ -127,17 +141,55 @@ def per_class(results: Results, context: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def cascades(results: Results) -> bool:
+    """Whether runs start from the best points of the runs before them (``attack.apgd.combine`` is ``cascade``)."""
+    attack = tomllib.loads(results.run["protocol"]["text"]).get("attack", {})
+    return bool(attack.get("apgd", {}).get("combine") == "cascade")
+
+
+def among_found(attacks: pd.DataFrame) -> pd.Series:
+    """Whether each run is a search among, or from, what others found."""
+    found: pd.Series = attacks["attack"].astype(str).str.split("-").str[0].isin(AMONG_FOUND)
+    return found
+
+
+def chained(results: Results, target: str, context: str) -> set[str]:
+    """The runs that start from earlier runs' points; those that gather for a recombination are each on their own."""
+    attacks = pick(results.attacks, target, context)
+    late = among_found(attacks)
+    if not cascades(results):
+        return set(attacks.loc[late, "run"])
+    mixing = attacks["attack"].isin(["recombination", "pursuit"]) if context == "joint" else late & False
+    return set(attacks.loc[mixing.cummax(), "run"] if mixing.any() else attacks["run"])
+
+
 def breakers(results: Results, target: str, context: str) -> pd.DataFrame:
-    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run."""
+    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run.
+
+    A chained run finds what fell before wrong at its start already, at iterate 0: that break is not its own.
+    """
     right = pick(results.samples, target, context).set_index("index")["clean_correct"].astype(bool)
     rows = pick(results.outcomes, target, context)
     table = rows.pivot_table(index="index", columns="run", values="any_broken", aggfunc="max", sort=False)
     runs = list(pick(results.attacks, target, context)["run"])
-    return table.astype(bool).reindex(index=right[right].index, columns=runs, fill_value=False)
+    table = table.astype(bool).reindex(index=right[right].index, columns=runs, fill_value=False)
+    at_start = rows[rows["first_iterate"] == 0].set_index(["index", "run"]).index
+    later = chained(results, target, context)
+    own, fallen = table.copy(), pd.Series(False, index=table.index)
+    for run in runs:
+        if run in later:
+            started = pd.MultiIndex.from_product([table.index, [run]]).isin(at_start)
+            own[run] = table[run] & ~(fallen & started)
+        fallen |= table[run]
+    return own
 
 
 def agreement(results: Results, context: str) -> pd.DataFrame:
-    """How many samples each run broke, and how many of them no other did: ``target``, ``run``, ``broken``, ``only``."""
+    """How many samples each run broke itself, and how many of them no other did.
+
+    Returns:
+        ``target``, ``run``, ``broken`` and ``only``; see `breakers` for what counts.
+    """
     rows = []
     for target in targets_of(results):
         table = breakers(results, target, context)

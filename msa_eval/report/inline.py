@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Set
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -35,23 +36,26 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+    name = escape(name)
     used = set(re.findall(r'(?:url\(#|href="#)([\w.-]+)', svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda found: found.group() if found[1] in used else "", svg)
-    svg = re.sub(r'(url\(#| id="|href="#)(?=[\w.-]+)', rf"\1{name}-", svg)
-    svg = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", svg)
-    svg = svg.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
-    svg = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}".rstrip("0").rstrip("."), svg)
+    svg = re.sub(r"<[^>]*>", lambda found: _tag(found.group(), name, used), svg)
     svg = re.sub(r"\s*\n\s*", " ", svg)
     svg = re.sub(r">\s+<", "><", svg)
-    opening = f'<svg role="img" aria-labelledby="{name}-alt"'
-    svg = re.sub(r"<svg\b", opening, svg, count=1)
-    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return Markup(
-        re.sub(r"(<svg\b[^>]*>)", rf'\1<desc id="{name}-alt">ALT</desc>', svg, count=1).replace("ALT", escape(alt), 1)
-    )
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r' (?:width|height)="[^"]*"', "", opening)
+    opening = opening.replace("<svg", f'<svg role="img" aria-labelledby="{name}-alt"', 1)
+    return Markup(f'{opening}><desc id="{name}-alt">{escape(alt)}</desc>{rest}')
+
+
+def _tag(tag: str, name: str, used: Set[str]) -> str:
+    """A tag in a page's colours, shorter, and with ids that start with the figure's name; texts stay as they are."""
+    for colour, variable in _VARIABLES.items():
+        tag = tag.replace(colour, variable)
+    tag = re.sub(r' id="([\w.-]+)"', lambda found: found.group() if found[1] in used else "", tag)
+    tag = re.sub(r'(url\(#| id="|href="#)(?=[\w.-]+)', lambda found: f"{found[1]}{name}-", tag)
+    tag = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", tag)
+    tag = tag.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
+    return re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}".rstrip("0").rstrip("."), tag)
 
 
 def csv_link(table: pd.DataFrame) -> str:

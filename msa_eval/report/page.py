@@ -72,11 +72,10 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
     path = check_page(folder / PAGE if out is None else Path(out))
     results = Results.load(folder)
     pictures: Sequence[gallery.Exhibit] | str = "This run kept no pictures."
-    if (folder / GALLERY).is_file():
-        try:
-            pictures = gallery.read(folder / GALLERY)
-        except ValueError as error:
-            pictures = f"There are no pictures: {error}."
+    try:
+        pictures = gallery.of_results(folder, results.run.get("files", {})) or pictures
+    except ValueError as error:
+        pictures = f"There are no pictures: {error}."
     write_whole(path, render_page(results, pictures))
     return path
 
@@ -296,22 +295,23 @@ def _gallery(results: Results, pictures: Sequence[gallery.Exhibit] | str) -> dic
     if isinstance(pictures, str):
         return {"exhibits": [], "told": pictures}
     shown, table = [], []
+    distances = _distances(results.run, pictures)
     for one in pictures:
         rows = frames.pick(results.samples, one.target, one.context)
         rows = rows[rows["index"] == one.index]
         if rows.empty:
             return {"exhibits": [], "told": f"There are no pictures: {GALLERY} is not of these results."}
-        exhibit = _exhibit(one, rows.iloc[0], results.run)
+        exhibit = _exhibit(one, rows.iloc[0], distances=distances)
         shown.append(exhibit)
         table += [
-            {"index": one.index, "label": exhibit["label"], "class": c, "clean": one.clean_logits[c],
-             "adversarial": one.logits[c]}
-            for c in exhibit["classes"]
+            {"target": one.target, "context": one.context, "index": one.index, "label": exhibit["label"],
+             "unit": exhibit["unit"], "class": row["class"], "clean": row["clean"], "adversarial": row["adversarial"]}
+            for row in exhibit["rows"]
         ]  # fmt: skip
     told = (
         f"{len(shown)} of the broken samples of the first batches, spread over classes and runs: the original, one "
         "adversarial image that breaks it in its adversarial batch, and their difference, scaled up (grey: no change). "
-        + ("Distances are to the prototypes of each batch: the smallest decides." if _distances(results.run, pictures)
+        + ("Distances are to the prototypes of each batch: the smallest decides." if distances
            else "The largest logit decides.")
     )  # fmt: skip
     return {"exhibits": shown, "told": told, "csv": csv_link(pd.DataFrame(table))}
@@ -323,8 +323,8 @@ def _distances(run: Mapping[str, Any], pictures: Sequence[gallery.Exhibit]) -> b
     return negative and all(run["targets"].get(one.target, {}).get("type") == "HPM" for one in pictures)
 
 
-def _exhibit(one: gallery.Exhibit, row: pd.Series, run: Mapping[str, Any]) -> dict[str, Any]:
-    sign = -1 if _distances(run, [one]) else 1
+def _exhibit(one: gallery.Exhibit, row: pd.Series, *, distances: bool) -> dict[str, Any]:
+    sign = -1 if distances else 1
     label, found = row["label"], int(one.logits.argmax())
     likely = np.argsort(-one.logits, kind="stable")[:8]
     own = {int(label)} if isinstance(label, int | np.integer) and 0 <= label < len(one.logits) else set()
@@ -338,14 +338,13 @@ def _exhibit(one: gallery.Exhibit, row: pd.Series, run: Mapping[str, Any]) -> di
     )  # fmt: skip
     return {
         "index": one.index, "label": label, "found": found, "target": one.target, "context": one.context,
-        "classes": classes,
         "batch": int(row["batch"]), "run": row["broken_by"], "clean": int(one.clean_logits.argmax()),
         "iterate": None if pd.isna(row["broken_at"]) else int(row["broken_at"]),
-        "unit": "Distance to the prototype" if sign < 0 else "Logit",
+        "unit": "Distance to the prototype" if distances else "Logit",
         "pictures": [_picture(pixels, title, one.index) for title, pixels in views],
         "rows": [
             {"name": f"{c}{' (label)' if c == label else ' (answer)' if c == found else ''}",
-             "marked": c in (label, found), "clean": sign * float(one.clean_logits[c]),
+             "class": int(c), "marked": c in (label, found), "clean": sign * float(one.clean_logits[c]),
              "adversarial": sign * float(one.logits[c])}
             for c in classes
         ],

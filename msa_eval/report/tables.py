@@ -41,6 +41,7 @@ class Row(NamedTuple):
     target: str
     method: str
     cells: Mapping[str, Cell]
+    cascade: bool = False
 
 
 def render_tables(named: Mapping[str, Results], style: str) -> str:
@@ -68,6 +69,7 @@ def render_tables(named: Mapping[str, Results], style: str) -> str:
 def rows_of(name: str, results: Results) -> list[Row]:
     """The rows of an evaluation: in each context the FC head's, where there is one, and the defence's."""
     made = []
+    cascade = frames.cascades(results)
     for context in frames.contexts_of(results):
         values = {target: _values(results, target, context) for target in frames.targets_of(results)}
         columns = list(dict.fromkeys(column for numbers in values.values() for column in numbers))
@@ -79,14 +81,15 @@ def rows_of(name: str, results: Results) -> list[Row]:
                 best = len(others) > 1 and value == max(others) > min(others)
                 cells[column] = Cell(value, math.nan if target == "fc" else value - plain, best)
             kind = results.run["targets"].get(target, {}).get("type", target)
-            made.append(Row(name, context, target, "FC" if target == "fc" else str(kind), cells))
+            made.append(Row(name, context, target, "FC" if target == "fc" else str(kind), cells, cascade))
     return made
 
 
 def _values(results: Results, target: str, context: str) -> dict[str, float]:
-    """The numbers of a row by column: clean, the runs' finals, and the three that sum them up."""
-    attacks = frames.pick(results.attacks, target, context)
-    all_runs = results.attacks[results.attacks["context"] == context]["run"].unique()
+    """The numbers of a row by column: clean, the finals of runs with a surrogate, and the three that sum them up."""
+    listed = results.attacks[~frames.among_found(results.attacks)]
+    attacks = frames.pick(listed, target, context)
+    all_runs = listed[listed["context"] == context]["run"].unique()
     if len(all_runs) <= MOST_RUNS:
         finals = dict(zip(attacks["run"], attacks["final"], strict=True))
     else:
@@ -115,9 +118,15 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(title, held) for title, held in groups if held]
 
 
-def _caption(context: str, columns: Sequence[str]) -> str:
+def _caption(context: str, columns: Sequence[str], rows: Sequence[Row]) -> str:
     few = " Of a surrogate the lowest final of its runs." if any(c.endswith(LOWEST) for c in columns) else ""
-    return f"Accuracy in %, {context}; difference to the FC head in parentheses, the better of the two in bold.{few}"
+    cascade = (
+        " In a cascade the final of a run includes what earlier runs broke." if any(r.cascade for r in rows) else ""
+    )
+    return (
+        f"Accuracy in %, {context}; difference to the FC head in parentheses, the better of the two in bold."
+        f"{few}{cascade}"
+    )
 
 
 def _cell(cell: Cell | None, bold: Callable[[str], str], minus: str) -> str:
@@ -135,7 +144,7 @@ def _cell(cell: Cell | None, bold: Callable[[str], str], minus: str) -> str:
 def _markdown(context: str, rows: Sequence[Row]) -> str:
     columns = _columns(rows)
     lines = [
-        _caption(context, columns),
+        _caption(context, columns, rows),
         "",
         "| | " + " | ".join(escape_markdown(_head(column)) for column in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -153,7 +162,7 @@ def _markdown(context: str, rows: Sequence[Row]) -> str:
 def _latex(context: str, rows: Sequence[Row]) -> str:
     columns = _columns(rows)
     lines = [
-        "% " + _caption(context, columns),
+        "% " + _caption(context, columns, rows),
         "% Needs \\usepackage{booktabs}.",
         f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
         "\\toprule",

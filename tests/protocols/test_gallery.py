@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from msa_eval.protocols import gallery
+from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.evidence import GALLERY
 from safetensors.numpy import save_file
 from toys import make_classifier, make_hpm, make_samples
@@ -65,7 +68,25 @@ def test_the_same_evaluation_gives_the_same_bytes_and_other_results_take_it_away
     evaluate(hpm, samples, protocol="quick", overrides=FAST, out=tmp_path)
     assert (tmp_path / GALLERY).read_bytes() == (folder / GALLERY).read_bytes()
     Results.load(tmp_path).save(tmp_path)
+    assert (tmp_path / GALLERY).read_bytes() == (folder / GALLERY).read_bytes()
+    assert Results.load(tmp_path).run["files"] == Results.load(folder).run["files"]
+    (tmp_path / GALLERY).write_bytes(b"another")
+    Results.load(tmp_path).save(tmp_path)
     assert not (tmp_path / GALLERY).exists()
+
+
+def test_other_results_leave_a_folder_named_as_the_page_and_tell_of_old_figures(
+    case: tuple[HPM, Samples, Path], tmp_path: Path
+) -> None:
+    results = Results.load(case[2])
+    results.save(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.html").mkdir()
+    results.save(tmp_path)
+    other = dataclasses.replace(results, run=dict(results.run) | {"key": "another"})
+    with pytest.warns(UserWarning, match="figures is still of the results before"):
+        other.save(tmp_path, force=True)
+    assert (tmp_path / "report.html").is_dir()
 
 
 def test_verify_finds_a_changed_bit(case: tuple[HPM, Samples, Path], tmp_path: Path) -> None:
@@ -79,6 +100,51 @@ def test_verify_finds_a_changed_bit(case: tuple[HPM, Samples, Path], tmp_path: P
     found = {check.name: check for check in verify(tmp_path, hpm, samples).checks}["hashes"]
     assert found.passed is False
     assert GALLERY in found.detail
+
+
+def test_a_missing_gallery_is_no_tampering(case: tuple[HPM, Samples, Path], tmp_path: Path) -> None:
+    hpm, samples, folder = case
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / GALLERY).unlink()
+    found = {check.name: check for check in verify(tmp_path, hpm, samples).checks}["hashes"]
+    assert found.passed
+    assert f"{GALLERY} is missing and was not checked" in found.detail
+
+
+@pytest.mark.parametrize("part", ["spread", "pack"])
+def test_a_gallery_that_can_not_be_made_costs_no_evaluation(
+    part: str, case: tuple[HPM, Samples, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("broken")
+
+    hpm, samples, folder = case
+    monkeypatch.setattr(gallery, part, fail)
+    with pytest.warns(UserWarning, match="no gallery could be made"):
+        evaluate(hpm, samples, protocol="quick", overrides=FAST, out=tmp_path)
+    assert not (tmp_path / GALLERY).exists()
+    assert (tmp_path / "outcomes.csv").read_bytes() == (folder / "outcomes.csv").read_bytes()
+
+
+class _Wrong:
+    """A replay that says class 0 to everything."""
+
+    batches = ((7,),)
+
+    def logits(self, _: Proof) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]])
+
+
+@pytest.mark.parametrize(("shape", "count"), [((3, 4, 4), 3), ((1, 4, 4), 3), ((2, 4, 4), 0), ((3, 2600, 4000), 1)])
+def test_what_could_not_be_read_again_is_not_made(shape: tuple[int, int, int], count: int, tmp_path: Path) -> None:
+    """Two channels are no picture; of 12 megapixels, 94 MB each, one fits."""
+    point = torch.zeros(1, *shape)
+    proof = Proof("defense", "joint", 0, "rows", torch.tensor([0]), point)
+    made = gallery.exhibit([gallery.Candidate(proof, 1, "run", point[0], torch.ones(2))] * 3, _Wrong())  # type: ignore[arg-type]
+    assert len(made) == count
+    if made:
+        (tmp_path / GALLERY).write_bytes(gallery.pack(made))
+        assert len(gallery.read(tmp_path / GALLERY)) == count
 
 
 def _parts(n: int = 2) -> dict[str, np.ndarray]:
@@ -100,6 +166,8 @@ ENTRIES = [{"target": "defense", "context": "joint", "index": i} for i in range(
         ({"clean": np.zeros((2, 3, 2, 2), np.float32)}, ENTRIES, "expected the tensors"),
         ({"more": np.zeros(1)}, ENTRIES, "expected the tensors"),
         ({}, [{}, {}], "not a readable gallery"),
+        ({}, [ENTRIES[0], ENTRIES[1] | {"index": math.inf}], "no whole number"),
+        ({}, [ENTRIES[0], ENTRIES[1] | {"index": True}], "no whole number"),
         ({}, 7, "not a readable gallery"),
         ({name: value[:, :0] if value.ndim == 4 else value for name, value in _parts().items()}, ENTRIES, "channels"),
     ],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
-from records import make_results
+from records import RUNS, make_results
 from scipy.stats import binomtest
 
 from msa_eval import Results
 from msa_eval.report import charts, draw_curves, frames, spending, to_svg
 from msa_eval.report.charts import Chart
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,69 @@ def test_agreement_counts_the_samples_that_one_run_alone_broke(results: Results)
             )
 
 
+CASCADE = [
+    ("a:apgd-margin:0", "a", "apgd", "margin", 0), ("b:apgd-margin:0", "b", "apgd", "margin", 0),
+    ("b:overtime-margin:0", "b", "overtime", "margin", 0),
+    ("pursued:pursuit-margin:0", "pursued", "pursuit", "margin", 0),
+    ("target:spsa-margin:0", "target", "spsa", "margin", 0),
+]  # fmt: skip
+"""What each of five runs finds of six samples: the iterate at which they are first wrong."""
+FIRST = {
+    "a:apgd-margin:0": [3, 0, None, None, None, None], "b:apgd-margin:0": [0, 0, 5, None, None, None],
+    "b:overtime-margin:0": [0, 0, 0, 0, None, None], "pursued:pursuit-margin:0": [0, 7, 0, 0, 2, None],
+    "target:spsa-margin:0": [0, 0, 0, 0, 0, None],
+}  # fmt: skip
+
+
+def _cascade(context: str, *, runs: list[str], combine: str = "cascade") -> Results:
+    """Evidence of a cascade in which the runs find what `FIRST` says; all samples are right when clean."""
+    listed = [run for run in CASCADE if run[0] in runs]
+    made = make_results(6, clean=1.0, contexts=(context,), targets=("defense",), runs=listed)
+    first = pd.array(
+        [FIRST[run][i] for run, i in zip(made.outcomes["run"], made.outcomes["index"], strict=True)], "Int64"
+    )
+    outcomes = made.outcomes.assign(first_iterate=first, any_broken=~pd.isna(first))
+    text = f'[attack.apgd]\ncombine = "{combine}"\n'
+    run = dict(made.run) | {"protocol": dict(made.run["protocol"]) | {"text": text}}
+    return dataclasses.replace(made, outcomes=outcomes, run=run)
+
+
+def _broke(results: Results, context: str) -> dict[str, tuple[int, int]]:
+    rows = frames.agreement(results, context).to_dict(orient="records")
+    return {row["run"]: (row["broken"], row["only"]) for row in rows}
+
+
+def test_what_a_chained_run_finds_broken_at_its_start_is_not_its_own() -> None:
+    """By hand from `FIRST`: all runs are chained in solo, those from the pursuit on in joint."""
+    solo = _cascade("solo", runs=[name for name in FIRST if "pursuit" not in name])
+    assert _broke(solo, "solo") == {
+        "a:apgd-margin:0": (2, 2), "b:apgd-margin:0": (1, 1), "b:overtime-margin:0": (1, 1),
+        "target:spsa-margin:0": (1, 1),
+    }  # fmt: skip
+    assert len(frames.only_one(solo, "solo")) == 5
+    names = ["a:apgd-margin:0", "b:apgd-margin:0", "pursued:pursuit-margin:0", "target:spsa-margin:0"]
+    assert _broke(_cascade("joint", runs=names), "joint") == {
+        names[0]: (2, 0), names[1]: (3, 1), names[2]: (3, 2), names[3]: (0, 0),
+    }  # fmt: skip
+    assert _broke(_cascade("joint", runs=names, combine="separate"), "joint")[names[3]] == (5, 0)
+
+
+def test_a_run_of_the_committed_cascade_that_broke_nothing_new_broke_nothing() -> None:
+    results = Results.load(ROOT / "results/digits")
+    runs = results.attacks.set_index(["target", "context", "run"])["newly_broken"]
+    data = frames.agreement(results, "solo").to_dict(orient="records")
+    assert [row["broken"] for row in data] == [runs[row["target"], "solo", row["run"]] for row in data]
+    assert all(row["broken"] == row["only"] for row in data)
+
+
+def test_the_matrix_leaves_out_what_searches_among_found_points() -> None:
+    results = _cascade("joint", runs=list(FIRST))
+    assert frames.transfer(results, "joint")["attack"].tolist() == ["apgd", "apgd", "spsa"]
+    told = {chart.kind: chart.caption for chart in charts(results)}
+    assert "includes what earlier runs broke" in told["transfer"]
+    assert "wrong at its start (iterate 0) does not count" in told["agreement"]
+
+
 def test_batches_add_up(results: Results) -> None:
     data = frames.seating(results, "joint")
     assert data.groupby("target")["size"].sum().to_dict() == {"fc": 40, "defense": 40}
@@ -104,6 +171,17 @@ def test_the_curve_of_spent_passes_ends_at_the_worst_case(results: Results) -> N
         runs = results.attacks[(results.attacks["target"] == target) & (results.attacks["context"] == "joint")]
         worst = _number(results, target, "joint", "worst_case")
         assert curve.iloc[-1].tolist() == pytest.approx([runs["forwards"].sum() / 40, worst])
+
+
+def test_a_stochastic_target_spends_several_passes_an_iterate() -> None:
+    """Ten passes a sample at two answers a gradient are five iterates: the break at iterate 3 comes after 8 passes."""
+    made = make_results(1, clean=1.0, targets=("defense",), runs=RUNS[:1])
+    outcomes = made.outcomes.assign(any_broken=True, first_iterate=pd.array([3], "Int64"))
+    protocol = dict(made.run["protocol"]) | {"text": "[stochastic]\neot = 2\n"}
+    for draws, passes in ((9, 8.0), (1, 4.0)):
+        run = dict(made.run) | {"protocol": protocol, "draws": {"defense": draws}}
+        curve = spending(dataclasses.replace(made, outcomes=outcomes, run=run))
+        assert curve["passes"].tolist()[1] == pytest.approx(passes)
 
 
 def test_figures_come_in_the_pages_order_for_every_context(results: Results) -> None:
@@ -148,6 +226,20 @@ def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
     for chart in charts(make_results(**odd)):  # type: ignore[arg-type]
         assert to_svg(chart.figure()).endswith("</svg>\n")
         assert chart.alt
+
+
+@pytest.mark.parametrize(("n", "told"), [(200, "batch (hollow"), (201, "batches, in order")])
+def test_many_batches_are_drawn_as_curves(n: int, told: str) -> None:
+    results = make_results(n, batch=1)
+    (chart,) = [one for one in charts(results) if one.kind == "batches"]
+    svg = to_svg(chart.figure())
+    assert any(text.startswith(told) for text in _texts(svg))
+    assert (svg.count("<use") > 4 * 200) == (n == 200)
+    (axes,) = chart.figure().axes
+    lines = [line.get_ydata() for line in axes.get_lines()]
+    drawn = [*lines[0], *lines[1]]
+    rows = chart.data[chart.data["target"] == "fc"]
+    assert sorted(drawn) == sorted([*rows["clean"], *rows["worst_case"]])
 
 
 def test_missing_numbers_are_drawn() -> None:

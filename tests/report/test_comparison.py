@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -154,6 +155,33 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
         load_all([tmp_path / "x/run", tmp_path / "x/../x/run"])
     with pytest.raises(ValueError, match="no complete results"):
         load_all([tmp_path / "x/run", tmp_path])
+
+
+@pytest.mark.parametrize("name", ["index", "target", "metric", "context"])
+def test_a_folder_named_as_a_column_is_named_by_more_of_its_path(name: str, tmp_path: Path) -> None:
+    first, second = make_results(seed=0), make_results(seed=1)
+    first.save(tmp_path / "x" / name)
+    second.save(tmp_path / "x/b")
+    loaded = load_all([tmp_path / "x" / name, tmp_path / "x/b"])
+    assert list(loaded) == [f"x/{name}", "x/b"]
+    right, expected = compare(loaded).right, compare({"a": first, "b": second}).right
+    assert right.to_numpy().tolist() == expected.to_numpy().tolist()
+    with pytest.raises(ValueError, match=f"no evaluation can be called '{name}'"):
+        compare({name: first, "b": second})
+
+
+def test_what_is_left_out_and_other_heads_are_noted() -> None:
+    first, second = make_results(contexts=("joint", "solo")), make_results(contexts=("joint", "alone"))
+    text = render_comparison(compare({"a": first, "b": second}))
+    assert "Not all have them, so these are left out: context solo of a; context alone of b." in text
+    assert "FC heads differ" not in text
+    alone = make_results(contexts=("joint", "solo"), targets=("defense",))
+    text = render_comparison(compare({"a": first, "b": alone}))
+    assert "left out: FC head of a." in text
+    targets = dict(first.run["targets"]) | {"fc": {"type": "Classifier", "sha256": "9" * 64}}
+    other = dataclasses.replace(first, run=dict(first.run) | {"targets": targets})
+    notes = compare({"a": first, "b": other}).notes
+    assert list(notes) == ["The FC heads differ (their weights have different hashes)."]
 
 
 def test_tables_survive_a_round_through_the_disk(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from PIL import Image
 from records import RUNS, make_results
 
 from msa_eval import Results
-from msa_eval.report import render_page, write_page
+from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare
-from msa_eval.report.inline import script_json
+from msa_eval.report.figures import write_figures
+from msa_eval.report.inline import inline_svg, script_json
 from msa_eval.report.page import SECTIONS
 from msa_eval.report.sidebyside import render_page as render_comparison_page
 
@@ -195,6 +196,29 @@ def test_names_with_markup_are_shown_and_not_run() -> None:
     _check_harmless(render_comparison_page(compare({EVIL: _evil(), f"2{EVIL}": _evil()})), scripts=0)
 
 
+@pytest.mark.parametrize("column", ["target", "context"])
+@pytest.mark.parametrize("table", ["summary", "attacks", "samples", "outcomes"])
+def test_a_target_or_context_that_there_is_not_is_refused(table: str, column: str, tmp_path: Path) -> None:
+    """They would end up in the page's ids, unescaped, and in paths of figures."""
+    make_results().save(tmp_path / "r")
+    path = tmp_path / "r" / f"{table}.csv"
+    held = pd.read_csv(path)
+    held[column] = held[column].replace({"joint": "../../out", "fc": EVIL})
+    held.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=f"{table}.csv names the {column} .* expected one of"):
+        Results.load(tmp_path / "r")
+
+
+def test_figures_keep_their_texts_and_escape_their_names() -> None:
+    """A number in a text is a name's and stays whole, and so does a colour; in tags both are changed."""
+    figure = draw_curves({"s@0.125 #1a1a1a": pd.DataFrame({"passes": [1, 2], "worst_case": [0.9, 0.5]})}, "0.98765")
+    svg = str(inline_svg(figure, '"><img src=x>\\1', "ALT 0.98765 <b>"))
+    for text in (">s@0.125 #1a1a1a 50.0</text>", ">0.98765</text>", '-alt">ALT 0.98765 &lt;b&gt;</desc>'):
+        assert text in svg
+    assert "<img" not in svg
+    assert not re.search(r"\d\.\d{3}|#1a1a1a", "".join(re.findall(r"<[^>]*>", svg)))
+
+
 def test_json_in_a_script_is_not_a_number_and_no_tag() -> None:
     text = str(script_json({"a": [float("inf"), float("nan"), -0.5, EVIL, None]}))
     assert "<" not in text
@@ -293,7 +317,12 @@ def test_the_gallery_shows_pixels_and_distances(tmp_path: Path) -> None:
     assert f"difference × {scale:.2g}" in page
     assert "Distance to the prototype" in page
     table = _linked(page, "gallery")
-    assert table["clean"].tolist() == pytest.approx(one.clean_logits.tolist())
+    assert table["clean"].tolist() == pytest.approx((-one.clean_logits).tolist())
+    assert table["adversarial"].tolist() == pytest.approx((-one.logits).tolist())
+    assert table["class"].tolist() == [0, 1, 2, 3]
+    assert set(zip(table["target"], table["context"], table["index"], table["unit"], strict=True)) == {
+        ("defense", "joint", 5, "Distance to the prototype")
+    }
     for value in one.logits:
         assert f"<td>{-value:.2f}</td>" in page
     label = Results.load(tmp_path).samples.set_index("index")["label"][5].iloc[0]
@@ -306,6 +335,16 @@ def test_logits_that_are_no_distances_are_called_logits() -> None:
     )
 
 
+def test_one_exhibit_with_a_positive_logit_decides_for_all() -> None:
+    shown = [_exhibit(0), dataclasses.replace(_exhibit(1), logits=np.array([1.0, 2.0, 3.0, -4.0], np.float32))]
+    page = render_page(make_results(), shown)
+    assert page.count("<caption>Logit</caption>") == 2
+    assert "The largest logit decides" in page
+    table = _linked(page, "gallery")
+    assert set(table["unit"]) == {"Logit"}
+    assert table["adversarial"].tolist() == pytest.approx([*shown[0].logits, *shown[1].logits])
+
+
 def test_large_pictures_are_scaled_down() -> None:
     page = render_page(make_results(classes=1000), [_exhibit(i, (3, 224, 224), 1000) for i in range(12)])
     assert len(page) < 900_000
@@ -314,13 +353,33 @@ def test_large_pictures_are_scaled_down() -> None:
     assert len(sizes) == 36
 
 
-@pytest.mark.parametrize("content", [b"nothing", gallery.pack([_exhibit(999)])])
-def test_a_gallery_that_is_not_of_these_results_is_left_out(content: bytes, tmp_path: Path) -> None:
-    make_results().save(tmp_path)
-    (tmp_path / GALLERY).write_bytes(content)
+@pytest.mark.parametrize(
+    ("listed", "there", "message"),
+    [
+        (b"nothing", b"nothing", "not a readable gallery"),
+        (gallery.pack([_exhibit(999)]), gallery.pack([_exhibit(999)]), "is not of these results"),
+        (gallery.pack([_exhibit(1)]), gallery.pack([_exhibit(2)]), "does not match the hash in run.json"),
+        (None, gallery.pack([_exhibit(2)]), "does not match the hash in run.json"),
+        (gallery.pack([_exhibit(1)]), None, "which run.json lists, is missing"),
+    ],
+    ids=("no gallery", "another's sample", "another gallery", "not listed", "missing"),
+)
+def test_a_gallery_that_is_not_of_these_results_is_left_out(
+    listed: bytes | None, there: bytes | None, message: str, tmp_path: Path
+) -> None:
+    make_results().save(tmp_path, gallery=listed)
+    (tmp_path / GALLERY).unlink(missing_ok=True)
+    if there is not None:
+        (tmp_path / GALLERY).write_bytes(there)
     page = write_page(tmp_path).read_text(encoding="utf-8")
     assert "There are no pictures" in page
+    assert message in page
     assert "<img" not in page
+    if message != "is not of these results":  # a figure of that one has no label to show, and only that
+        with pytest.warns(UserWarning, match=f"no figure of broken samples: .*{message}"):
+            written = write_figures(tmp_path, tmp_path / "out")
+        assert len(written) == 18
+        assert not list((tmp_path / "out").glob("gallery.*"))
 
 
 def test_what_is_no_results_folder_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import shutil
@@ -71,6 +72,18 @@ def test_many_runs_share_a_column_by_surrogate() -> None:
         mine = table[(table["target"] == target) & (table["column"] == f"{surrogate} (lowest)")]
         assert mine["value"].tolist() == [value]
     assert "Of a surrogate the lowest final" in render_tables({"mine": results}, "latex")
+
+
+def test_a_cascade_is_told_and_what_searches_among_found_points_has_no_column() -> None:
+    runs = [*RUNS, ("pursued:pursuit-margin:0", "pursued", "pursuit", "margin", 0)]
+    results = make_results(runs=runs)
+    plain = render_tables({"mine": results}, "markdown")
+    assert "pursued" not in plain
+    assert "cascade" not in plain
+    protocol = dict(results.run["protocol"]) | {"text": '[attack.apgd]\ncombine = "cascade"\n'}
+    chained = dataclasses.replace(results, run=dict(results.run) | {"protocol": protocol})
+    for style in ("markdown", "latex"):
+        assert "the final of a run includes what earlier runs broke" in render_tables({"mine": chained}, style)
 
 
 def test_a_tie_is_nobodys() -> None:
