@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 import msa_eval
 from msa_eval.architectures import Classifier
-from msa_eval.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_hash
+from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint, weights_hash
 from msa_eval.data import Samples
 from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.hpm import HPM, Variant
@@ -125,7 +127,7 @@ def ablate(
     variants = {FULL: VARIANTS[FULL], **variants}
     _check(classifier, train, test, variants)
     common = {
-        "classifier": {"sha256": weights_hash(classifier)},
+        "classifier": {"sha256": weights_hash(classifier), "logits_sha256": _answers(classifier, test)},
         "train": {"name": train.name, "sha256": train.digest(), "n": len(train)},
         "test": {"name": test.name, "sha256": test.digest()},
         "finetune": asdict(settings),
@@ -139,20 +141,21 @@ def ablate(
         "seed": seed,
         "msa_eval": msa_eval.__version__,
     }
-    record = _Record.open(None if out is None else Path(out), common, variants, force=force)
+    origin = {"target": dict(start.about)} if isinstance(start, Target) else {}
+    record = _Record.open(None if out is None else Path(out), common, variants, origin, force=force)
     found: dict[str, Results] = {}
     for name, variant in variants.items():
         shown = _named(progress, name)
         done = record.results(name)
         if done is None:
-            model = record.model(name)
+            model = record.model(name, classifier)
             if model is None:
                 began = time.perf_counter()
                 model = finetune(classifier, train, settings=settings, variant=variant, device=device, progress=shown)
-                record.keep(name, model, start, history(settings, train), seconds=time.perf_counter() - began)
+                record.keep(name, model, start, origin | history(settings, train), seconds=time.perf_counter() - began)
             done = evaluate(
-                model, test, protocol=protocol, fc=None if name == FULL else False, seed=seed, device=device,
-                out=record.folder and record.folder / name, force=force, progress=shown,
+                _of(start, name, model), test, protocol=protocol, fc=None if name == FULL else False, seed=seed,
+                device=device, out=record.folder and record.folder / name, force=force, progress=shown,
             )  # fmt: skip
             record.close(name, done, environment(device))
         found[name] = done
@@ -171,6 +174,30 @@ def settings_of(start: Checkpoint | Target | Classifier | HPM) -> FinetuneSettin
         return FinetuneSettings(**notes)
     except TypeError as error:
         raise ValueError(f"the checkpoint's notes on its fine-tuning can't be used ({error}); give settings") from error
+
+
+@torch.no_grad()
+def _answers(classifier: Classifier, test: Samples) -> str:
+    """SHA-256 of a few logits: normalisation and the user's code are no weights, but these depend on them.
+
+    Raises:
+        ValueError: when the classifier can't take the images.
+    """
+    x = test.images(torch.arange(min(8, len(test)))).to(classifier.fc.weight.device)
+    try:
+        logits = classifier.eval()(x)
+    except RuntimeError as error:
+        raise ValueError(f"the classifier can't take images of shape {tuple(x.shape[1:])}: {error}") from error
+    return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _of(start: object, name: str, model: HPM) -> HPM | Target:
+    """A variant of a target by name says so in its evidence."""
+    if not isinstance(start, Target):
+        return model
+    about = {"word": f"{name} of {start.word}", "kind": "variant", "target": dict(start.about)}
+    about |= {"random_weights": True} if start.about.get("random_weights") else {}
+    return Target(model, str(about["word"]), about)
 
 
 def _check(classifier: Classifier, train: Samples, test: Samples, variants: Mapping[str, Variant]) -> None:
@@ -224,15 +251,21 @@ class _Record:
 
     @classmethod
     def open(
-        cls, folder: Path | None, common: dict[str, Any], variants: Mapping[str, Variant], *, force: bool
+        cls,
+        folder: Path | None,
+        common: dict[str, Any],
+        variants: Mapping[str, Variant],
+        origin: Mapping[str, Any],
+        *,
+        force: bool,
     ) -> _Record:
-        """Begin, or go on where the folder holds an ablation with the same settings.
+        """Begin, or go on where the folder holds an ablation with the same settings, ``origin`` aside.
 
         Raises:
             ValueError: when it holds one with others, and ``force`` is not given, or can't be written.
         """
         wanted = {name: asdict(variant) for name, variant in variants.items()}
-        about: dict[str, Any] = {"schema_version": 1, **common, "variants": {}}
+        about: dict[str, Any] = {"schema_version": 1, **origin, **common, "variants": {}}
         if folder is not None:
             earlier = _read(folder / ABOUT)
             other = _changes(earlier, common, wanted) if earlier else []
@@ -274,15 +307,23 @@ class _Record:
             )
         return results
 
-    def model(self, name: str) -> HPM | None:
-        """The variant fine-tuned earlier, if its checkpoint is there and holds the weights noted."""
+    def model(self, name: str, classifier: Classifier) -> HPM | None:
+        """The variant fine-tuned earlier, if its checkpoint is there and holds the weights noted.
+
+        The file gives tensors alone: the user's own code need not be found again.
+        """
         path = self._checkpoint(name)
         noted = self.about["variants"][name]
         if path is None or "sha256" not in noted or not path.is_file():
             return None
-        model = load_checkpoint(path).model
-        same = isinstance(model, HPM) and asdict(model.variant) == noted["switches"]
-        return model if isinstance(model, HPM) and same and weights_hash(model) == noted["sha256"] else None
+        momentum, variant = self.about["finetune"]["momentum"], Variant(**noted["switches"])
+        model = HPM(copy.deepcopy(classifier.trunk), classifier.fc, momentum=momentum, variant=variant)
+        _, tensors = read_safetensors(path)
+        if misfits(model, tensors):
+            return None
+        model.load_state_dict(tensors)
+        model.eval().requires_grad_(False)
+        return model if weights_hash(model) == noted["sha256"] else None
 
     def keep(self, name: str, model: HPM, start: object, notes: Mapping[str, Any], *, seconds: float) -> None:
         """Note a variant's weights, and save its checkpoint where its architecture is known."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import textwrap
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ from msa_eval import (
     evaluate,
     finetune,
     load_checkpoint,
+    load_target,
     save_checkpoint,
 )
 from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.checkpoint import weights_hash
 from msa_eval.cli import main
 from msa_eval.report import render_ablation
+from msa_eval.targets import Target
 
 SETTINGS = FinetuneSettings(batch_size=8, lr=1e-2, steps=2, eps=0.1, step_size=0.05)
 SHAPE = (1, 8, 8)
@@ -79,7 +82,7 @@ def start() -> Checkpoint:
     return Checkpoint(classifier, blueprint, {"classifier": "toy"})
 
 
-def _ablate(start: Checkpoint, out: Path | None = None, **changes: Any) -> Ablation:
+def _ablate(start: Checkpoint | Target, out: Path | None = None, **changes: Any) -> Ablation:
     given: dict[str, Any] = {"protocol": _protocol(), "settings": SETTINGS, "out": out}
     return ablate(start, _data(40, 0), _data(24, 1), **(given | changes))
 
@@ -477,3 +480,71 @@ def test_ctrl_c_says_what_is_left(files: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(result.stderr.strip().splitlines()) == 1
     monkeypatch.undo()
     assert _command(files, "classifier.safetensors", *TUNE, "--variant", "inner").exit_code == 0
+
+
+OWN = """
+    from torch import nn
+
+    def model():
+        import torch
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), Scaled(), nn.Linear(64, 6), nn.Linear(6, 4)).eval()
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return 1.0 * x
+"""
+
+
+def _own(folder: Path, scale: str = "1.0") -> Target:
+    folder.mkdir()
+    text = textwrap.dedent(OWN).replace("1.0", scale)
+    (folder / "mine.py").write_text(text)
+    return load_target(f"{folder / 'mine.py'}:model", _data(24, 1))
+
+
+def test_a_target_of_own_code_goes_on_after_a_stop_and_is_named(tmp_path: Path) -> None:
+    out, few = tmp_path / "out", {"average": VARIANTS["average"]}
+    target = _own(tmp_path / "code")
+    with pytest.raises(KeyboardInterrupt):
+        _ablate(target, out, variants=few, progress=_Stopping("average: defense"))
+    assert (out / "average.safetensors").is_file()
+    progress = _Stopping("average: epoch")  # fine-tuned before, so this never comes
+    found = _ablate(target, out, variants=few, progress=progress)
+    pd.testing.assert_frame_equal(found.table, _ablate(target, variants=few).table)
+    assert found.about["target"] == json.loads(json.dumps(target.about))
+    assert found.about["target"]["word"] == "mine.py:model"
+    run = json.loads((out / "average" / "run.json").read_text())
+    assert run["target"]["target"]["code_sha256"] == target.about["code_sha256"]
+    trunk = f"{tmp_path / 'code' / 'mine.py'}:model"
+    history = load_checkpoint(out / "average.safetensors", trunk=trunk).history
+    assert history["target"]["word"] == "mine.py:model"
+
+
+def test_the_same_weights_behind_other_preprocessing_are_refused(tmp_path: Path) -> None:
+    one, other = _own(tmp_path / "one"), _own(tmp_path / "other", "0.5")
+    assert weights_hash(one.classifier) == weights_hash(other.classifier)
+    few = {"average": VARIANTS["average"]}
+    _ablate(one, tmp_path / "out", variants=few)
+    with pytest.raises(ValueError, match=r"other settings \(classifier\)"):
+        _ablate(other, tmp_path / "out", variants=few)
+
+
+def test_random_weights_are_marked_in_the_evidence(start: Checkpoint, tmp_path: Path) -> None:
+    target = Target(start.classifier, "toy", {"word": "toy", "random_weights": True}, start.blueprint)
+    _ablate(target, tmp_path / "out", variants={})
+    assert json.loads((tmp_path / "out" / "full" / "run.json").read_text())["target"]["random_weights"] is True
+
+
+@pytest.mark.parametrize(("more", "seed"), [((), 7), (("--seed", "0"), 0)])
+def test_the_stored_seed_of_the_fine_tuning_holds_unless_one_is_given(
+    files: Path, start: Checkpoint, more: tuple[str, ...], seed: int
+) -> None:
+    tuned = finetune(start.classifier, _data(40, 0), settings=SETTINGS)
+    notes = {"finetune": asdict(replace(SETTINGS, seed=7))}
+    save_checkpoint(files / "hpm.safetensors", tuned, start.blueprint, history=notes)
+    result = _command(files, "hpm.safetensors", "--variant", "plain-l2", "--limit", 4, *more)
+    assert result.exit_code == 0, result.output
+    about = json.loads((files / "out" / "ablation.json").read_text())
+    assert about["finetune"]["seed"] == seed
+    assert about["seed"] == 0

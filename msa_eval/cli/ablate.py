@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.cli import options
@@ -59,9 +60,9 @@ def ablate(
     """Fine-tune and evaluate variants of HPM, all from TARGET (the paper's section 4.4).
 
     TARGET is what 'msa-eval finetune' takes. An HPM checkpoint stands for the classifier it was built on, and brings
-    the settings of its fine-tuning; the paper's for CIFAR-10 are the default otherwise. Each variant's
-    evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and started again with the same
-    options, it goes on with the variants that are not done.
+    the settings of its fine-tuning, its seed too unless --seed is given; the paper's for CIFAR-10 are the default
+    otherwise. Each variant's evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and
+    started again with the same options, it goes on with the variants that are not done.
     """
     from msa_eval.ablation import ablate as ablate_classifier
     from msa_eval.data import load_samples
@@ -69,7 +70,9 @@ def ablate(
 
     training = load_samples(train, split="train", root=data_root)
     start = options.load_classifier(target, training, **described, quiet=quiet)
-    settings = _changed(replace(settings_of(start), seed=seed), dict(given))
+    settings = _changed(settings_of(start), dict(given))
+    if click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
+        settings = replace(settings, seed=seed)
     try:
         ablation = ablate_classifier(
             start,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from msa_eval.architectures import Classifier
     from msa_eval.data import Samples
     from msa_eval.hpm import HPM
-    from msa_eval.progress import Progress
     from msa_eval.sensitivity.analysis import Analysis
 
 PAPER, RESNET18 = "paper", "autoattack-resnet18"
@@ -34,7 +33,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 
 
 @click.command()
-@click.argument("checkpoint")
+@options.target
 @click.option("--data", help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
 @click.option("--train", help="Training data: its class means take the place of the checkpoint's prototypes.")
 @options.out
@@ -62,19 +61,22 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @options.seed
 @options.data_root
 @options.quiet
-def sensitivity(checkpoint: str, data: str | None, out: Path, data_root: str, **chosen: Any) -> None:
-    """Measure how sensitive the FC head and the ℓ2 head of CHECKPOINT are to changes of their features.
+def sensitivity(target: options.Chosen, data: str | None, out: Path, data_root: str, **chosen: Any) -> None:
+    """Measure how sensitive the FC head and the ℓ2 head of TARGET are to changes of their features.
 
     Writes tables and figures on the paper's sections 3.3 and 3.4: relative sensitivities S_c and sup S_d of every
     sample, how many samples fulfil the condition under which the FC head is the more sensitive one, and its expected
     share by the fitted angles and by isotropic ones.
 
-    CHECKPOINT may also be 'autoattack-resnet18', the CIFAR-10 network that comes with AutoAttack (give --train), or
-    'paper', for Figures 2 and 3 of the paper from its formulas and its ResNet-50's angles, without data.
+    TARGET is what 'msa-eval evaluate' takes, with a fully connected head (give --train where it has no prototypes). It
+    may also be 'autoattack-resnet18', the CIFAR-10 network that comes with AutoAttack (give --train), or 'paper', for
+    Figures 2 and 3 of the paper from its formulas and its ResNet-50's angles, without data.
     """
     from msa_eval.data import load_samples
 
-    if checkpoint == PAPER:
+    if target.word in (PAPER, RESNET18) and any(value for name, value in target.how.items() if name != "models"):
+        raise ValueError(f"{target.word!r} says all of itself; it takes no weights, head or code")
+    if target.word == PAPER:
         if any(given is not None for given in (data, chosen["train"], chosen["attack"], chosen["change"])):
             raise ValueError("'paper' stands for the paper's own figures, which need no data and no attack")
         click.echo(_paper(out))
@@ -83,7 +85,7 @@ def sensitivity(checkpoint: str, data: str | None, out: Path, data_root: str, **
         raise ValueError("give the images to measure on with --data")
     samples = load_samples(data, root=data_root)
     training = _training(chosen.pop("train"), chosen.pop("train_limit"), data_root, chosen["seed"])
-    click.echo(_measure(checkpoint, samples, training, out, **chosen))
+    click.echo(_measure(target, samples, training, out, **chosen))
 
 
 def _training(source: str | None, limit: int | None, root: str, seed: int) -> Samples | None:
@@ -127,7 +129,7 @@ def _paper(out: Path) -> str:
 
 
 def _measure(
-    checkpoint: str,
+    target: options.Chosen,
     samples: Samples,
     train: Samples | None,
     out: Path,
@@ -150,12 +152,14 @@ def _measure(
     from msa_eval.sensitivity.analysis import analyse_model
     from msa_eval.sensitivity.curves import accuracy_curves
     from msa_eval.sensitivity.figures import figure_3
-    from msa_eval.sensitivity.heads import with_dataset_prototypes
+    from msa_eval.sensitivity.heads import classifier_of, plain_l2_head, with_dataset_prototypes
 
     if train is not None and prototypes is not None:
         raise ValueError("--train takes the place of the checkpoint's prototypes; leave --prototypes out")
     progress, around = options.bars(quiet), environment("cpu")
-    model = _model(checkpoint, train, progress)
+    model, name, origin = _model(target, samples, quiet)
+    if train is not None:
+        model = plain_l2_head(classifier_of(model), train, progress=progress)
     found = analyse_model(
         model, samples, prototypes=prototypes, gamma=math.radians(gamma), step=step, eps=change,
         steps=steps, limit=limit, batch_size=batch_size, seed=seed, progress=progress,
@@ -171,13 +175,12 @@ def _measure(
     for stem, table in tables.items():
         table.to_csv(out / f"{stem}.csv", index=False)
     save(figure_3(found.fc, found.l2, measured=found), out / "figure-3")
-    name = Path(checkpoint).name
     settings = {
         "prototypes": prototypes, "gamma": gamma, "step": step, "change": change, "limit": limit,
         "batch_size": batch_size, "attack": attack, "eps": eps, "steps": steps, "seed": seed,
     }  # fmt: skip
     about = {
-        "checkpoint": name, "weights_sha256": defense_hash(model), "settings": settings,
+        "checkpoint": name, **origin, "weights_sha256": defense_hash(model), "settings": settings,
         "data": {"name": samples.name, "n": len(samples), "sha256": samples.digest()},
         "train": None if train is None else {"name": train.name, "n": len(train), "sha256": train.digest()},
     }  # fmt: skip
@@ -192,13 +195,22 @@ def _measure(
     return "\n".join([*lines, "", f"{written} (PDF, SVG) in {out}"])
 
 
-def _model(checkpoint: str, train: Samples | None, progress: Progress) -> HPM | Classifier:
-    """What is measured: the checkpoint's own heads, or its FC head beside the class means of training data."""
-    from msa_eval.checkpoint import load_checkpoint
-    from msa_eval.sensitivity.heads import autoattack_resnet18, classifier_of, plain_l2_head
+def _model(target: options.Chosen, samples: Samples, quiet: bool) -> tuple[HPM | Classifier, str, dict[str, Any]]:
+    """What is measured, its name, and how it was made.
 
-    model = autoattack_resnet18() if checkpoint == RESNET18 else load_checkpoint(checkpoint).model
-    return model if train is None else plain_l2_head(classifier_of(model), train, progress=progress)
+    Raises:
+        ValueError: when it can't be loaded, or has no fully connected head.
+    """
+    from msa_eval.architectures import Classifier
+    from msa_eval.hpm import HPM
+    from msa_eval.sensitivity.heads import autoattack_resnet18
+
+    if target.word == RESNET18:
+        return autoattack_resnet18(), RESNET18, {}
+    loaded = target.load(samples, quiet=quiet)
+    if not isinstance(loaded.model, HPM | Classifier):
+        raise ValueError(f"{loaded.word} has no fully connected head on a trunk; give a model that can be split")
+    return loaded.model.eval().requires_grad_(False), loaded.word, {"target": dict(loaded.about)}
 
 
 def _curves(curves: pd.DataFrame, out: Path, name: str) -> list[str]:

@@ -13,8 +13,10 @@ from click.testing import CliRunner, Result
 
 from msa_eval.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from msa_eval.cli import main
+from msa_eval.data import load_samples
 from msa_eval.references import reference_path
-from msa_eval.sensitivity import RESNET50_FC, RESNET50_L2, empirical_cdf, isotropic_cdf
+from msa_eval.sensitivity import RESNET50_FC, RESNET50_L2, empirical_cdf, isotropic_cdf, plain_l2_head
+from msa_eval.targets import load_target
 
 DIGITS = str(reference_path("digits"))
 
@@ -126,3 +128,37 @@ def test_a_plain_classifier_needs_training_data(tmp_path: Path) -> None:
     assert _run(path, "--data", "digits", "--out", tmp_path / "no", "--quiet").exit_code == 2
     result = _run(path, "--data", "digits", "--train", "digits", "--limit", 30, "--out", tmp_path / "o", "--quiet")
     assert result.exit_code == 0, result.output
+
+
+OWN = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)).eval()
+"""
+
+
+def test_own_code_and_checkpoints_made_from_it_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    word, hpm, few = f"{tmp_path / 'mine.py'}:model", tmp_path / "hpm.safetensors", ("--limit", 20, "--quiet")
+    result = _run(word, "--data", "digits", "--train", "digits", *few, "--out", tmp_path / "code")
+    assert result.exit_code == 0, result.output
+    about = json.loads((tmp_path / "code" / "sensitivity.json").read_text())
+    assert about["checkpoint"] == about["target"]["word"] == "mine.py:model"
+    loaded = load_target(word, load_samples("digits"))
+    assert loaded.blueprint is not None
+    save_checkpoint(hpm, plain_l2_head(loaded.classifier, load_samples("digits", split="train")), loaded.blueprint)
+    result = _run(hpm, "--data", "digits", *few, "--out", tmp_path / "hpm")
+    assert result.exit_code == 2
+    assert "--trunk" in result.stderr
+    result = _run(hpm, "--data", "digits", "--trunk", word, *few, "--out", tmp_path / "hpm")
+    assert result.exit_code == 0, result.output
+    tables = [pd.read_csv(tmp_path / name / "sensitivity.csv") for name in ("code", "hpm")]
+    pd.testing.assert_frame_equal(*tables)
+    for more, message in ((("--whole",), "no fully connected head"), (("--head", "nothing"), "nothing")):
+        result = _run(word, "--data", "digits", *more, *few, "--out", tmp_path / "no")
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert "takes no weights" in _run("paper", "--trunk", word, "--out", tmp_path / "no").stderr
