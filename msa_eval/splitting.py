@@ -23,6 +23,9 @@ TOLERANCE = 1e-5
 """How far logits and input gradients of the split model may be off, as a share of their largest absolute value (of 1,
 where logits stay below it)."""
 
+WIDEST = 2**24
+"""More features or classes than a head may have."""
+
 FACTORS = (0.01, 30.0, 1000.0)
 """By how much the random numbers are stretched that stand for a layer's answer, once it is read as a function."""
 
@@ -69,6 +72,19 @@ class Cut:
     bias: bool = True
     pool: str | None = None
     post: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"features": (self.features, 1), "classes": (self.classes, 2)}
+        for name, (size, least) in sizes.items():
+            if type(size) is not int or not least <= size <= WIDEST:
+                raise ValueError(f"a cut's {name} must be a whole number from {least} to {WIDEST}, but got {size!r}")
+        if not isinstance(self.head, str) or not isinstance(self.bias, bool):
+            raise ValueError(
+                f"a cut needs a head's name and whether it has a bias, but got {self.head!r}, {self.bias!r}"
+            )
+        for name, value, known in (("pool", self.pool, POOLS), ("post", self.post, POSTS)):
+            if value is not None and (not isinstance(value, str) or value not in known):
+                raise ValueError(f"a cut's {name} must be one of {', '.join(known)}, or none, but got {value!r}")
 
     def apply(self, model: nn.Module) -> Classifier:
         """Cut a model here, with a head of random weights.
