@@ -190,6 +190,19 @@ def robustbench(name: str, wanted: Wanted) -> Built:
     return Built(model.eval(), size, {**about, **(describe_file(files[0]) if files else {"weights": "its package's"})})
 
 
+def full_name(name: str) -> str:
+    """The whole word ``robustbench:NAME@dataset/norm`` of a model of robustbench.
+
+    Raises:
+        ValueError: when there is no such model.
+    """
+    import_robustbench()
+    from robustbench.model_zoo import model_dicts
+
+    name, dataset, norm = _robustbench_name(name, model_dicts)
+    return f"robustbench:{name}@{dataset}/{norm}"
+
+
 ZOOS: Mapping[str, Callable[[str, Wanted], Built]] = {
     "robustbench": robustbench,
     "torchvision": torchvision,
