@@ -203,6 +203,9 @@ class Blueprint:
         known = list(inspect.signature(make).parameters)
         if unknown := sorted(set(self.arguments) - set(known)):
             raise ValueError(f"architecture {self.architecture!r} takes {', '.join(known)}, not {', '.join(unknown)}")
+        for name, value in self.arguments.items():
+            if type(value) is not int:  # as all of them are
+                raise ValueError(f"{name} of architecture {self.architecture!r} is a whole number, not {value!r}")
         try:
             trunk = make(**self.arguments)
         except TypeError as error:

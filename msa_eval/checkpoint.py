@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.hpm import HPM, Variant
+from msa_eval.splitting import Cut
 
 FORMAT = "msa-eval"
 FORMAT_VERSION = 1
@@ -118,8 +119,14 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
     try:
         about = json.loads(header["about"])
         blueprint = Blueprint(**about["blueprint"])
+        if not isinstance(blueprint.architecture, str) or not isinstance(blueprint.arguments, Mapping):
+            raise ValueError("its blueprint is none")
+        if not isinstance(about.get("history", {}), Mapping):
+            raise ValueError("its history is none")
         classifier = None if blueprint.by_name else _build_quietly(blueprint)
-    except (KeyError, TypeError, ValueError) as error:
+        if blueprint.by_name:
+            _check_cut(blueprint, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own description: {error}") from error
     if classifier is None:
         classifier = _rebuilt(path, blueprint, trunk)
@@ -202,8 +209,19 @@ def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
 
     try:
         return rebuild(blueprint, trunk=trunk)
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_cut(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:
+    """Hold a cut to the head that the file has, before anything is allocated."""
+    cut = Cut(**blueprint.arguments["cut"])
+    head = tensors.get("fc.weight")
+    if cut.classes != blueprint.num_classes:
+        raise ValueError(f"it was cut at {cut.classes} classes, but says {blueprint.num_classes}")
+    if head is None or head.shape != (cut.classes, cut.features):
+        held = "none" if head is None else "x".join(map(str, head.shape))
+        raise ValueError(f"it was cut at a head of {cut.classes}x{cut.features}, but holds {held}")
 
 
 def _build(about: Mapping[str, Any], classifier: Classifier) -> HPM | Classifier:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from msa_eval.data import Samples
+from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import AttackError, Results, evaluate, load_protocol
-from msa_eval.targets import load_target
+from msa_eval.targets import Target, load_target
+from msa_eval.targets.zoos import full_name
 
 
 class Reported(NamedTuple):
@@ -111,28 +113,38 @@ def paper_table(
         word = f"robustbench:{model.name}@{dataset}/Linf"
         checkpoint = Path(models) / dataset / "Linf" / f"{model.name}-hpm.safetensors"
         standing = checkpoint.is_file() and not random_weights
-        missing = f"no HPM head; make one with: msa-eval finetune {word} --models {models} --out {checkpoint}"
+        make = f"msa-eval finetune {word} --data {dataset} --models {models} --out {checkpoint}"
+        missing = f"no HPM head; make one with: {make}"
         try:
             if standing:
                 target = load_target(checkpoint, samples)
+                _check_made_from(checkpoint, target, word)
             else:
                 target = load_target(word, samples, random_weights=random_weights, models=models)
             results = evaluate(
                 target, samples, protocol=protocol, seed=seed, device=device, force=force, progress=progress,
                 out=None if out is None else Path(out) / model.name,
             )  # fmt: skip
-        except (ValueError, AttackError, MemoryError) as error:
+        except (ValueError, AttackError, MemoryError, RuntimeError, OSError) as error:  # out of memory is one of them
             reason = " ".join(str(error).split()) or type(error).__name__
             rows += [_row(model, head, note=reason) for head in ("fc", "hpm")]
-            continue
-        note = "random weights" if random_weights else ""
-        rows.append(_row(model, "fc", results, "fc" if standing else "defense", note))
-        rows.append(_row(model, "hpm", results, "defense") if standing else _row(model, "hpm", note=missing))
-    table = pd.DataFrame(rows)
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        table.to_csv(Path(out) / "paper_table.csv", index=False, lineterminator="\n")
-    return table
+        else:
+            note = "random weights" if target.about.get("random_weights") else ""
+            rows.append(_row(model, "fc", results, "fc" if standing else "defense", note))
+            rows.append(_row(model, "hpm", results, "defense", note) if standing else _row(model, "hpm", note=missing))
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(rows).to_csv(Path(out) / "paper_table.csv", index=False, lineterminator="\n")
+    return pd.DataFrame(rows)
+
+
+def _check_made_from(checkpoint: Path, target: Target, word: str) -> None:
+    made_from = "" if target.blueprint is None else target.blueprint.architecture
+    family, _, name = made_from.partition(":")
+    if family != "robustbench" or full_name(name) != word:
+        raise ValueError(f"{checkpoint.name} was made from {made_from}, not from {word}")
+    if not isinstance(target.model, HPM):
+        raise ValueError(f"{checkpoint.name} holds no HPM head; make one with msa-eval finetune {word}")
 
 
 def _row(

@@ -23,6 +23,12 @@ TOLERANCE = 1e-5
 """How far logits and input gradients of the split model may be off, as a share of their largest absolute value (of 1,
 where logits stay below it)."""
 
+WIDEST = 2**24
+"""More features or classes than a head may have."""
+
+FACTORS = (0.01, 30.0, 1000.0)
+"""By how much the random numbers are stretched that stand for a layer's answer, once it is read as a function."""
+
 POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda tokens: tokens.mean(dim=1),
     "first": lambda tokens: tokens[:, 0],
@@ -67,6 +73,19 @@ class Cut:
     pool: str | None = None
     post: str | None = None
 
+    def __post_init__(self) -> None:
+        sizes = {"features": (self.features, 1), "classes": (self.classes, 2)}
+        for name, (size, least) in sizes.items():
+            if type(size) is not int or not least <= size <= WIDEST:
+                raise ValueError(f"a cut's {name} must be a whole number from {least} to {WIDEST}, but got {size!r}")
+        if not isinstance(self.head, str) or not isinstance(self.bias, bool):
+            raise ValueError(
+                f"a cut needs a head's name and whether it has a bias, but got {self.head!r}, {self.bias!r}"
+            )
+        for name, value, known in (("pool", self.pool, POOLS), ("post", self.post, POSTS)):
+            if value is not None and (not isinstance(value, str) or value not in known):
+                raise ValueError(f"a cut's {name} must be one of {', '.join(known)}, or none, but got {value!r}")
+
     def apply(self, model: nn.Module) -> Classifier:
         """Cut a model here, with a head of random weights.
 
@@ -94,8 +113,15 @@ class _Reached(Exception):  # noqa: N818 - it is no error
 class _Tap(nn.Module):
     """Stands where the head stood, and ends the pass there."""
 
-    def forward(self, features: Tensor, *_: Any, **__: Any) -> NoReturn:
+    def forward(self, *given: Any, **named: Any) -> NoReturn:
+        features = _given(given, named)
+        assert features is not None
         raise _Reached(features)
+
+
+def _given(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a layer is called with, by position or by name."""
+    return next((value for value in (*given, *named.values()) if isinstance(value, Tensor)), None)
 
 
 class Trunk(nn.Module):
@@ -184,17 +210,20 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
     x = _distinct(example)
     with torch.inference_mode(False), torch.no_grad():
         out, calls = _watched(model, x, head)
-        found: list[str] = []
-        for call in reversed(calls):
-            reading = _intervene(model, x, call)
-            if isinstance(reading, _Reading):
-                classifier = _joined(model, call, reading)
-                break
-            found.append(f"{call.name or 'the model'} ({_layer(call.module)}) {reading}")
-        else:
-            _check_steady(model(x), out)
-            raise ValueError(_nothing_found(model, out, found, head))
-    _verify(model, classifier, x, out)
+        with _told():
+            found: list[str] = []
+            for call in reversed(calls):
+                reading = _intervene(model, x, call)
+                if isinstance(reading, _Reading):
+                    classifier = _joined(model, call, reading)
+                    break
+                found.append(f"{call.name or 'the model'} ({_layer(call.module)}) {reading}")
+            else:
+                _check_steady(model(x), out)
+                raise ValueError(_nothing_found(model, out, found, head))
+    with _told():
+        _verify(model, classifier, x, out)
+        _compare(model, classifier, _unit(example))
     return classifier
 
 
@@ -216,15 +245,40 @@ class _Reading(NamedTuple):
     scale: float
     shift: Tensor | None
 
+    def of(self, tokens: Tensor) -> Tensor:
+        """The model's answer ``(B, k)`` to a layer's, ``(B, k)`` or ``(B, T, k)``."""
+        logits = self.scale * (tokens if self.pool is None else POOLS[self.pool](tokens))
+        logits = logits if self.shift is None else logits + self.shift
+        return logits if self.post is None else POSTS[self.post](logits)
+
 
 def _distinct(example: Tensor) -> Tensor:
     """Two images that differ, near the given ones."""
     if example.ndim != 4 or not len(example):
         raise ValueError(f"expected example images of shape (B, C, H, W), but got {describe(example)}")
-    x = example[:2].float() / 255 if example.dtype == torch.uint8 else example[:2].float()
+    x = _unit(example)
     x = torch.cat([x, x.flip(3)])[:2]
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     return (0.7 * x + 0.3 * noise).clamp(0, 1)
+
+
+def _unit(example: Tensor) -> Tensor:
+    """Two of the images at most, in [0, 1]."""
+    return example[:2].float() / 255 if example.dtype == torch.uint8 else example[:2].float()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a model raises in passes of ours, after one that it went through, in one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"the model can't be split, it failed on the way: {reason}; evaluate it whole (--whole)"
+        ) from error
 
 
 def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, list[_Call]]:
@@ -233,9 +287,10 @@ def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, lis
     calls: list[_Call] = []
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], answer: Any) -> None:
-            if inputs and isinstance(inputs[0], Tensor) and isinstance(answer, Tensor):
-                calls.append(_Call(name, module, inputs[0], answer, 1))
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], answer: Any) -> None:
+            features = _given(inputs, named)
+            if features is not None and isinstance(answer, Tensor):
+                calls.append(_Call(name, module, features, answer, 1))
 
         return hook
 
@@ -280,7 +335,7 @@ def _is_pointwise(module: Any) -> bool:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     try:
         yield
     finally:
@@ -299,21 +354,31 @@ def _check_steady(again: Tensor, out: Tensor) -> None:
 def _intervene(model: nn.Module, x: Tensor, call: _Call) -> _Reading | str:
     """Put random numbers in the place of a layer's answer, and read the model's answer as a function of them.
 
+    Larger and smaller numbers must give the same function: what follows may be a limit that few answers reach.
+
     Returns:
         the function, or what was found instead.
     """
     if call.times > 1:
         return f"runs {call.times} times in a pass"
+    if others := {call.features.dtype, call.answer.dtype} - {torch.float32}:
+        return f"computes in {str(others.pop()).removeprefix('torch.')}, not in float32"
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randn(call.answer.shape, generator=generator).to(call.answer)
+    more = "is followed by more than pooling, scaling or a softmax"
     with _hooked({call.module: lambda *_: numbers.clone()}):
         out = model(x)
         reading = _read(_tokens(numbers, call.module), out)
         if reading is None and _off(model(x.flip(0)), out) <= TOLERANCE:
-            return "is followed by more than pooling, scaling or a softmax"
-        if reading is not None and (reading.shift is None or not _moves(model, x)):
-            return reading
-    return "makes only a part of the logits"
+            return more
+        if reading is None or (reading.shift is not None and _moves(model, x)):
+            return "makes only a part of the logits"
+    for factor in FACTORS:
+        scaled = factor * numbers
+        with _hooked({call.module: lambda *_, scaled=scaled: scaled.clone()}):
+            if not _off(model(x), reading.of(_tokens(scaled, call.module))) <= TOLERANCE:
+                return more
+    return reading
 
 
 def _moves(model: nn.Module, x: Tensor) -> bool:
@@ -489,6 +554,19 @@ def _verify(model: nn.Module, classifier: Classifier, x: Tensor, out: Tensor) ->
     if wrong:
         cut: Any = classifier.trunk.cut
         raise ValueError(f"the model was cut at its layer {cut.head!r}, but then {wrong}; evaluate it whole (--whole)")
+
+
+def _compare(model: nn.Module, classifier: Classifier, x: Tensor) -> None:
+    """Hold the split model's logits to the whole one's on real images, and on all-black and all-white ones."""
+    cut: Any = classifier.trunk.cut
+    with torch.inference_mode(False), torch.no_grad():
+        for images in (x, torch.stack([torch.zeros_like(x[0]), torch.ones_like(x[0])])):
+            whole, joined = (torch.nan_to_num(answer(images)) for answer in (model, classifier))
+            if not (off := _off(joined, whole)) <= TOLERANCE:
+                raise ValueError(
+                    f"the model was cut at its layer {cut.head!r}, but then its logits change by {off:.2g}; evaluate "
+                    f"it whole (--whole)"
+                )
 
 
 def _gradient(logits: Tensor, x: Tensor) -> Tensor:

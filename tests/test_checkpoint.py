@@ -79,6 +79,9 @@ def _about(change: dict[str, Any]) -> Callable[[dict[str, str], dict[str, torch.
         (_about({"blueprint": {"num_classes": 7}}), r"is \(10.*not \(7"),
         (_about({"blueprint": {"architecture": "vit"}}), "unknown architecture 'vit'"),
         (_about({"blueprint": {"arguments": {"depth": 1}}}), "takes width, not depth"),
+        (_about({"blueprint": {"arguments": {"width": "a"}}}), "width of architecture .* is a whole number, not 'a'"),
+        (_about({"blueprint": {"arguments": ["cut"]}}), "does not fit its own description: its blueprint is none"),
+        (_about({"history": []}), "does not fit its own description: its history is none"),
         (_about({"kind": "gan"}), "unknown kind of model 'gan'"),
     ],
 )

@@ -99,6 +99,7 @@ def test_rows_are_measured_or_say_why_not(samples: Samples, tmp_path: Path) -> N
     assert measured["clean"] == pytest.approx(100 * summary["clean"])
     assert (measured["reported_clean"], measured["reported_robust"]) == (90.0, 60.0)
     assert "no HPM head; make one with: msa-eval finetune robustbench:" in rows.loc[(NAME, "hpm"), "note"]
+    assert f"@cifar10/Linf --data cifar10 --models {tmp_path}" in rows.loc[(NAME, "hpm"), "note"]
     for head in ("fc", "hpm"):
         absent = rows.loc[("Rade2021Helper_R18_ddpm", head)]
         assert math.isnan(absent["worst_case"])
@@ -116,6 +117,38 @@ def test_rows_are_measured_or_say_why_not(samples: Samples, tmp_path: Path) -> N
     assert both.loc[(NAME, "hpm"), "n"] == 4
     assert both.loc[(NAME, "fc"), "clean"] == measured["clean"]
     assert both.loc[(NAME, "hpm"), "note"] == ""
+
+
+@NEEDS
+@pytest.mark.usefixtures("table")
+def test_an_hpm_head_of_another_model_is_not_taken(samples: Samples, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar10" / "Linf"
+    target = load_target(f"robustbench:{NAME}@cifar100", samples, random_weights=True)
+    assert target.blueprint is not None
+    hpm = HPM(target.classifier.trunk, target.classifier.fc).eval()
+    save_checkpoint(folder / f"{NAME}-hpm.safetensors", hpm, target.blueprint)
+    note = paper_table("cifar10", samples, models=tmp_path, overrides=FAST).loc[0, "note"]
+    assert f"{NAME}-hpm.safetensors was made from robustbench:{NAME}@cifar100, not from" in note
+
+
+@pytest.mark.usefixtures("table")
+@NEEDS
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("disk full")])
+def test_a_model_that_fails_leaves_the_others_and_every_row_is_written(
+    error: Exception, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        file = tmp_path / "paper_table.csv"
+        written.append(len(pd.read_csv(file)) if file.is_file() else 0)
+        raise error
+
+    monkeypatch.setattr(module, "load_target", fail)
+    found = paper_table("cifar10", samples, out=tmp_path)
+    assert set(found["note"]) == {str(error)}
+    assert written == [0, 2]
+    assert len(pd.read_csv(tmp_path / "paper_table.csv")) == 4
 
 
 @NEEDS

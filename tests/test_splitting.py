@@ -305,6 +305,43 @@ class _Batchwise(nn.Module):
         return out
 
 
+class _Double(_Net):
+    """Computes in another precision than it is asked in."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(_linear(), after=lambda out: out.float())
+        self.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.to(self.dtype))
+
+
+class _Blank(nn.Module):
+    """Answers images of one value by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _Net(_linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        blank = x.flatten(1).std(dim=1, keepdim=True) == 0
+        return torch.where(blank, torch.ones(4), self.net(x))
+
+
+class _InPlace(nn.Module):
+    """Overwrites its images, which no gradient goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _Net(_linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.0)
+        out: Tensor = self.net(x)
+        return out
+
+
 class _Matrix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -332,6 +369,15 @@ class _Matrix(nn.Module):
         (lambda: _Net(_Cosine(6, 4)), "not linear in what it is given"),
         (lambda: _Net(_linear(), after=lambda out: out.square()), "followed by more than"),
         (lambda: _Net(_conv(), before=_same, after=lambda out: out.amax(dim=(2, 3))), "followed by more than"),
+        (lambda: _Net(_linear(), after=lambda out: out.clamp(-6, 6)), "followed by more than"),
+        (lambda: _Net(_linear(), after=lambda out: out.clamp(-200, 200)), "followed by more than"),
+        (lambda: _Net(_linear(), after=lambda out: torch.where(out.abs() > 8, 0, out)), "followed by more than"),
+        (lambda: _Net(_linear(), after=lambda out: torch.where(out.abs() < 0.02, 0, out)), "followed by more than"),
+        (_Double, r"top.head .Linear.* computes in float64, not in float32; .*--whole"),
+        (lambda: _Double(torch.bfloat16), r"top.head .Linear.* computes in bfloat16, not in float32; .*--whole"),
+        (lambda: _Double(torch.float16), r"top.head .Linear.* computes in float16, not in float32; .*--whole"),
+        (_Blank, "logits change by .*evaluate it whole"),
+        (_InPlace, "can't be split, it failed on the way: RuntimeError: .*evaluate it whole"),
         (lambda: _Net(_linear(7)), r"can't take images of shape \(3, 8, 8\): RuntimeError"),
     ],
 )
@@ -358,3 +404,14 @@ def test_training_mode_and_bad_examples_are_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"training mode; call \.eval\(\)"):
         split(model.train(), x)
     assert model.training
+
+
+def test_a_head_called_by_keyword(x: Tensor) -> None:
+    class Named(_Net):
+        def forward(self, x: Tensor) -> Any:
+            return self.top["head"](input=self.before(self.body(x)))
+
+    model = _seeded(lambda: Named(_linear()))
+    classifier = split(model, x)
+    assert classifier.trunk.cut == Cut("top.head", 6, 4)
+    assert torch.equal(classifier(x), model(x))

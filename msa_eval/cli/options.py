@@ -164,6 +164,11 @@ def load_classifier(
         if arguments or mean or std:
             raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
         return target.load(samples, quiet=quiet)
+    for option in ("weights", "random_weights", "whole", "trunk"):
+        if target.how.get(option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} does not go with --architecture, which describes a bare state dict"
+            )
     normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
     head = target.how.get("head") or "fc"
     return load_bare_classifier(target.word, architecture, dict(arguments), normalization=normalization, head=head)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.architectures import Blueprint, Classifier
-from msa_eval.checkpoint import load_checkpoint
+from msa_eval.checkpoint import load_checkpoint, misfits
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, modules_of
 from msa_eval.splitting import Cut, Trunk, split
 from msa_eval.targets import code
-from msa_eval.targets.weights import describe_file, load_weights, read_weights
+from msa_eval.targets.weights import describe_file, file_digest, load_weights, read_weights
 from msa_eval.targets.zoos import RANDOM, ZOOS, Built, Wanted
 
 __all__ = ["Target", "load_target", "named", "rebuild", "resolve"]
@@ -65,6 +65,21 @@ class Target:
                 f"that can be split"
             )
         return plain
+
+    def check_rebuilt(self) -> None:
+        """See that a checkpoint of the classifier could be loaded again.
+
+        Raises:
+            ValueError: when a model by name can't be built without its weights, or is another then.
+        """
+        if self.blueprint is None or self.blueprint.architecture.partition(":")[0] not in ZOOS:
+            return
+        try:
+            wrong = misfits(rebuild(self.blueprint), self.classifier.state_dict())
+        except ValueError as error:
+            raise ValueError(f"a checkpoint of {self.word} could not be loaded again: {error}") from error
+        if wrong:
+            raise ValueError(f"a checkpoint of {self.word} could not be loaded again: {wrong}")
 
 
 def load_target(
@@ -156,12 +171,30 @@ def rebuild(blueprint: Blueprint, *, trunk: str | None = None) -> Classifier:
 def _checkpoint(path: Path, trunk: str | None) -> Target:
     loaded = load_checkpoint(path, trunk=trunk)
     about = {"word": path.name, "kind": "checkpoint", **describe_file(path)}
-    about |= {key: loaded.history[key] for key in ("target", "random_weights") if key in loaded.history}
-    notes: tuple[str, ...] = ()
+    origins = list(_origins(loaded.history))
+    if "target" in loaded.history:
+        about |= {"target": loaded.history["target"]}
+    notes: list[str] = []
+    if any(origin.get("random_weights") for origin in origins):
+        about |= {"random_weights": True}
+        notes += [f"{path.name} was made of random weights: no figure says anything of the trained model"]
     if trunk is not None:
         about |= {"imported": _short(trunk)}
-        notes = (f"imported your own code: {trunk}",)
-    return Target(loaded.model, path.name, about, loaded.blueprint, notes, loaded.history)
+        notes += [f"imported your own code: {trunk}"]
+        file = code.source(trunk)
+        found = None if file is None else file_digest(file)
+        about |= {} if found is None else {"code_sha256": found}
+        made_of = {origin["code_sha256"] for origin in origins if "code_sha256" in origin}
+        if made_of - {found}:
+            notes += [f"{trunk} is not the file that {path.name} was made from: its SHA-256 differs"]
+    return Target(loaded.model, path.name, about, loaded.blueprint, tuple(notes), loaded.history)
+
+
+def _origins(history: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a checkpoint notes of its making, of what it was made from, and so on."""
+    while isinstance(history, Mapping):
+        yield history
+        history = history.get("target", None)
 
 
 def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: str | None, whole: bool) -> Target:

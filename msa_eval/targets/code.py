@@ -37,6 +37,13 @@ def make(word: str) -> tuple[object, Path | None]:
         return _make(word)
 
 
+def source(word: str) -> Path | None:
+    """The file of code that was made, if it has one."""
+    place = word.rpartition(":")[0]
+    file = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
+    return Path(file) if file is not None and Path(file).is_file() else None
+
+
 def _make(word: str) -> tuple[object, Path | None]:
     place, _, name = word.rpartition(":")
     module = _from_file(Path(place), word) if place.endswith(".py") else _from_module(place, word)

@@ -35,14 +35,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[1]
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is no file of plain weights that torch.load(weights_only=True) reads ({reason}); "
-            f"save model.state_dict(), best as safetensors"
-        ) from error
+    held = read_plain(path)
     for name in _HOLDERS:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
             held = held[name]
@@ -50,6 +43,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         keys = ", ".join(str(key) for key in [*held][:5]) if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(f"{path} holds no state dict but {keys or 'nothing'}; save model.state_dict()")
     return {str(name): value for name, value in held.items()}
+
+
+def read_plain(path: Path) -> Any:
+    """What ``torch.load(weights_only=True)`` reads from a file, on the CPU.
+
+    Raises:
+        ValueError: when it refuses the file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+        # The unpickler stops at a file of another kind with a bare number.
+        reason = str(error).splitlines()[0].split(". ")[0] if not isinstance(error, LookupError) and str(error) else ""
+        raise ValueError(
+            f"{path} is no file of plain weights that torch.load(weights_only=True) reads "
+            f"({reason or 'it is of another kind'}); save model.state_dict(), best as safetensors"
+        ) from error
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

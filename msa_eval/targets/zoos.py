@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.architectures import Normalize
-from msa_eval.targets.weights import describe_file, load_weights, other_classes, read_weights
+from msa_eval.targets.weights import describe_file, load_weights, other_classes, read_plain, read_weights
 from msa_eval.upstream import import_robustbench, import_timm, import_torchvision
 
 RANDOM = "random"
@@ -149,9 +149,12 @@ def robustbench(name: str, wanted: Wanted) -> Built:
                  if key.value == norm)[name]  # fmt: skip
     about = {"preprocessing": entry.get("preprocessing")} if entry.get("preprocessing") else {}
     size = {"cifar10": 32, "cifar100": 32}.get(dataset)
+    packaged = _comes_with_weights(name, dataset, norm)
+    if packaged and wanted.file is not None:
+        raise ValueError(f"{word} is built with its pretrained weights by its own package; it takes no weights file")
     if wanted.random:
         try:
-            with _quietly(), _same_random():
+            with _quietly(), _same_random(), _plain_weights():
                 model: nn.Module = entry["model"]()
         except (OSError, RuntimeError, ImportError) as error:
             raise ValueError(f"{word} can't be built without its pretrained weights: {_told(error)}") from error
@@ -162,23 +165,42 @@ def robustbench(name: str, wanted: Wanted) -> Built:
     ]  # fmt: skip
     if wanted.file is not None and len(parts) > 1:
         raise ValueError(f"{word} is an ensemble of {len(parts)} files; put {parts[0].name}, ... into {place.parent}")
-    with tempfile.TemporaryDirectory() as scratch, _quietly():
+    parts = [] if packaged else parts
+    for part in parts:
+        if wanted.file is None and part.is_file():
+            read_plain(part)
+    with tempfile.TemporaryDirectory() as scratch, _quietly(), _plain_weights():
         folder = wanted.folder
         if wanted.file is not None:
             folder = Path(scratch)
             own = folder / dataset / norm / place.name
             own.parent.mkdir(parents=True)
             _as_torch_file(wanted.file, own)
-        held = all(part.is_file() for part in parts)
+        held = not packaged and all(part.is_file() for part in parts)
         try:
             model = load_model(name, model_dir=folder, dataset=dataset, threat_model=norm)
         except Exception as error:
             reason = _told(error)
             if wanted.file is not None or held:
                 raise ValueError(f"{wanted.file or place} does not fit {word}: {reason}") from error
+            if packaged:
+                raise ValueError(f"{word} fetches its weights from its own package's place: {reason}") from error
             raise ValueError(_not_to_be_had(word, [p for p in parts if not p.is_file()], reason)) from error
     files = [wanted.file] if wanted.file is not None else [part for part in parts if part.is_file()]
     return Built(model.eval(), size, {**about, **(describe_file(files[0]) if files else {"weights": "its package's"})})
+
+
+def full_name(name: str) -> str:
+    """The whole word ``robustbench:NAME@dataset/norm`` of a model of robustbench.
+
+    Raises:
+        ValueError: when there is no such model.
+    """
+    import_robustbench()
+    from robustbench.model_zoo import model_dicts
+
+    name, dataset, norm = _robustbench_name(name, model_dicts)
+    return f"robustbench:{name}@{dataset}/{norm}"
 
 
 ZOOS: Mapping[str, Callable[[str, Wanted], Built]] = {
@@ -202,6 +224,12 @@ def _robustbench_name(name: str, model_dicts: Mapping[Any, Mapping[Any, Mapping[
         where = f" for {dataset or 'any data set'}/{norm}"
         _known(name, sorted({n for ds in sets for n in zoo[ds].get(norm, ())}), "robustbench" + where)
     return name, holding[0], norm
+
+
+def _comes_with_weights(name: str, dataset: str, norm: str) -> bool:
+    """Whether robustbench's ``load_model`` reads no file of its folder: the model's own package fetches the weights."""
+    known = f"{name.lower().replace('-', '_')}_{dataset}_{norm.replace('_3d', '')}".lower()
+    return bool(import_timm().is_model(known)) or (dataset == "imagenet" and "Standard" in name)
 
 
 def _told(error: Exception) -> str:
@@ -275,6 +303,7 @@ def _as_torch_file(file: Path, place: Path) -> None:
     elif not file.is_file():
         raise ValueError(f"there is no weights file {file}")
     else:
+        read_plain(file)
         os.symlink(file.resolve(), place)
 
 
@@ -298,6 +327,17 @@ def _same_random() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@contextlib.contextmanager
+def _plain_weights() -> Any:
+    """Other packages' ``torch.load`` reads plain weights only, whatever they and the environment ask for."""
+    load = torch.load
+    torch.load = lambda *given, **named: load(*given, **{**named, "weights_only": True})
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 @contextlib.contextmanager

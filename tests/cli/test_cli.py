@@ -192,6 +192,10 @@ def test_finetune_then_evaluate(tmp_path: Path) -> None:
     for arguments, message in {
         (DIGITS, "--out", str(tmp_path / "file" / "x")): "can't be written: ",
         (DIGITS, "--out", str(tmp_path / "x"), "--argument", "width=7"): "give --architecture with them",
+        (DIGITS, "--out", str(tmp_path / "x"), *described, "--weights", "w.pt"): "--weights does not go with --arch",
+        (DIGITS, "--out", str(tmp_path / "x"), *described, "--random-weights"): "--random-weights does not go with",
+        (DIGITS, "--out", str(tmp_path / "x"), *described, "--whole"): "--whole does not go with --architecture",
+        (DIGITS, "--out", str(tmp_path / "x"), *described, "--trunk", "a:b"): "--trunk does not go with --architecture",
         (DIGITS, "--out", str(tmp_path / "x"), "--device", "warp"): "device 'warp' can't be used",
     }.items():
         _check_refused(_run("finetune", *arguments, *common), message)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msa_eval import HPM, Classifier, Samples, evaluate, load_checkpoint, load_target
+from msa_eval import HPM, Classifier, Samples, evaluate, load_checkpoint, load_target, save_checkpoint
 from msa_eval.checkpoint import weights_hash
 from msa_eval.cli import main
 from msa_eval.defense import WholeModel
@@ -252,3 +254,94 @@ def test_hpm_on_own_code_is_loaded_again_with_consent(code: str, digits: Samples
     with pytest.raises(ValueError, match="the model has no layer '3'"):
         load_checkpoint(out, trunk=f"{code}:Net")
     assert _evaluate(str(out), tmp_path / "r", "--trunk", f"{code}:model").exit_code == 0
+
+
+CUT = {"head": "3", "features": 12, "classes": 10, "bias": True, "pool": None, "post": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cut": None}, "does not fit its own description"),
+        ({"cut": {"depth": 3}}, "does not fit its own description: .*unexpected keyword"),
+        ({"cut": {"head": "3"}}, "does not fit its own description: .*missing 2 required"),
+        ({"cut": {**CUT, "head": 3}}, "a cut needs a head's name"),
+        ({"cut": {**CUT, "bias": "yes"}}, "a cut needs a head's name and whether it has a bias"),
+        ({"cut": {**CUT, "features": -1}}, "a cut's features must be a whole number from 1"),
+        ({"cut": {**CUT, "features": 12.0}}, "a cut's features must be a whole number"),
+        ({"cut": {**CUT, "classes": 10**12}}, "a cut's classes must be a whole number"),
+        ({"cut": {**CUT, "features": 2**24}}, "cut at a head of 10x16777216, but holds 10x12"),
+        ({"cut": {**CUT, "classes": 5}}, "cut at 5 classes, but says 10"),
+        (
+            {"cut": {**CUT, "pool": "max"}},
+            "a cut's pool must be one of mean, first, rest, last, or none, but got 'max'",
+        ),
+        ({"cut": {**CUT, "post": ["softmax"]}}, "a cut's post must be one of softmax"),
+    ],
+)
+def test_a_bad_cut_in_a_checkpoint(change: dict[str, Any], message: str, code: str, x: Tensor, tmp_path: Path) -> None:
+    target = load_target(f"{code}:model", x)
+    assert target.blueprint is not None
+    assert target.blueprint.arguments["cut"] == CUT
+    save_checkpoint(tmp_path / "a.safetensors", target.classifier, replace(target.blueprint, arguments=change))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "a.safetensors", trunk=f"{code}:model")
+
+
+def test_random_weights_stay_flagged_after_fine_tuning(digits: Samples, tmp_path: Path) -> None:
+    """However often: the flag of the first start is followed."""
+    loaded = load_checkpoint(reference_path("digits"))
+    start = {"classifier": "timm:x", "target": {"word": "timm:x", "random_weights": True}}
+    save_checkpoint(tmp_path / "once.safetensors", loaded.model, loaded.blueprint, history=start)
+    once = load_target(tmp_path / "once.safetensors", digits)
+    again = {"classifier": once.word, "target": dict(once.about) | {"random_weights": None}}
+    save_checkpoint(tmp_path / "twice.safetensors", loaded.model, loaded.blueprint, history=again)
+    for name in ("once", "twice"):
+        target = load_target(tmp_path / f"{name}.safetensors", digits)
+        assert target.about["random_weights"] is True
+        assert f"{name}.safetensors was made of random weights: no figure says anything" in target.notes[0]
+    assert _evaluate(str(tmp_path / "twice.safetensors"), tmp_path / "r").exit_code == 0
+    refused = _run("entry", tmp_path / "r")
+    assert refused.exit_code == 2
+    assert "these are results of random weights; they make no entry" in refused.stderr
+    assert "random_weights" not in load_target(reference_path("digits"), digits).about
+
+
+def test_other_code_of_the_same_shapes_is_told(code: str, digits: Samples, tmp_path: Path) -> None:
+    target = load_target(f"{code}:model", digits)
+    assert target.blueprint is not None
+    out, note = tmp_path / "a.safetensors", "is not the file that a.safetensors was made from: its SHA-256 differs"
+    save_checkpoint(out, target.classifier, target.blueprint, history={"target": dict(target.about)})
+    assert not any(note in told for told in load_target(out, digits, trunk=f"{code}:model").notes)
+    (tmp_path / "other.py").write_text(textwrap.dedent(SOURCE).replace("nn.Tanh()", "nn.ReLU()"))
+    other = load_target(out, digits, trunk=f"{tmp_path}/other.py:model")
+    assert any(note in told for told in other.notes)
+    # And what is made of that in turn names the code that it came from.
+    save_checkpoint(out, other.classifier, target.blueprint, history={"target": dict(other.about)})  # type: ignore[arg-type]
+    assert any(note in told for told in load_target(out, digits, trunk=f"{tmp_path}/other.py:model").notes)
+
+
+def test_a_checkpoint_that_could_not_be_loaded_again_is_not_begun(
+    digits: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning builds the model without its weights first."""
+    from msa_eval.targets import zoos
+
+    def made(*, random: bool) -> torch.nn.Module:
+        if random:
+            raise ValueError("lone:net can't be built without its pretrained weights")
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)).eval()
+
+    samples = Samples(digits.x[:64].expand(-1, 3, -1, -1).contiguous(), digits.y[:64], "grey")
+    np.savez(tmp_path / "d.npz", x=samples.x.numpy(), y=samples.y.numpy())
+    monkeypatch.setitem(zoos.ZOOS, "timm", lambda name, wanted: zoos.Built(made(random=wanted.random)))  # type: ignore[arg-type]
+    arguments = ("finetune", "timm:net", "--data", tmp_path / "d.npz", "--out", tmp_path / "h.safetensors", "--quiet")
+    refused = _run(*arguments)
+    assert refused.exit_code == 2, refused.output
+    assert "a checkpoint of timm:net could not be loaded again: lone:net can't be built" in refused.stderr
+    assert not (tmp_path / "h.safetensors").exists()
+    wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10), torch.nn.BatchNorm1d(10)).eval()
+    monkeypatch.setitem(  # type: ignore[arg-type]
+        zoos.ZOOS, "timm", lambda name, wanted: zoos.Built(wider if wanted.random else made(random=False))
+    )
+    assert "could not be loaded again: trunk.body.2.bias is missing" in _run(*arguments).stderr

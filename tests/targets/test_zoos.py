@@ -256,3 +256,51 @@ def test_hpm_on_a_named_model_is_loaded_again(tmp_path: Path) -> None:
         assert torch.equal(loaded.model(x), hpm(x))
         assert isinstance(loaded.classifier, Classifier)
         assert torch.equal(loaded.classifier(x), target.classifier(x))
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_no_pickle_runs_through_robustbench(held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the environment asks torch.load for it, and not in what robustbench reads itself."""
+    name, load = "Addepalli2022Efficient_RN18", torch.load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = tmp_path / "models" / "cifar10" / "Linf" / f"{name}.pt" if held else tmp_path / "hostile.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": _Hostile()}, file)
+    how: dict[str, Any] = {"models": tmp_path / "models"} if held else {"weights": file}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{file.name} "):
+            load_target(f"robustbench:{name}@cifar10", _images(32), **how)
+        # And without the look before it.
+        monkeypatch.setattr("msa_eval.targets.zoos.read_plain", lambda path: None)
+    assert not (tmp_path / "pwned").exists()
+    assert torch.load is load
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.pt is no file of plain weights that .*reads \(.*[a-z ]{10}.*\)"):
+        load_target("robustbench:Addepalli2022Efficient_RN18", _images(32), weights=tmp_path / "text.pt")
+
+
+@pytest.mark.parametrize("name", ["Debenedetti2022Light_XCiT-S12", "Standard_R50@imagenet"])
+def test_models_that_their_package_fills_take_no_weights_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="by its own package; it takes no weights file"):
+        load_target(f"robustbench:{name}", _images(32), weights=tmp_path / "a.safetensors")
+    # Nor is a file in robustbench's folder said to be theirs.
+    word, _, dataset = name.partition("@")
+    folder = tmp_path / "models" / (dataset or "cifar10") / "Linf"
+    folder.mkdir(parents=True)
+    torch.save({}, folder / f"{word}.pt")
+    with pytest.raises(ValueError, match="fetches its weights from its own package's place"):
+        load_target(f"robustbench:{name}", _images(32), models=tmp_path / "models")
+    monkeypatch.setattr("robustbench.utils.load_model", lambda *_, **__: torch.nn.Flatten())
+    assert robustbench(name, Wanted(folder=tmp_path / "models")).about["weights"] == "its package's"
