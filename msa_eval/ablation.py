@@ -195,7 +195,7 @@ def _of(start: object, name: str, model: HPM) -> HPM | Target:
     """A variant of a target by name says so in its evidence."""
     if not isinstance(start, Target):
         return model
-    about = {"word": f"{name} of {start.word}", "kind": "variant", "target": dict(start.about)}
+    about: dict[str, Any] = {"word": f"{name} of {start.word}", "kind": "variant", "target": dict(start.about)}
     about |= {"random_weights": True} if start.about.get("random_weights") else {}
     return Target(model, str(about["word"]), about)
 

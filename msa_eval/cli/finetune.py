@@ -64,8 +64,6 @@ def finetune(
     )
     samples = load_samples(data, split="train", root=data_root)
     loaded = options.load_classifier(target, samples, **described, quiet=quiet)
-    if isinstance(loaded, Target):
-        loaded.check_rebuilt()
     samples = options.drawn(samples, limit, seed=chosen.seed)
     hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
     assert loaded.blueprint is not None  # or it had no classifier

@@ -158,12 +158,15 @@ def load_classifier(
     """Load a target, or a bare state dict where an architecture is given.
 
     Raises:
-        ValueError: when it can't be read, or is described though it describes itself.
+        ValueError: when it can't be read, or could not be read again from a checkpoint, or is described though it
+            describes itself.
     """
     if architecture is None:
         if arguments or mean or std:
             raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
-        return target.load(samples, quiet=quiet)
+        loaded = target.load(samples, quiet=quiet)
+        loaded.check_rebuilt()
+        return loaded
     for option in ("weights", "random_weights", "whole", "trunk"):
         if target.how.get(option):
             raise ValueError(
