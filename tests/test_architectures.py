@@ -42,7 +42,7 @@ def test_normalisation_is_inside_the_model() -> None:
         (lambda: Normalize([0.5], [0.0]), "positive stds"),
         (lambda: Normalize([0.5, 0.5], [1.0]), "as many means"),
         (lambda: Blueprint("digits-cnn", {}, 1).build(), "at least 2 classes"),
-        (lambda: Blueprint("digits-cnn", {"width": "x"}, 3).build(), "can't be built"),
+        (lambda: Blueprint("digits-cnn", {"width": "x"}, 3).build(), "is a whole number"),
     ],
 )
 def test_unusable_settings(make: object, message: str) -> None:

@@ -21,7 +21,8 @@ def test_the_extra_is_what_the_reasons_are_for() -> None:
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-W", "error", "-c", code]  # the installed package, not the folder
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("robustbench") is None, reason="needs pip install '.[robustbench]'")

@@ -78,6 +78,7 @@ def test_figure_3_of_measured_angles_and_without_a_fit() -> None:
 def test_no_window_is_opened() -> None:
     """In a process of its own: another test's imports are no concern of ours."""
     code = "import sys; from msa_eval.sensitivity.figures import figure_2; figure_2((2,)); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    command = [sys.executable, "-P", "-c", code]  # the installed package, not the folder
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert "matplotlib.figure" in loaded
     assert "matplotlib.pyplot" not in loaded
