@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,10 @@ def _evaluate(
         if out is not None:
             proofs = [proof for one in done for proof in one.proofs] if keep else None
             exhibits = [shown for one in done for shown in one.exhibits]
-            results = _save(results, out, force, entrants, proofs, _pictures(exhibits))
+            write = functools.partial(
+                _write, results=results, force=force, entrants=entrants, proofs=proofs, pictures=_pictures(exhibits)
+            )
+            results = _save(write, out)
     return results
 
 
@@ -226,26 +230,20 @@ def _pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
         return None
 
 
-def _save(
-    results: Results,
-    out: Path,
-    force: bool,
-    entrants: Sequence[Entrant],
-    proofs: Sequence[Proof] | None,
-    pictures: bytes | None,
-) -> Results:
+def _save(write: Callable[[Path], Results], out: Path) -> Results:
     """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
     try:
-        return _write(results, out, force, entrants, proofs, pictures)
+        return write(out)
     except OSError as error:
         rescue = Path(tempfile.mkdtemp(prefix="msa-eval-"))
-        _write(results, rescue, force, entrants, proofs, pictures)
+        write(rescue)
         raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
 
 
 def _write(
-    results: Results,
     out: Path,
+    *,
+    results: Results,
     force: bool,
     entrants: Sequence[Entrant],
     proofs: Sequence[Proof] | None,
