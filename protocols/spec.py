@@ -132,6 +132,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.spsa.restarts": _whole(1),
     "attack.recombination.sweeps": _whole(1),
     "attack.recombination.passes": _whole(0),
+    "attack.recombination.classes": _whole(0),
     "attack.recombination.runs": _runs,
     "attack.recombination.steps": _whole(1),
     "attack.composition.pool": _whole(1),
@@ -233,6 +234,7 @@ class RecombinationBudget:
     Attributes:
         sweeps: how often each image of the batch is given another of its points, for each sample that stands.
         passes: of a batch, for a pursuit: steps from a mixture against one sample at a time. 0 for none.
+        classes: towards so many of them every image is moved first, from these passes, to be assigned there.
         runs: what gathers the points, each run on its own, in place of those of ``attack.apgd``; by default those
             are made, and recombined after the last.
         steps: of each of these runs; by default as many as in ``attack.apgd``.
@@ -240,6 +242,7 @@ class RecombinationBudget:
 
     sweeps: int = 2
     passes: int = 0
+    classes: int = 0
     runs: tuple[RunSpec, ...] = ()
     steps: int | None = None
 
