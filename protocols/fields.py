@@ -87,7 +87,7 @@ def _check_field(name: str, field: str, value: Any, kind: Any) -> None:
 
 def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     inside = f"{field}." if field else ""
-    for key, kind in kinds.items():
+    for key in kinds:
         if key != "*" and not key.endswith("?") and key not in value:
             raise ValueError(f"{name}: the field {inside}{key} is missing")
     known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}

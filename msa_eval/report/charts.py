@@ -369,7 +369,7 @@ def draw_agreement(data: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(axis="x")
             axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
-        panels[-1].set_xlabel("samples broken (dark: by this run alone)")
+        panels[-1].set_xlabel("samples broken (dark: alone)")
     return figure
 
 

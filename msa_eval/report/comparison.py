@@ -207,11 +207,11 @@ def _left_out(results: Mapping[str, Results], contexts: Sequence[str], targets: 
 
 def _unpaired(results: Mapping[str, Results], contexts: Sequence[str]) -> list[str]:
     """Whose evidence does not say which samples the paper's number counts as right, in sentences."""
-    found = {
-        name: next(filter(None, (frames.lacking(one, context, "attacks", "outcomes") for context in contexts)), "")
-        for name, one in results.items()
-    }
-    return [f"The paper's number of {name} is not paired: {why}." for name, why in found.items() if why]
+    whose: dict[str, list[str]] = {}
+    for name, one in results.items():
+        reasons = (frames.lacking(one, context, "attacks", "outcomes") for context in contexts)
+        whose.setdefault(next(filter(None, reasons), ""), []).append(name)
+    return [f"The paper's number of {' and '.join(held)} is not paired: {why}." for why, held in whose.items() if why]
 
 
 def only_one(comparison: Comparison, target: str, context: str) -> pd.DataFrame:
