@@ -228,7 +228,9 @@ def only_one(comparison: Comparison, target: str, context: str) -> pd.DataFrame:
     robust = pd.DataFrame({name: table["robust"] for name, table in tables.items()})
     for name, table in tables.items():
         alone = table["clean_correct"] & ~table["robust"] & robust.drop(columns=name).all(axis=1)
-        rows += [(name, int(index), label) for index, label in table.loc[alone, "label"].items()]
+        rows += [
+            (name, int(index), label) for index, label in zip(table.index[alone], table["label"][alone], strict=True)
+        ]
     return pd.DataFrame(rows, columns=["results", "index", "label"])
 
 

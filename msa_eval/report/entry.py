@@ -54,7 +54,7 @@ def robustbench_entry(
     verdict = run.get("verdicts", {}).get(target, {}).get("verdict", run["verdict"])
     changed = ", modified" if protocol["modified"] else ""
     footnote = (
-        f"Evaluated with msa-eval {run['msa_eval']}, protocol {protocol['name']} v{protocol['version']}{changed} "
+        f"Evaluated with msa-eval {run.get('msa_eval', '')}, protocol {protocol['name']} v{protocol['version']}{changed} "
         f"({values['threat']['norm']}, context {context}): worst case over all verified adversarial batches of "
         f"{worst['n']} samples in {run['batches']['count']} batches, 95 % interval "
         f"[{_percent(worst['low'])}, {_percent(worst['high'])}]; lowest accuracy of a single run "

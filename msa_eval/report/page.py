@@ -156,18 +156,19 @@ def together(
 
 def _section(kind: Kind, named: Mapping[str, Results], contexts: Sequence[str]) -> dict[str, Any]:
     """The figures of a kind, drawn, those of one context next to each other."""
-    drawn, lacking = [], {}
+    drawn: list[dict[str, Any]] = []
+    lacking: list[str] = []
     for context, (number, (name, results)) in itertools.product(contexts, enumerate(named.items(), 1)):
         chart = kind.chart(results, context)
         if isinstance(chart, str):
             of = f" of {name}" if name else ""
-            lacking[f"There is no such figure{of} for the context {context}: {chart}."] = None
+            lacking.append(f"There is no such figure{of} for the context {context}: {chart}.")
             continue
         label = ": ".join(filter(None, (context, name)))
         own = f"{chart.name}-{number}" if len(named) > 1 else chart.name
         svg = inline_svg(chart.figure(), own, f"{chart.title}, {label}. {chart.alt}")
         drawn.append({"name": own, "title": chart.title, "label": label, "csv": csv_link(chart.data), "svg": svg})
-    return {"kind": kind.name, "title": kind.title, "caption": kind.caption, "charts": drawn, "lacking": list(lacking)}
+    return {"kind": kind.name, "title": kind.title, "caption": kind.caption, "charts": drawn, "lacking": lacking}
 
 
 def _audit(named: Mapping[str, Results]) -> dict[str, Any]:

@@ -42,12 +42,12 @@ def sample_table(
     parts: list[dict[str, Any]] = []
     for target, context in ((target, context) for target in targets for context in contexts):
         order = list(frames.pick(first.samples, target, context)["index"])
-        part = {"target": target, "context": context}
-        part |= {"place": None if order == everybody else [place[index] for index in order], "each": []}
+        held = []
         for results in named.values():
             rows = frames.pick(results.samples, target, context).set_index("index").loc[order]
-            part["each"].append({name: _COLUMNS[name](rows, results, names) for name in each})
-        parts.append(part)
+            held.append({name: _COLUMNS[name](rows, results, names) for name in each})
+        where = None if order == everybody else [place[index] for index in order]
+        parts.append({"target": target, "context": context, "place": where, "each": held})
     columns: dict[str, Any] = {name: seats[name].tolist() for name in seat}
     titles = {"seat": [[name, SEAT[name]] for name in seat], "each": [[name, EACH[name]] for name in each]}
     return columns | {"fates": FATES, "names": list(names), "columns": titles, "results": list(named), "parts": parts}

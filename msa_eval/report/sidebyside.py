@@ -102,11 +102,12 @@ def _differences(target: str, context: str, rows: pd.DataFrame, comparison: Comp
 
 def _differing(comparison: Comparison, target: str, context: str) -> pd.DataFrame:
     """The samples on which evaluations differ in some number: a column a number and name, 1 where right."""
-    right = frames.pick(comparison.right, target, context)
-    names = list(comparison.results)
-    wide = right.set_index(["index", "metric"])[names].astype("Int8").unstack("metric")
-    differ = pd.concat([wide.xs(metric, axis=1, level=1).nunique(axis=1) > 1 for metric in right["metric"].unique()],
-                       axis=1).any(axis=1)  # fmt: skip
-    ordered = wide[[(name, metric) for metric in right["metric"].unique() for name in names]]
-    ordered.columns = [f"{metric}: {name}" for name, metric in ordered.columns]
-    return ordered[differ].reset_index()
+    right, names = frames.pick(comparison.right, target, context), list(comparison.results)
+    wide = pd.DataFrame(
+        {
+            f"{metric}: {name}": rows.set_index("index")[name].astype("Int8")
+            for metric, rows in right.groupby("metric", sort=False) for name in names
+        }
+    )  # fmt: skip
+    differing = right.loc[right[names].nunique(axis=1) > 1, "index"]
+    return wide[wide.index.isin(differing)].reset_index()

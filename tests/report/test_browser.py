@@ -267,6 +267,7 @@ def test_the_samples_of_a_comparison_stand_side_by_side(browser: Chrome, tmp_pat
     assert [group.text for group in groups] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_thousands_of_samples_side_by_side_load(browser: Chrome, tmp_path: Path) -> None:
     named = {name: make_results(5000, classes=1000, batch=64, seed=seed) for seed, name in enumerate("ab")}
     path = write_comparison(compare(named), tmp_path / "compare.html")

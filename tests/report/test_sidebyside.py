@@ -130,9 +130,9 @@ def test_the_gallery_says_what_the_others_did(page: str, pair: dict[str, Results
     assert f"; in b {fate}</figcaption>" in page
     assert set(_linked(page, "gallery-2")["index"]) == {3, 7}
     many = [_exhibit(i) for i in range(12)]
-    named = {str(i): pair["a"] for i in range(6)}
+    named = {str(i): pair["a"] for i in range(3)}
     crowded = render_comparison_page(compare(named), dict.fromkeys(named, many))
-    assert crowded.count('<figure class="exhibit">') == 6 * 2
+    assert crowded.count('<figure class="exhibit">') == 3 * 5
 
 
 def test_the_audits_stand_side_by_side(pair: dict[str, Results]) -> None:
