@@ -123,10 +123,10 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
             raise ValueError("its blueprint is none")
         if not isinstance(about.get("history", {}), Mapping):
             raise ValueError("its history is none")
-        classifier = None if blueprint.by_name else _build_quietly(blueprint)
         if blueprint.by_name:
             _check_cut(blueprint, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        classifier = None if blueprint.by_name else _build_quietly(blueprint, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} does not fit its own description: {error}") from error
     if classifier is None:
         classifier = _rebuilt(path, blueprint, trunk)
@@ -198,8 +198,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); pickles are never loaded") from error
 
 
-def _build_quietly(blueprint: Blueprint) -> Classifier:
-    """Build without a trace in the global random state: the weights are overwritten anyway."""
+def _build_quietly(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> Classifier:
+    """Build without a trace in the global random state: the weights are overwritten anyway.
+
+    Its shapes are held to the file's first, so that a description takes no more memory than the file has weights.
+    """
+    with torch.device("meta"):
+        expected = blueprint.build().state_dict()
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            held = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{name} is {held}, not {tuple(value.shape)}")
     with torch.random.fork_rng(devices=[]):
         return blueprint.build()
 

@@ -19,6 +19,8 @@ import pandas as pd
 from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.spec import CONTEXTS
 
+from msa_eval.data import check_inside
+
 SCHEMA_VERSION = 1
 TARGETS = ("defense", "fc")
 METRICS = ("clean", "paper", "realised", "worst_case")
@@ -276,6 +278,7 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / "run.json"
     if not path.is_file():
         return None
+    check_inside(path, folder)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -291,10 +294,11 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
 
 
 def _read(path: Path, name: str) -> pd.DataFrame:
+    check_inside(path, path.parent)
     try:
         table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable table: {error}") from error
+        raise ValueError(f"{path} is no readable table: {' '.join(str(error).split())}") from error
     fields.check_table(str(path), name, table)
     for column in {"verdict", "reasons", "reason"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)

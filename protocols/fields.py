@@ -69,14 +69,14 @@ def check_run(name: str, run: Any) -> None:
     try:
         protocol = tomllib.loads(run["protocol"]["text"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: the field protocol.text is no TOML: {error}") from error
+        raise ValueError(f"{name}: the field protocol.text is no TOML: {ascii(str(error))[1:-1]:.200}") from error
     _check_field(name, "protocol.text", protocol, _PROTOCOL_TEXT)
 
 
 def _check_field(name: str, field: str, value: Any, kind: Any) -> None:
     if not _is(value, kind):
-        shown = f"the field {field[:80]}" if field else "the file"
-        raise ValueError(f"{name}: {shown} must hold {_told(kind)}, but holds {value!r:.40}")
+        shown = f"the field {_shown(field)}" if field else "the file"
+        raise ValueError(f"{name}: {shown} must hold {_told(kind)}, but holds {_value(value)}")
     for alternative in kind if isinstance(kind, tuple) else (kind,):
         if isinstance(alternative, dict) and isinstance(value, dict):
             _check_fields(name, field, value, alternative)
@@ -93,7 +93,7 @@ def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mappin
     known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}
     for key, part in value.items():
         if not _encodable(key):
-            raise ValueError(f"{name}: the name of the field {inside}{key!r:.80} is no valid text")
+            raise ValueError(f"{name}: the name of a field in {_shown(field) or 'it'} is no valid text")
         _check_field(name, f"{inside}{key}", part, known.get(key, kinds.get("*", object)))
 
 
@@ -110,6 +110,19 @@ def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _value(value: Any) -> str:
+    try:
+        return f"{value!a:.40}"
+    except (ValueError, RecursionError):  # too long a number, too deep a list
+        return f"a {type(value).__name__}"
+
+
+def _shown(field: str) -> str:
+    """A field's name, which may be anything, in a line."""
+    field = field if field.isprintable() else ascii(field)
+    return field if len(field) <= 80 else f"{field[:80]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _encodable(text: str) -> bool:
