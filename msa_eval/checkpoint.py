@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.hpm import HPM, Variant
 from msa_eval.splitting import Cut
+from msa_eval.strangers import told
 
 FORMAT = "msa-eval"
 FORMAT_VERSION = 1
@@ -113,7 +114,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         )
     if header.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path} has checkpoint format version {header.get('format_version')}, but this release reads version "
+            f"{path} has checkpoint format version {told(header.get('format_version'))}, but this release reads version "
             f"{FORMAT_VERSION}; use the release of msa-eval that wrote it"
         )
     try:
@@ -127,7 +128,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
             _check_cut(blueprint, tensors)
         classifier = None if blueprint.by_name else _build_quietly(blueprint, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} does not fit its own description: {error}") from error
+        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
     if classifier is None:
         classifier = _rebuilt(path, blueprint, trunk)
     elif trunk is not None:
@@ -137,7 +138,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         _check_tensors(model, tensors)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own description: {error}") from error
+        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
     return Checkpoint(model.eval().requires_grad_(False), blueprint, about.get("history", {}))
 
 
@@ -195,7 +196,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header = dict(opened.metadata() or {})
             return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); pickles are never loaded") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({told(error)}); pickles are never loaded"
+        ) from error
 
 
 def _build_quietly(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> Classifier:
@@ -219,7 +222,7 @@ def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
     try:
         return rebuild(blueprint, trunk=trunk)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {told(error)}") from error
 
 
 def _check_cut(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:

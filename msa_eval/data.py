@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msa_eval.strangers import check_inside, told
 from msa_eval.upstream import import_torchvision
 
 if TYPE_CHECKING:
@@ -172,10 +173,10 @@ def _npz(path: Path) -> Samples:
             held = archive.files
             arrays = [archive[name] for name in ("x", "y") if name in held]
     except Exception as error:  # of zipfile, zlib and numpy, whose readers raise whatever their parsers do
-        raise ValueError(f"{path} is not a readable .npz file: {_line(error)}") from error
+        raise ValueError(f"{path} is not a readable .npz file: {told(error)}") from error
     if len(arrays) < 2:
         absent = " and no ".join(name for name in ("x", "y") if name not in held)
-        raise ValueError(f"{path} holds {', '.join(held)} but no {absent}")
+        raise ValueError(f"{path} holds {told(', '.join(held) or 'nothing')} but no {absent}")
     x, y = arrays
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{path}: expected integer labels, but got {y.dtype}")
@@ -211,23 +212,6 @@ def _check_sizes(path: Path) -> None:
                 raise ValueError(f"{info.filename} can't hold an array of shape {shape} and type {dtype}")
 
 
-def _line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def check_inside(path: Path, folder: Path) -> Path:
-    """A file or folder of a folder that may come from strangers: a link must not lead out of it.
-
-    Raises:
-        ValueError: when it does.
-    """
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link that leads out of {folder}; put the file itself there")
-    return path
-
-
 def _channels_first(x: Tensor) -> Tensor:
     """Bring ``(N, H, W)`` and ``(N, H, W, C)`` to ``(N, C, H, W)``."""
     if x.ndim == 3:
@@ -257,7 +241,7 @@ def _folder(path: Path) -> Samples:
                     with Image.open(file, formats=FORMATS) as opened:
                         pixels = _pixels(opened)
             except Exception as error:  # of Pillow, whose readers raise whatever their parsers do
-                raise ValueError(f"{file} is not a readable image: {_line(error)}") from error
+                raise ValueError(f"{file} is not a readable image: {told(error)}") from error
             images.append(pixels)
             labels.append(label)
             if images[0].shape != images[-1].shape:

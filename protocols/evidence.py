@@ -19,7 +19,7 @@ import pandas as pd
 from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.spec import CONTEXTS
 
-from msa_eval.data import check_inside
+from msa_eval.strangers import check_inside, told
 
 SCHEMA_VERSION = 1
 TARGETS = ("defense", "fc")
@@ -206,7 +206,7 @@ class Results:
             raise ValueError(f"{folder} holds no complete results: there is no run.json")
         if run.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"{folder} has schema version {run.get('schema_version')!r:.20}, but this release reads "
+                f"{folder} has schema version {run.get('schema_version')!a:.20}, but this release reads "
                 f"{SCHEMA_VERSION}"
             )
         fields.check_run(str(folder / "run.json"), run)
@@ -282,7 +282,7 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
+        raise ValueError(f"{path} is not readable: {told(error)}") from error
     if not isinstance(run, dict):
         raise ValueError(f"{path} is not the run.json of an evaluation")
     return run
@@ -298,7 +298,7 @@ def _read(path: Path, name: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable table: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is no readable table: {told(error)}") from error
     fields.check_table(str(path), name, table)
     for column in {"verdict", "reasons", "reason"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)
@@ -314,7 +314,7 @@ def _check_known(name: str, table: pd.DataFrame) -> None:
     for column, known in (("target", TARGETS), ("context", CONTEXTS)):
         others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
         if others:
-            raise ValueError(f"{name} names the {column} {others[0]!r:.40}; expected one of {', '.join(known)}")
+            raise ValueError(f"{name} names the {column} {others[0]!a:.40}; expected one of {', '.join(known)}")
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from msa_eval.strangers import told
+
 _PROTOCOL_TEXT = {
     "attack?": {"apgd?": {"combine?": str}, "*": object},
     "stochastic?": {"eot?": int, "*": object},
@@ -69,13 +71,13 @@ def check_run(name: str, run: Any) -> None:
     try:
         protocol = tomllib.loads(run["protocol"]["text"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: the field protocol.text is no TOML: {ascii(str(error))[1:-1]:.200}") from error
+        raise ValueError(f"{name}: the field protocol.text is no TOML: {told(error)}") from error
     _check_field(name, "protocol.text", protocol, _PROTOCOL_TEXT)
 
 
 def _check_field(name: str, field: str, value: Any, kind: Any) -> None:
     if not _is(value, kind):
-        shown = f"the field {_shown(field)}" if field else "the file"
+        shown = f"the field {told(field)}" if field else "the file"
         raise ValueError(f"{name}: {shown} must hold {_told(kind)}, but holds {_value(value)}")
     for alternative in kind if isinstance(kind, tuple) else (kind,):
         if isinstance(alternative, dict) and isinstance(value, dict):
@@ -89,11 +91,11 @@ def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mappin
     inside = f"{field}." if field else ""
     for key in kinds:
         if key != "*" and not key.endswith("?") and key not in value:
-            raise ValueError(f"{name}: the field {inside}{key} is missing")
+            raise ValueError(f"{name}: the field {told(inside + key)} is missing")
     known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}
     for key, part in value.items():
         if not _encodable(key):
-            raise ValueError(f"{name}: the name of a field in {_shown(field) or 'it'} is no valid text")
+            raise ValueError(f"{name}: the name of a field in {told(field or 'it')} is no valid text")
         _check_field(name, f"{inside}{key}", part, known.get(key, kinds.get("*", object)))
 
 
@@ -117,12 +119,6 @@ def _value(value: Any) -> str:
         return f"{value!a:.40}"
     except (ValueError, RecursionError):  # too long a number, too deep a list
         return f"a {type(value).__name__}"
-
-
-def _shown(field: str) -> str:
-    """A field's name, which may be anything, in a line."""
-    field = field if field.isprintable() else ascii(field)
-    return field if len(field) <= 80 else f"{field[:80]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _encodable(text: str) -> bool:

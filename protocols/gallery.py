@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
-from msa_eval.data import check_inside
+from msa_eval.strangers import check_inside, told
 
 LIMIT = 12
 """So many samples are shown at most."""
@@ -174,7 +174,7 @@ def read(path: str | Path) -> list[Exhibit]:
         with safe_open(path, framework="np") as opened:
             return _exhibits(opened)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not a readable gallery: {error}") from error
+        raise ValueError(f"{path.name} is not a readable gallery: {told(error)}") from error
 
 
 def _exhibits(opened: Any) -> list[Exhibit]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.strangers import told
 
 T = TypeVar("T")
 
@@ -384,7 +385,7 @@ def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = N
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable TOML file: {ascii(str(error))[1:-1]:.200}") from error
+        raise ValueError(f"{path} is not a readable TOML file: {told(error)}") from error
     return make_protocol(content, overrides=overrides, source=str(source))
 
 
@@ -403,16 +404,16 @@ def make_protocol(
     mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
     for key, value in values.items():
         if value == {}:
-            mistakes.append(f"the table [{_shown(key)}] is empty; give at least one of its keys, or leave it out")
+            mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in _KEYS:
             close = difflib.get_close_matches(key, _KEYS, n=1)
-            mistakes.append(f"unknown key {_shown(key)}" + (f" (did you mean {close[0]}?)" if close else ""))
+            mistakes.append(f"unknown key {told(key)}" + (f" (did you mean {close[0]}?)" if close else ""))
             continue
         try:
             parsed[key] = _KEYS[key](value)
         except ValueError as error:
-            mistakes.append(f"{key}: expected {error}, but got {value!r:.80}")
+            mistakes.append(f"{key}: expected {error}, but got {told(repr(value))}")
     mistakes += _contradictions(values)
     if mistakes:
         more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""
@@ -487,11 +488,6 @@ def _section(kind: Callable[..., T], prefix: str, parsed: Mapping[str, Any]) -> 
     """Build a section from its keys; ``None`` where it has none at all."""
     given = {key.removeprefix(prefix): value for key, value in parsed.items() if key.startswith(prefix)}
     return kind(**given) if given else None
-
-
-def _shown(key: str) -> str:
-    """A key, which may be anything, in a line."""
-    return f"{key if key.isprintable() else ascii(key):.60}"
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _protocol() -> Files:
 
 def _evidence() -> Files:
     made = make_results(6, batch=3)
-    return _written(lambda folder: made.save(folder))
+    return _written(made.save)
 
 
 def _gallery() -> Files:

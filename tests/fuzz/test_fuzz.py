@@ -59,16 +59,20 @@ def _check(name: str, files: Files) -> bool:
                 warnings.simplefilter("error")
                 READERS[name].read(folder)
         except ValueError as error:
-            message = str(error)
-            assert message, "it says nothing"
-            assert message.isprintable(), f"not in one line: {message!r}"
-            assert len(message) < LONGEST, "it says too much"
-            assert type(error) is ValueError, f"not our words: {error!r}"
+            _check_message(error)
             return False
         finally:
             assert [path.name for path in Path(root).iterdir()] == ["given"], "something was written"
             assert not CANARY.exists(), "code was run"
         return True
+
+
+def _check_message(error: ValueError) -> None:
+    message = str(error)
+    assert type(error) is ValueError, f"not our words: {error!r}"
+    assert message, "it says nothing"
+    assert message.isprintable(), f"not in one line: {message!r}"
+    assert len(message) < LONGEST, "it says too much"
 
 
 CANARY = Path(f"/tmp/msa-eval-canary-{os.getpid()}")
