@@ -114,8 +114,8 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         )
     if header.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path} has checkpoint format version {told(header.get('format_version'))}, but this release reads version "
-            f"{FORMAT_VERSION}; use the release of msa-eval that wrote it"
+            f"{path} has checkpoint format version {told(header.get('format_version'))}, but this release reads "
+            f"version {FORMAT_VERSION}; use the release of msa-eval that wrote it"
         )
     try:
         about = json.loads(header["about"])

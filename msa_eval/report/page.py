@@ -8,6 +8,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +189,23 @@ def _audit(named: Mapping[str, Results]) -> dict[str, Any]:
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of this package; all that is not markup already is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("msa_eval.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, "short": short, "points": points, "told_p": told_p}
     script = source("samples.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shared = {
         "css": Markup(source("style.css")), "names": NAMES, "version": msa_eval.__version__,
         "script": Markup(script), "script_hash": Markup(f"'sha256-{digest}'"),
     }  # fmt: skip
-    return environment.get_template(template).render(shared | values)
+    return _environment().get_template(template).render(shared | values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("msa_eval.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "short": short, "points": points, "told_p": told_p}
+    return environment
 
 
 def short(value: float) -> str:
