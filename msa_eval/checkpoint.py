@@ -124,9 +124,8 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
             raise ValueError("its blueprint is none")
         if not isinstance(about.get("history", {}), Mapping):
             raise ValueError("its history is none")
-        if blueprint.by_name:
-            _check_cut(blueprint, tensors)
-        classifier = None if blueprint.by_name else _build_quietly(blueprint, tensors)
+        (_check_cut if blueprint.by_name else _check_shapes)(blueprint, tensors)
+        classifier = None if blueprint.by_name else _build_quietly(blueprint)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
     if classifier is None:
@@ -201,19 +200,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ) from error
 
 
-def _build_quietly(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> Classifier:
-    """Build without a trace in the global random state: the weights are overwritten anyway.
+def _build_quietly(blueprint: Blueprint) -> Classifier:
+    """Build without a trace in the global random state: the weights are overwritten anyway."""
+    with torch.random.fork_rng(devices=[]):
+        return blueprint.build()
 
-    Its shapes are held to the file's first, so that a description takes no more memory than the file has weights.
-    """
+
+def _check_shapes(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:
+    """Hold an architecture's shapes to the file's, before anything is allocated."""
     with torch.device("meta"):
         expected = blueprint.build().state_dict()
     for name, value in expected.items():
         if name not in tensors or tensors[name].shape != value.shape:
             held = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ValueError(f"{name} is {held}, not {tuple(value.shape)}")
-    with torch.random.fork_rng(devices=[]):
-        return blueprint.build()
 
 
 def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
