@@ -71,9 +71,10 @@ def test_a_pipe_among_images_does_not_hang(tmp_path: Path) -> None:
         load_samples(str(tmp_path))
 
 
-def test_formats_that_start_programs_are_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["eps", "pcx"])
+def test_other_formats_are_not_read_as_some_start_programs(kind: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    Image.new("L", (4, 4)).save(tmp_path / "a/a.eps")
+    Image.new("L", (4, 4)).save(tmp_path / f"a/a.{kind}")
     with pytest.raises(ValueError, match="not a readable image"):
         load_samples(str(tmp_path))
 

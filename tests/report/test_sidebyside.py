@@ -174,7 +174,12 @@ def test_labels_with_markup_are_shown_and_not_run() -> None:
             made, samples=made.samples.assign(label=[f"{EVIL}{v}" for v in made.samples["label"]])
         )
 
-    page = render_comparison_page(compare({f"a{EVIL}": evil(0), "b": evil(1)}), {"b": [_exhibit(3)]})
+    first = evil(0)
+    runs = [EVIL if value and value != "clean" else value for value in first.samples["broken_by"].fillna("")]
+    first = dataclasses.replace(first, samples=first.samples.assign(broken_by=runs))
+    shown = {"b": [_exhibit(i) for i in range(8)]}
+    page = render_comparison_page(compare({f"a{EVIL}": first, "b": evil(1)}), shown)
+    assert "broken by &lt;/script&gt;" in page
     assert len(re.findall("<script", page)) == 2
     assert "<img src=x" not in page
     assert _samples(page)["label"][0].startswith(EVIL)
