@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.strangers import told
 
 T = TypeVar("T")
 
@@ -360,6 +361,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+MISTAKES = 20
+"""So many mistakes in a protocol are told; the others are counted."""
+
+
 def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Protocol:
     """Read a protocol.
 
@@ -382,8 +387,8 @@ def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = N
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable TOML file: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable TOML file: {told(error)}") from error
     return make_protocol(content, overrides=overrides, source=str(source))
 
 
@@ -402,19 +407,20 @@ def make_protocol(
     mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
     for key, value in values.items():
         if value == {}:
-            mistakes.append(f"the table [{key}] is empty; give at least one of its keys, or leave it out")
+            mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in _KEYS:
             close = difflib.get_close_matches(key, _KEYS, n=1)
-            mistakes.append(f"unknown key {key}" + (f" (did you mean {close[0]}?)" if close else ""))
+            mistakes.append(f"unknown key {told(key)}" + (f" (did you mean {close[0]}?)" if close else ""))
             continue
         try:
             parsed[key] = _KEYS[key](value)
         except ValueError as error:
-            mistakes.append(f"{key}: expected {error}, but got {value!r}")
+            mistakes.append(f"{key}: expected {error}, but got {told(repr(value))}")
     mistakes += _contradictions(values)
     if mistakes:
-        raise ValueError(f"{source}: " + "; ".join(mistakes))
+        more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""
+        raise ValueError(f"{source}: " + "; ".join(mistakes[:MISTAKES]) + more)
     return Protocol(
         name=parsed["name"],
         version=parsed["version"],

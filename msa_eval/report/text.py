@@ -9,10 +9,9 @@ from typing import Any
 import pandas as pd
 
 from msa_eval.ablation import Ablation
-from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.evidence import METRICS, Results
 
 QUERY = ("square", "spsa")
-METRICS = ("clean", "paper", "realised", "worst_case")
 
 
 def render_table(results: Results) -> str:
