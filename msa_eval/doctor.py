@@ -6,12 +6,14 @@ each cache; what mends is run by the command line, if it is asked to.
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ def check_requirements(name: str = "msa-eval", path: SearchPath = None) -> list[
     """
     own = installed.find(name, path)
     if own is None:
-        return [Finding("packages", "note", f"{name} is imported, but not installed, so its requirements are not known")]
+        return [Finding("packages", "note", f"{name} is not installed, so its requirements are not known")]
     tops = installed.requirements(own, path)
     wrong = {top: found for top in tops if (found := installed.unmet(top, path, upstream.EXCUSED))}
     if not wrong:
@@ -139,7 +141,8 @@ def _own_places() -> set[Path]:
 def _reinstall(name: str, path: SearchPath) -> tuple[Command, ...]:
     """Put a peer's files back: the same version, or the one that we ask for where that is another."""
     found, own = installed.find(name, path), installed.find("msa-eval", path)
-    assert found is not None
+    if found is None:
+        return ()
     wanted = {top.name: top for top in ([] if own is None else installed.requirements(own, path))}.get(name)
     if wanted is None or wanted.specifier.contains(found.version, prereleases=True):
         return installed.reinstall(found)
@@ -151,28 +154,36 @@ def check_own_files(path: SearchPath = None) -> Finding:
     found = installed.find("msa-eval", path)
     differs = None if found is None else installed.altered(found, "msa_eval")
     if found is None or differs is None:
-        return Finding("msa-eval", "note", f"runs from the folder {Path(__file__).parent}, so there is no record to hold it to")
+        return Finding("msa-eval", "note", f"runs from {Path(__file__).parent}, without a record to hold it to")
     if differs.changed or differs.missing:
         return Finding("msa-eval", "fault", f"{found.version}: {differs}", installed.reinstall(found))
     return Finding("msa-eval", "ok", f"{found.version}, {differs}")
+
+
+def _import_torchattacks() -> None:
+    upstream.import_torchvision()  # which it imports
+    importlib.import_module("torchattacks")
 
 
 IMPORTS: Mapping[str, Callable[[], object]] = {
     "torchvision": upstream.import_torchvision,
     "timm": upstream.import_timm,
     "robustbench": upstream.import_robustbench,
+    "torchattacks": _import_torchattacks,
+    "foolbox": lambda: importlib.import_module("foolbox"),
 }
-"""How packages are imported of which we take models."""
+"""How packages are imported of which we take models or attacks."""
 
 
 def check_import(name: str, load: Callable[[], object]) -> Finding:
-    """Import a package as a target would."""
+    """Import a package as a target or an attack would."""
     try:
-        load()
-    except ValueError as error:
-        found = installed.find(name)
-        mends = () if found is None else _reinstall(name, None)
-        return Finding(f"import {name}", "fault", " ".join(str(error).split()), mends)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load()
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(f"import {name}", "fault", said, _reinstall(name, None))
     return Finding(f"import {name}", "ok", "works")
 
 

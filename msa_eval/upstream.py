@@ -25,7 +25,10 @@ PINS = {
 """The extra ``[robustbench]``, and why each pin stands."""
 
 EXCUSED = {
-    ("torchattacks", "requests"): "it pins requests~=2.25.1 for its old copy of robustbench, and imports it nowhere else",
+    (
+        "torchattacks",
+        "requests",
+    ): "only its old copy of robustbench imports it",
 }
 """Pairs of a package and one that it says it needs, and why it does without."""
 
