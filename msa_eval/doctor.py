@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +76,7 @@ def examine() -> Iterator[Finding]:
 def check_python(version: str) -> Finding:
     """Hold Python's version to our metadata."""
     own = installed.find("msa-eval")
-    wanted = "" if own is None else own.metadata.get("Requires-Python", "")
+    wanted = ",".join([] if own is None else own.metadata.get_all("Requires-Python") or [])
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Finding("python", "ok", f"{version} at {sys.executable}")
     mends = (("python3.11", "-m", "venv", "msa-eval-venv"),)
@@ -288,7 +289,7 @@ def _batch(name: str) -> tuple[Tensor, Tensor | None]:
     return samples.images(torch.arange(64)), samples.y[:64]
 
 
-def _restore(own: installed.Distribution, file: Path) -> tuple[Command, ...]:
+def _restore(own: Distribution, file: Path) -> tuple[Command, ...]:
     """From git where we run from a folder, and else by installing ourselves again."""
     root = next((parent for parent in file.parents if (parent / ".git").exists()), None)
     if installed.altered(own, "msa_eval") is None and root is not None:

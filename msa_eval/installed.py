@@ -48,8 +48,7 @@ class Altered(NamedTuple):
 
 def find(name: str, path: SearchPath = None) -> Distribution | None:
     """The distribution that is installed by that name, the first one on the path."""
-    where = {} if path is None else {"path": list(path)}
-    for found in Distribution.discover(name=name, **where):
+    for found in Distribution.discover(name=name, path=list(sys.path if path is None else path)):
         if found.read_text("METADATA") or found.read_text("PKG-INFO"):
             return found
     return None
