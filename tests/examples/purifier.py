@@ -5,8 +5,6 @@ nothing. The surrogate leaves the rounding out on the way back (BPDA; Athalye, C
 give a false sense of security, 2018, arXiv:1802.00420).
 """
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from msa_eval import evaluate, load_checkpoint, load_samples
@@ -30,7 +28,7 @@ class Purifier(nn.Module):
     def bpda(self, x: Tensor) -> Tensor:
         return self.classifier(x + (self.purify(x) - x).detach())
 
-    surrogates: ClassVar = {"bpda": bpda}  # attacked beside the model's own gradient, which is the run `ste`
+    surrogates = {"bpda": bpda}  # attacked beside the model's own gradient, which is the run `ste`
 
 
 def make() -> Purifier:
