@@ -33,6 +33,9 @@ from msa_eval.installed import Command, SearchPath
 PEERS = ("robustbench", "torchattacks", "foolbox", "pyautoattack")
 """Distributions whose files are held to their records; each is imported by the name of the distribution."""
 
+ZOOS = ("torchvision", "timm")
+"""Packages of models whose files are not held to their records: no other package is known to write over them."""
+
 LEAST = 0.8
 """Share of 64 clean digits that the packaged digits defence gets right at the least; it gets 92 % of 600."""
 
@@ -86,12 +89,15 @@ def check_python(version: str) -> Finding:
 def check_requirements(name: str = "msa-eval", path: SearchPath = None) -> list[Finding]:
     """Hold all that we need, directly or not, to what the metadata of each asks for.
 
-    An extra counts where a package of its name is installed.
+    An extra counts where a package of its name is installed, and so does a package of models or attacks that none of
+    ours asks for.
     """
     own = installed.find(name, path)
     if own is None:
         return [Finding("packages", "note", f"{name} is not installed, so its requirements are not known")]
     tops = installed.requirements(own, path)
+    more = set(PEERS) | set(ZOOS)
+    tops += [Requirement(one) for one in sorted(more - {top.name for top in tops}) if installed.find(one, path)]
     wrong = {top: found for top in tops if (found := installed.unmet(top, path, upstream.EXCUSED))}
     if not wrong:
         versions = installed.followed(tops, path)

@@ -180,6 +180,15 @@ def test_too_old_a_torch(tmp_path: Path) -> None:
     assert text(found.mends) == ["python -m pip install torch<=2.13.0,>=2.6"]
 
 
+def test_a_package_that_no_extra_of_ours_asks_for(tmp_path: Path) -> None:
+    install(tmp_path, "msa-eval", "0.1.0", requires=("torch<=2.13.0",))
+    install(tmp_path, "torch", "2.13.0")
+    install(tmp_path, "torchvision", "0.29.1", requires=("torch>=2.14",))
+    (found,) = doctor.check_requirements("msa-eval", [str(tmp_path)])
+    assert found.said == "torchvision 0.29.1 needs torch>=2.14, but 2.13.0 is installed"
+    assert text(found.mends) == ["python -m pip install torchvision torch<=2.13.0"]
+
+
 def test_the_pin_of_torchattacks_on_requests_is_excused_and_no_other(tmp_path: Path) -> None:
     path = [str(tmp_path)]
     install(tmp_path, "msa-eval", requires=('torchattacks; extra == "torchattacks"',), extras=("torchattacks",))
