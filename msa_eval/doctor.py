@@ -253,7 +253,8 @@ def caches() -> dict[str, Path]:
 
 def check_cache(variable: str, folder: Path) -> Finding:
     """Write into a folder, or into the nearest above it that is there."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    # Not `Path.exists`, which raises where a folder above may not be entered.
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path.cwd())
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"msa-eval doctor")

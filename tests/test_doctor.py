@@ -236,6 +236,8 @@ def test_a_cache_below_a_file_can_not_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root writes everywhere")
 def test_a_cache_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0)
+    assert doctor.check_cache("TORCH_HOME", tmp_path / "below").state == "fault"
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     found = doctor.check_cache("TORCH_HOME", tmp_path)
     assert found.mends == (("chmod", "u+rwx", str(tmp_path)),)
