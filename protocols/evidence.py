@@ -39,7 +39,8 @@ FIGURES = "figures"
 class RunRecord:
     """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
 
-    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches.
+    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches. ``notes`` are its faults in words;
+    ``None`` for our own attacks.
     """
 
     name: str
@@ -57,6 +58,7 @@ class RunRecord:
     backwards: int
     decisions: int
     seconds: float
+    notes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
 
 def _read(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path)
-    for name in {"verdict", "reasons"} & set(table):  # a sound verdict has no reasons, which reads as a missing number
+    for name in {"verdict", "reasons", "notes"} & set(table):  # no reasons, or notes, read as a missing number
         table[name] = table[name].astype("string").fillna("").astype(object)
     return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
 
@@ -345,6 +347,7 @@ def _summary(record: TargetRecord) -> pd.DataFrame:
 def _attacks(record: TargetRecord) -> pd.DataFrame:
     rows = []
     standing = record.correct
+    told = any(run.notes is not None for run in record.runs)
     for run in record.runs:
         newly = standing & run.any_broken
         standing = standing & ~run.any_broken
@@ -366,6 +369,7 @@ def _attacks(record: TargetRecord) -> pd.DataFrame:
                 "decisions": run.decisions,
                 "seconds": round(run.seconds, 3),
             }
+            | ({"notes": "; ".join(run.notes or ())} if told else {})
         )
     return pd.DataFrame(rows)
 

@@ -9,7 +9,9 @@ from typing import Any
 import pandas as pd
 
 from msa_eval.ablation import Ablation
+from msa_eval.peers.guard import LOUD
 from msa_eval.protocols.evidence import Results
+from msa_eval.report import frames
 
 QUERY = ("square", "spsa")
 METRICS = ("clean", "paper", "realised", "worst_case")
@@ -97,7 +99,18 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
         rows[metric] = [number(target, metric) for target in targets]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)
     heading = f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval"
-    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}"
+    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}{_faults(results, context)}"
+
+
+def _faults(results: Results, context: str) -> str:
+    """What attacks of others did that had to be mended; the rest stands in ``attacks.csv``."""
+    lines = []
+    for row in frames.notes(results).to_dict(orient="records"):
+        loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
+        if loud and row["context"] == context:
+            told = f"{row['run']} ({row['target']}): {'; '.join(loud)}"
+            lines += textwrap.wrap(told, 110, subsequent_indent="  ", break_on_hyphens=False)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def render_sample(results: Results, index: int) -> str:
