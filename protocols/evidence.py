@@ -31,6 +31,8 @@ GALLERY = "gallery.safetensors"
 """Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
 PAGE = "report.html"
 """The page made from all this; not evidence, so it has no hash, and other results take it away."""
+CROSSCHECK = "crosscheck.csv"
+"""What attacks of others broke of it (see `msa_eval.protocols.crosscheck`); made later, so it has no hash either."""
 FIGURES = "figures"
 """A folder of figures made from all this; no evidence either, and left to who made it."""
 
@@ -139,7 +141,7 @@ class Results:
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
-        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes; a gallery of
+        (see `run_digest`). What other results left there (archive, audit, gallery, page, cross-check) goes; a gallery of
         these same results stays.
 
         Args:
@@ -175,7 +177,9 @@ class Results:
         _write(folder, contents)
         if archive is not None:
             archive.replace(folder / ARCHIVE)
-        stale = {"audit.csv", GALLERY, PAGE} - set(contents) | ({ARCHIVE} if run.get("adversarial") is None else set())
+        stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK} - set(contents) | (
+            {ARCHIVE} if run.get("adversarial") is None else set()
+        )
         for name in stale:
             if (folder / name).is_file():
                 (folder / name).unlink()

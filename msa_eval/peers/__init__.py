@@ -19,7 +19,19 @@ from msa_eval.peers.guard import Fault, Found, PeerError, meet, told
 from msa_eval.peers.peer import Peer
 from msa_eval.peers.seat import Seat
 
-__all__ = ["LIBRARIES", "Fault", "Found", "Peer", "PeerError", "Seat", "find", "installed", "library_of", "meet", "told"]
+__all__ = [
+    "LIBRARIES",
+    "Fault",
+    "Found",
+    "Peer",
+    "PeerError",
+    "Seat",
+    "find",
+    "installed",
+    "library_of",
+    "meet",
+    "told",
+]
 
 LIBRARIES: Mapping[str, tuple[str, str]] = {
     "autoattack": ("pyautoattack", "pip install pyautoattack==0.2.0"),

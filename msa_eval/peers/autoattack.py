@@ -55,4 +55,4 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         return points
 
     # FAB's only restart starts at the clean images, so its seed changes nothing.
-    return Peer(f"autoattack:{name}", search, gradient_free=kind == "square", starts=not kind.startswith("fab"))
+    return Peer(f"autoattack:{name}", search, kind == "square", not kind.startswith("fab"), given)

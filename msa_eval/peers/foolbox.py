@@ -18,7 +18,16 @@ _NO_GRADIENT = ("Noise", "Boundary", "HopSkipJump", "Pointwise", "GenAttack", "S
                 "Blur", "Binarization")  # fmt: skip
 """Parts of the names of attacks that ask for logits or answers alone."""
 
-_CHANCE = ("Noise", "Boundary", "HopSkipJump", "Pointwise", "GenAttack", "SpatialAttack", "VirtualAdversarial", "BrendelBethge")
+_CHANCE = (
+    "Noise",
+    "Boundary",
+    "HopSkipJump",
+    "Pointwise",
+    "GenAttack",
+    "SpatialAttack",
+    "VirtualAdversarial",
+    "BrendelBethge",
+)
 
 
 def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
@@ -34,7 +43,9 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
     given = chosen(f"foolbox:{name}", {**known, "targeted": False}, options)
     targeted = given.pop("targeted")
     if missing := [option for option, value in _options(kind).items() if value is inspect.Parameter.empty]:
-        raise ValueError(f"foolbox:{name} needs {', '.join(missing)}, which a protocol can't give; choose another attack")
+        raise ValueError(
+            f"foolbox:{name} needs {', '.join(missing)}, which a protocol can't give; choose another attack"
+        )
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
         shown = library.PyTorchModel(model, bounds=(0, 1), device=x.device)
@@ -48,7 +59,7 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
 
     starts = targeted or bool(given.get("random_start")) or any(part in name for part in _CHANCE)
     gradient_free = any(part in name for part in _NO_GRADIENT)
-    return Peer(f"foolbox:{name}", search, gradient_free=gradient_free, starts=starts)
+    return Peer(f"foolbox:{name}", search, gradient_free, starts, {**given, "targeted": targeted})
 
 
 def _kinds() -> list[str]:

@@ -27,7 +27,7 @@ TOLD = {
     "dtype": "{count} points came in {detail} and were converted to float32",
     "rounded": "{count} points were rounded to whole grey levels",
     "mode": "the model's training mode was changed in {count} batches and put back",
-    "clean": "{count} samples came back at their clean images, and what its model liked least of what it showed stands in",
+    "clean": "{count} samples came back clean, and the point shown that its model liked least stands in",
     "unmoved": "{count} samples were never moved",
     "seed": "the global generators were seeded in {count} batches, ours are kept apart",
     "logits": "the logits handed out were written into in {count} batches, they are copies",
@@ -174,7 +174,7 @@ class Chance:
         torch.default_generator.manual_seed(self._seed)
         if self._device.type == "cuda":
             torch.cuda.manual_seed(self._seed)
-        np.random.seed(self._seed)  # noqa: NPY002
+        np.random.seed(self._seed)
         random.seed(self._seed)
         return self
 
@@ -196,14 +196,14 @@ class Chance:
 
     def _states(self) -> tuple[Any, ...]:
         cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()  # noqa: NPY002
+        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
     def _set(self, states: tuple[Any, ...]) -> None:
         cpu, cuda, numpy, python = states
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, self._device)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
         random.setstate(python)
 
 

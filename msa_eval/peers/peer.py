@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 Search = Callable[[nn.Module, Tensor, Tensor, int, int], Tensor]
 """``(model, x, y, seed, turn) -> points``, all of a batch at once; ``turn`` counts its restarts from 0."""
-
-STEPS = 40
-"""Of an attack with a number of steps, where neither the protocol nor its authors' paper gives one."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,14 @@ class Peer:
         search: runs it once.
         gradient_free: whether it needs no gradient, so that it can be run on the hard target itself.
         starts: whether another seed, or turn, gives another result.
+        options: all that it takes, as they are set.
     """
 
     name: str
     search: Search
     gradient_free: bool = False
     starts: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def chosen(name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         return points
 
     starts = name not in _NO_CHANCE or bool(given.get("random_start"))
-    return Peer(f"torchattacks:{name}", search, gradient_free=name in _NO_GRADIENT, starts=starts)
+    return Peer(f"torchattacks:{name}", search, name in _NO_GRADIENT, starts, given)

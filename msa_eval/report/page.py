@@ -128,6 +128,7 @@ def render_page(results: Results, pictures: Sequence[gallery.Exhibit] | str = "T
         numbers=[_numbers(results, context, metric) for context, metric in itertools.product(found_in, METRICS)],
         n=run["data"]["n"],
         signs=results.audit.to_dict(orient="records"),
+        peers=_peers(results),
         figures=sections_of(charts(results)),
         only_one=[_only_one(results, context) for context in found_in],
         gallery=_gallery(results, pictures),
@@ -191,6 +192,12 @@ def describe(results: Results) -> str:
         f"{_kind(run)} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples "
         f"of {run['data']['name']} in {run['batches']['count']} batches, seed {run['seed']}"
     )
+
+
+def _peers(results: Results) -> list[dict[str, Any]]:
+    """What attacks of others did and should not have, a row a run."""
+    rows = frames.notes(results).to_dict(orient="records")
+    return [{**row, "told": str(row["notes"]).split("; ")} for row in rows]
 
 
 def _kind(run: Mapping[str, Any]) -> str:
