@@ -39,13 +39,17 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         ValueError: when there is no such attack or option.
     """
     kind = getattr(library.attacks, pick("foolbox", name, _kinds()))
-    known = {option: None if value is inspect.Parameter.empty else value for option, value in _options(kind).items()}
+    takes = options_of(kind.__init__, without=("self", "args", "kwargs"))
+    needed = {option for option, default in takes.items() if default is inspect.Parameter.empty}
+    known = {option: None if option in needed else default for option, default in takes.items()}
     given = chosen(f"foolbox:{name}", {**known, "targeted": False}, options)
     targeted = given.pop("targeted")
-    if missing := [option for option, value in _options(kind).items() if value is inspect.Parameter.empty]:
+    if missing := sorted(needed - set(options)):
         raise ValueError(
-            f"foolbox:{name} needs {', '.join(missing)}, which a protocol can't give; choose another attack"
+            f"foolbox:{name} needs {', '.join(missing)}; give it in the protocol, or choose another attack"
         )
+    if "distance" in takes and given["distance"] is None:
+        given["distance"] = library.distances.linf if ball.norm == "Linf" else library.distances.l2
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
         shown = library.PyTorchModel(model, bounds=(0, 1), device=x.device)
@@ -65,7 +69,3 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
 def _kinds() -> list[str]:
     kinds = {name: kind for name, kind in vars(library.attacks).items() if inspect.isclass(kind)}
     return [name for name, kind in kinds.items() if issubclass(kind, Attack) and not inspect.isabstract(kind)]
-
-
-def _options(kind: type) -> dict[str, Any]:
-    return options_of(kind.__init__, without=("self", "args", "kwargs"))  # type: ignore[misc]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from msa_eval.attacks.ball import Ball
 from msa_eval.peers.peer import Peer, chosen, options_of, pick
 
-_OURS = ("self", "model", "eps", "norm", "seed", "verbose", "n_classes")
+_OURS = ("self", "model", "eps", "max_epsilon", "norm", "seed", "verbose", "n_classes")
 """What the adapter gives: the model, the ball, the seed and the number of classes."""
 
 _LEFT_OUT = ("MultiAttack", "LGV")
@@ -40,7 +40,8 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         given["alpha"] = 2.5 * ball.eps / max(given["steps"], 1)
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
-        ours = {"eps": ball.eps, "norm": ball.norm, "seed": seed, "n_classes": getattr(model, "classes", None)}
+        ours = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm, "seed": seed}
+        ours["n_classes"] = getattr(model, "classes", None)
         attack = kind(model, **given, **{option: value for option, value in ours.items() if option in takes})
         attack.set_device(x.device)
         points: Tensor = attack(x, y)
