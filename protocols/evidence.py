@@ -141,8 +141,8 @@ class Results:
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
-        (see `run_digest`). What other results left there (archive, audit, gallery, page, cross-check) goes; a gallery of
-        these same results stays.
+        (see `run_digest`). What other results left there (archive, audit, gallery, page, cross-check) goes; a gallery
+        of these same results stays.
 
         Args:
             folder: made if need be.

@@ -36,7 +36,7 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
     given = chosen(f"autoattack:{name}", _KNOWN[kind], options)
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
-        of_all = {"norm": ball.norm, "eps": ball.eps, "seed": seed, "device": x.device}
+        of_all: dict[str, Any] = {"norm": ball.norm, "eps": ball.eps, "seed": seed, "device": x.device}
         targets = min(given.get("targets", 1), int(getattr(model, "classes", 1000)) - 1)
         attack: Any
         if kind == "square":

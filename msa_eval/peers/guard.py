@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ class PeerError(RuntimeError):
     """An attack of others failed in a way that must never read as robustness."""
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True)
+class Fault:
     """Something that an attack did and should not have.
 
     Attributes:
@@ -79,9 +81,10 @@ def told(faults: Iterable[Fault]) -> tuple[str, ...]:
     merged: dict[tuple[str, str], Fault] = {}
     for fault in faults:
         one = merged.get((fault.kind, fault.detail), Fault(fault.kind, 0, 0.0, fault.detail))
-        merged[fault.kind, fault.detail] = one._replace(count=one.count + fault.count, size=max(one.size, fault.size))
+        one = replace(one, count=one.count + fault.count, size=max(one.size, fault.size))
+        merged[fault.kind, fault.detail] = one
     ordered = sorted(merged.values(), key=lambda fault: list(TOLD).index(fault.kind))
-    return tuple(f"{fault.kind}: {TOLD[fault.kind].format(**fault._asdict())}" for fault in ordered)
+    return tuple(f"{fault.kind}: {TOLD[fault.kind].format(**asdict(fault))}" for fault in ordered)
 
 
 def meet(peer: Peer, seat: Seat, *, seed: int, turn: int = 0) -> Found:

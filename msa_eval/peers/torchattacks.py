@@ -40,7 +40,7 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         given["alpha"] = 2.5 * ball.eps / max(given["steps"], 1)
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
-        ours = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm, "seed": seed}
+        ours: dict[str, Any] = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm, "seed": seed}
         ours["n_classes"] = getattr(model, "classes", None)
         attack = kind(model, **given, **{option: value for option, value in ours.items() if option in takes})
         attack.set_device(x.device)

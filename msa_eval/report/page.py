@@ -196,8 +196,8 @@ def describe(results: Results) -> str:
 
 def _peers(results: Results) -> list[dict[str, Any]]:
     """What attacks of others did and should not have, a row a run."""
-    rows = frames.notes(results).to_dict(orient="records")
-    return [{**row, "told": str(row["notes"]).split("; ")} for row in rows]
+    rows = frames.notes(results)[["target", "context", "run", "notes"]].to_dict(orient="records")
+    return [{str(key): value for key, value in row.items()} | {"told": str(row["notes"]).split("; ")} for row in rows]
 
 
 def _kind(run: Mapping[str, Any]) -> str:

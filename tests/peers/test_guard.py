@@ -255,7 +255,7 @@ def test_written_logits_and_images_change_no_verdict() -> None:
 def test_points_outside_are_projected_and_told() -> None:
     found, _, batch = _meet(lambda model, x, y: _fgsm(model, x, y, 0.1))
     (fault,) = found.faults
-    assert fault[:2] == ("outside", 10)
+    assert (fault.kind, fault.count) == ("outside", 10)
     assert fault.size == pytest.approx(0.04, abs=2e-6)
     assert torch.allclose(found.x, _fgsm(make_hpm().fc_target, batch.x.clone(), batch.y), atol=1e-7)
     assert told(found.faults) == ("outside: 10 points left the ball by up to 0.04 and were projected",)
