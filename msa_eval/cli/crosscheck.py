@@ -63,7 +63,12 @@ def crosscheck(
 
     recorded = _recorded(Results.load(results).run, results) if data is None or not target.word else {}
     target = target if target.word else recorded["target"]
-    samples = load_samples(data or recorded["data"], root=recorded.get("data_root", data_root))
+    try:
+        samples = load_samples(data or recorded["data"], root=recorded.get("data_root", data_root))
+    except ValueError as error:
+        if data is not None:
+            raise
+        raise ValueError(f"{error}, which the results' command line names; give the data with --data") from error
     path = out or results / CROSSCHECK
     if path.is_dir() or path.suffix != ".csv":
         raise ValueError(f"{path} is no name of a table; choose one that ends in .csv")
