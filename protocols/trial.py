@@ -296,9 +296,9 @@ class Trial:
         self._iterate += 1
         if self._surrogate is None:
             self._decisions += len(x)
-        if whole and self._surrogate in (None, STE) and self._setting.draws == 1:
+        if whole and (self._surrogate is None or self._surrogate is STE) and self._setting.draws == 1:
             self._judge(point, logits.detach().float())
-        else:
+        elif bool(kept.any()):
             self._believed(point, kept, confirmed=whole)
         return logits
 

@@ -276,6 +276,31 @@ def test_points_outside_break_nothing_while_they_are_shown() -> None:
     assert far.any_broken.sum() > (~batch.correct).sum()  # brought into the ball, they do
 
 
+def test_a_static_target_is_never_asked_about_nothing() -> None:
+    trial, batch = _case()
+    target = trial.target
+    assert isinstance(target, nn.Module)
+    asked: list[int] = []
+
+    class Static:
+        batch_dependent = False
+
+        def features(self, x: Tensor) -> Tensor:
+            return target.features(x)
+
+        def logits(self, z: Tensor) -> Tensor:
+            asked.append(len(z))
+            return target.fc_logits(z)
+
+    fc = Static()
+    batch = Batch(0, batch.x, batch.y, batch.z, decide(fc, batch.z))
+    trial = Trial(fc, STE, batch, BALL, mixes_rows=False)
+    attack = PeerAttack(_peer(lambda model, x, y: (model(1 - x[:4]), x)[1]))
+    outcome = trial.finish(attack(trial, torch.Generator()))
+    assert min(asked) > 0
+    assert torch.equal(outcome.any_broken, ~batch.correct)
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
