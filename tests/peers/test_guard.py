@@ -333,7 +333,7 @@ def test_images_left_out_are_answered_among_the_others_as_last_seen() -> None:
         with torch.no_grad():
             model(moved)
             got.append(model(batch.x[[7, 2]]))
-            got.append(model(torch.cat([moved[[7, 2]], batch.x[[2]]])))
+            got.append(model(torch.cat([moved[[7]], batch.x[[7]], moved[[2]], batch.x[[4]]])))
         return moved
 
     got: list[Tensor] = []
@@ -342,10 +342,10 @@ def test_images_left_out_are_answered_among_the_others_as_last_seen() -> None:
     mixed[[7, 2]] = batch.x[[7, 2]]
     with torch.no_grad():
         assert torch.allclose(got[0], hpm(mixed)[[7, 2]], atol=1e-6)
-        mixed[[7, 2]] = moved[[7, 2]]
-        assert torch.allclose(got[1][:2], hpm(mixed)[[7, 2]], atol=1e-6)
-        mixed[2] = batch.x[2]  # a second point of one image is asked in a batch after
-        assert torch.allclose(got[1][2], hpm(mixed)[2], atol=1e-6)
+        mixed[[7, 2]], mixed[4] = moved[[7, 2]], batch.x[4]
+        assert torch.allclose(got[1][[0, 2, 3]], hpm(mixed)[[7, 2, 4]], atol=1e-6)
+        mixed[7] = batch.x[7]  # a second point of one image is asked in a batch after
+        assert torch.allclose(got[1][1], hpm(mixed)[7], atol=1e-6)
 
 
 def test_passes_are_counted() -> None:
