@@ -6,9 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import foolbox as library
 import torch
-from foolbox.attacks.base import Attack
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
@@ -38,6 +36,8 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
     Raises:
         ValueError: when there is no such attack or option.
     """
+    import foolbox as library
+
     kind = getattr(library.attacks, pick("foolbox", name, _kinds()))
     takes = options_of(kind.__init__, without=("self", "args", "kwargs"))
     needed = {option for option, default in takes.items() if default is inspect.Parameter.empty}
@@ -67,5 +67,8 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
 
 
 def _kinds() -> list[str]:
+    import foolbox as library
+    from foolbox.attacks.base import Attack
+
     kinds = {name: kind for name, kind in vars(library.attacks).items() if inspect.isclass(kind)}
     return [name for name, kind in kinds.items() if issubclass(kind, Attack) and not inspect.isabstract(kind)]

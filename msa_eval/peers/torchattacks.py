@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torchattacks as library
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
@@ -31,6 +30,8 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
     Raises:
         ValueError: when there is no such attack or option.
     """
+    import torchattacks as library
+
     kinds = {one: getattr(library, one) for one in library.__all__ if one not in _LEFT_OUT}
     kind = kinds[pick("torchattacks", name, kinds)]
     takes = inspect.signature(kind.__init__).parameters
