@@ -68,6 +68,10 @@ def _stage(blocks: int, width_in: int, width_out: int, stride: int) -> nn.Module
     return nn.Sequential(first, *(_PreActBlock(width_out, width_out, 1) for _ in range(blocks - 1)))
 
 
+DEEPEST = 1000
+"""A checkpoint that asks for more layers is none of ours, and would take its time."""
+
+
 class WideResNet(nn.Module):
     """Trunk of a pre-activation wide residual network.
 
@@ -89,6 +93,8 @@ class WideResNet(nn.Module):
             raise ValueError(
                 f"expected a depth of 6n+4 (10, 16, 28, ...) and a width of at least 1, but got {depth} and {width}"
             )
+        if depth > DEEPEST:
+            raise ValueError(f"expected a depth of at most {DEEPEST}, but got {depth}")
         widths = [16, 16 * width, 32 * width, 64 * width]
         self.features_dim = widths[3]
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)

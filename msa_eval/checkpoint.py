@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.hpm import HPM, Variant
 from msa_eval.splitting import Cut
+from msa_eval.strangers import told
 
 FORMAT = "msa-eval"
 FORMAT_VERSION = 1
@@ -113,8 +114,8 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         )
     if header.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path} has checkpoint format version {header.get('format_version')}, but this release reads version "
-            f"{FORMAT_VERSION}; use the release of msa-eval that wrote it"
+            f"{path} has checkpoint format version {told(header.get('format_version'))}, but this release reads "
+            f"version {FORMAT_VERSION}; use the release of msa-eval that wrote it"
         )
     try:
         about = json.loads(header["about"])
@@ -123,11 +124,10 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
             raise ValueError("its blueprint is none")
         if not isinstance(about.get("history", {}), Mapping):
             raise ValueError("its history is none")
+        (_check_cut if blueprint.by_name else _check_shapes)(blueprint, tensors)
         classifier = None if blueprint.by_name else _build_quietly(blueprint)
-        if blueprint.by_name:
-            _check_cut(blueprint, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own description: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
     if classifier is None:
         classifier = _rebuilt(path, blueprint, trunk)
     elif trunk is not None:
@@ -137,7 +137,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         _check_tensors(model, tensors)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own description: {error}") from error
+        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
     return Checkpoint(model.eval().requires_grad_(False), blueprint, about.get("history", {}))
 
 
@@ -195,7 +195,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header = dict(opened.metadata() or {})
             return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); pickles are never loaded") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({told(error)}); pickles are never loaded"
+        ) from error
 
 
 def _build_quietly(blueprint: Blueprint) -> Classifier:
@@ -204,13 +206,23 @@ def _build_quietly(blueprint: Blueprint) -> Classifier:
         return blueprint.build()
 
 
+def _check_shapes(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:
+    """Hold an architecture's shapes to the file's, before anything is allocated."""
+    with torch.device("meta"):
+        expected = blueprint.build().state_dict()
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            held = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{name} is {held}, not {tuple(value.shape)}")
+
+
 def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
     from msa_eval.targets import rebuild  # which builds on checkpoints itself
 
     try:
         return rebuild(blueprint, trunk=trunk)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {told(error)}") from error
 
 
 def _check_cut(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msa_eval.strangers import check_inside, told
 from msa_eval.upstream import import_torchvision
 
 if TYPE_CHECKING:
@@ -21,6 +24,12 @@ Split = Literal["train", "test"]
 
 DIGITS_TEST = 600
 """Size of the test split of scikit-learn's 1,797 digits; the split is stratified and fixed."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""Of images in folders; Pillow reads others too, some by starting other programs."""
+
+DEFLATES = 1032
+"""So many bytes can be packed into one, by zip's usual method."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Samples:
                 f"{self.name}: expected one label an image, but got {len(self.x)} images "
                 f"and labels of shape {tuple(self.y.shape)}"
             )
-        if not len(self.x):
+        if not self.x.numel():
             raise ValueError(f"{self.name}: there are no images")
         if int(self.y.min()) < 0:
             raise ValueError(f"{self.name}: labels must not be negative, but the lowest is {int(self.y.min())}")
@@ -159,22 +168,48 @@ def _npz(path: Path) -> Samples:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as archive:
             held = archive.files
             arrays = [archive[name] for name in ("x", "y") if name in held]
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    except Exception as error:  # of zipfile, zlib and numpy, whose readers raise whatever their parsers do
+        raise ValueError(f"{path} is not a readable .npz file: {told(error)}") from error
     if len(arrays) < 2:
         absent = " and no ".join(name for name in ("x", "y") if name not in held)
-        raise ValueError(f"{path} holds {', '.join(held)} but no {absent}")
+        raise ValueError(f"{path} holds {told(', '.join(held) or 'nothing')} but no {absent}")
     x, y = arrays
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{path}: expected integer labels, but got {y.dtype}")
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{path}: expected images as uint8 or float, but got {x.dtype}")
     if x.dtype != np.uint8:
-        x = x.astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused below
+            x = x.astype(np.float32)
     return Samples(_channels_first(torch.from_numpy(x)), torch.from_numpy(y.astype(np.int64)), path.name)
+
+
+def _check_sizes(path: Path) -> None:
+    """Hold the sizes that a file's headers state to the file's own, before anything is allocated.
+
+    Raises:
+        ValueError: when an array, or what it is packed into, can't be as large as it says.
+        Exception: when it is no such file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename not in ("x.npy", "y.npy"):
+                continue
+            packed = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATES}.get(info.compress_type)
+            if packed is None:
+                raise ValueError(f"{info.filename} is packed in a way that numpy does not; save it with numpy.savez")
+            if info.file_size > packed * min(info.compress_size, path.stat().st_size):
+                raise ValueError(f"{info.filename} can't hold the {info.file_size} bytes that it says")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{info.filename} can't hold an array of shape {shape} and type {dtype}")
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -187,20 +222,26 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _folder(path: Path) -> Samples:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+    for folder in classes:
+        check_inside(folder, path)
     if not classes:
         raise ValueError(f"{path} has no subfolders; expected one folder of images a class")
     images: list[Tensor] = []
     labels: list[int] = []
     for label, folder in enumerate(classes):
         for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
+            if not check_inside(file, path).is_file():
+                raise ValueError(f"{file} is not a readable image: it is no file")
             try:
-                with Image.open(file) as opened:
-                    pixels = _pixels(opened)
-            except (UnidentifiedImageError, OSError, ValueError) as error:
-                raise ValueError(f"{file} is not a readable image: {error}") from error
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    with Image.open(file, formats=FORMATS) as opened:
+                        pixels = _pixels(opened)
+            except Exception as error:  # of Pillow, whose readers raise whatever their parsers do
+                raise ValueError(f"{file} is not a readable image: {told(error)}") from error
             images.append(pixels)
             labels.append(label)
             if images[0].shape != images[-1].shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,21 @@ from torch import Tensor, nn
 class Defense(Protocol):
     """A model under attack.
 
-    Three attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing,
-    it is taken to. ``fc_logits(z)`` and further differentiable decisions make more surrogates available.
-    ``fc_target`` is the plain classifier the defence was built on, evaluated beside it.
+    Four attributes are optional. ``batch_dependent`` says whether ``logits`` looks at other rows; where it is missing,
+    it is taken to. ``fc_logits(z)`` makes the surrogate ``fc-oracle`` available, and ``surrogates`` brings more: a dict
+    of functions ``(defense, z) -> (B, k)``, differentiable in ``z``, by name. ``fc_target`` is the plain classifier the
+    defence was built on, evaluated beside it.
+
+    >>> class Rounding:  # a hard decision, and a smooth stand-in for it
+    ...     def features(self, x):
+    ...         return x.flatten(1)
+    ...
+    ...     def logits(self, z):
+    ...         return z.round()
+    ...
+    ...     surrogates = {"smooth": lambda defense, z: z}
+    >>> isinstance(Rounding(), Defense)
+    True
     """
 
     def features(self, x: Tensor) -> Tensor:
@@ -37,7 +49,8 @@ class WholeModel:
     """Any module from images to logits as a defence whose features are the images themselves.
 
     Args:
-        model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``.
+        model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``. Its ``surrogates``, if it has any, are
+            functions ``(model, x) -> (B, k)``.
         batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out on a clean batch.
     """
 
@@ -53,6 +66,33 @@ class WholeModel:
         """Run the model on a batch of images."""
         out: Tensor = self.model(z)
         return out
+
+    @property
+    def surrogates(self) -> dict[str, Any]:
+        """The model's own, which are given the model."""
+        return {name: self._of_the_model(own) for name, own in brought_by(self.model).items()}
+
+    def _of_the_model(self, own: Any) -> Any:
+        return (lambda _, x: own(self.model, x)) if callable(own) and not isinstance(own, nn.Module) else own
+
+
+def brought_by(target: object) -> Mapping[str, Any]:
+    """The surrogates that a defence or a model brings.
+
+    Raises:
+        ValueError: when its ``surrogates`` are not functions or modules by name.
+    """
+    brought = getattr(target, "surrogates", {})
+    if not isinstance(brought, Mapping) or not all(isinstance(name, str) for name in brought):
+        raise ValueError(
+            f"the surrogates of {type(target).__name__} must be a dict of functions (defense, features) -> logits by "
+            f"name, but got {type(brought).__name__}"
+        )
+    if wrong := [name for name, own in brought.items() if not callable(own) and not hasattr(own, "logits")]:
+        raise ValueError(
+            f"the surrogate {wrong[0]!r} of {type(target).__name__} is no function (defense, features) -> logits"
+        )
+    return brought
 
 
 def as_defense(target: object) -> Defense:

@@ -29,6 +29,9 @@ WIDEST = 2**24
 FACTORS = (0.01, 30.0, 1000.0)
 """By how much the random numbers are stretched that stand for a layer's answer, once it is read as a function."""
 
+MORE = "is followed by more than pooling, scaling or a softmax"
+"""Why most layers that answer with as many numbers as there are classes are no head."""
+
 POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda tokens: tokens.mean(dim=1),
     "first": lambda tokens: tokens[:, 0],
@@ -217,7 +220,8 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
                 if isinstance(reading, _Reading):
                     classifier = _joined(model, call, reading)
                     break
-                found.append(f"{call.name or 'the model'} ({_layer(call.module)}) {reading}")
+                after = _after(model, x, call) if reading == MORE else ""
+                found.append(f"{call.name or 'the model'} ({_layer(call.module)}) {reading}{after}")
             else:
                 _check_steady(model(x), out)
                 raise ValueError(_nothing_found(model, out, found, head))
@@ -365,20 +369,30 @@ def _intervene(model: nn.Module, x: Tensor, call: _Call) -> _Reading | str:
         return f"computes in {str(others.pop()).removeprefix('torch.')}, not in float32"
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randn(call.answer.shape, generator=generator).to(call.answer)
-    more = "is followed by more than pooling, scaling or a softmax"
     with _hooked({call.module: lambda *_: numbers.clone()}):
         out = model(x)
         reading = _read(_tokens(numbers, call.module), out)
         if reading is None and _off(model(x.flip(0)), out) <= TOLERANCE:
-            return more
+            return MORE
         if reading is None or (reading.shift is not None and _moves(model, x)):
             return "makes only a part of the logits"
     for factor in FACTORS:
         scaled = factor * numbers
         with _hooked({call.module: lambda *_, scaled=scaled: scaled.clone()}):
             if not _off(model(x), reading.of(_tokens(scaled, call.module))) <= TOLERANCE:
-                return more
+                return MORE
     return reading
+
+
+def _after(model: nn.Module, x: Tensor, call: _Call) -> str:
+    """The layers that run after a layer in a pass, the first three of them."""
+    ran: list[nn.Module] = []
+    names = {module: name for name, module in model.named_modules() if not list(module.children())}
+    with _hooked({module: lambda module, *_: ran.append(module) for module in {**names, call.module: ""}}):
+        model(x)
+    later = [*dict.fromkeys(ran[ran.index(call.module) + 1 :])] if call.module in ran else []
+    more = ", ..." if len(later) > 3 else ""
+    return f" (then run {', '.join(f'{names[m]} ({_layer(m)})' for m in later[:3])}{more})" if later else ""
 
 
 def _moves(model: nn.Module, x: Tensor) -> bool:
@@ -491,6 +505,7 @@ def _nothing_found(model: nn.Module, out: Tensor, found: list[str], head: str | 
     advice = "name the layer with head= (--head), or evaluate the model whole (--whole)"
     classes = out.shape[1]
     if found:
+        advice = "evaluate the model whole (--whole), or name another layer with head= (--head)"
         return f"the logits ({classes} classes) can't be traced to one linear layer: {'; '.join(found[:4])}; {advice}"
     if head is not None:
         return f"layer {head!r} has no answer of {classes} classes in a pass; {advice}"

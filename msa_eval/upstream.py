@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from msa_eval import installed
+
 PINS = {
     "robustbench==1.1.1": "the release whose model definitions are tested here",
     "timm==1.0.9": "robustbench 1.1.1 asks for this very release; its models are built on timm's classes",
@@ -22,6 +24,14 @@ PINS = {
 }
 """The extra ``[robustbench]``, and why each pin stands."""
 
+EXCUSED = {
+    (
+        "torchattacks",
+        "requests",
+    ): "only its old copy of robustbench imports it",
+}
+"""Pairs of a package and one that it says it needs, and why it does without."""
+
 _INSTALL = "pip install 'msa-eval[robustbench]'"
 
 
@@ -29,11 +39,19 @@ def import_robustbench() -> ModuleType:
     """Import robustbench.
 
     Its ``eval.py`` imports a module ``autoattack``, which on PyPI is called ``pyautoattack``: that is put in its place
-    first, where there is none of that name.
+    first, where there is none of that name. The wheel of torchattacks 3.5.1 carries an old ``robustbench`` that is
+    written over this one, and imports without a word; so its files are held to its record first.
 
     Raises:
         ValueError: when it is not installed, or is not whole.
     """
+    if wrong := installed.wrong_with("robustbench"):
+        raise ValueError(
+            f"robustbench is not whole ({wrong}): another package has overwritten it, as torchattacks 3.5.1 does; "
+            f"'msa-eval doctor --fix' mends it"
+        )
+    if installed.find("robustbench") is None and (other := installed.stray("robustbench", "torchattacks")) is not None:
+        raise ValueError(f"robustbench is not installed ({other} is an old copy in torchattacks); {_remedy(None)}")
     import_torchvision()
     with _quietly():
         _alias("autoattack", "pyautoattack")
@@ -111,14 +129,9 @@ def _alias(name: str, real: str) -> None:
         sys.modules[f"{name}.state"] = importlib.import_module(f"{real}.state")
 
 
-def _remedy(error: ImportError) -> str:
-    if error.name == "pkg_resources":
+def _remedy(error: ImportError | None) -> str:
+    if error is not None and error.name == "pkg_resources":
         return f"it needs an older setuptools: pip install '{next(pin for pin in PINS if 'setuptools' in pin)}'"
-    if "robustbench" in sys.modules or (error.name or "").startswith("robustbench."):
-        return (
-            "another package may have overwritten it, as torchattacks 3.5.1 does: "
-            "pip install --force-reinstall --no-deps robustbench==1.1.1"
-        )
     return f"install it with: {_INSTALL}"
 
 

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.strangers import told
 
 T = TypeVar("T")
 
@@ -228,9 +229,9 @@ class Archive:
                 self._entries = _entries(opened.metadata() or {})
                 _check_tensors(opened, self._entries)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file ({error})") from error
+            raise ValueError(f"{self.path} is not a readable safetensors file ({told(error)})") from error
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise ValueError(f"{self.path}: {told(error)}") from error
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -251,7 +252,7 @@ class Archive:
             proof = _checked(Proof(**entry, **parts), clean)
             return _recode(proof, clean, functools.partial(_decode, ball=self._ball))
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{self.path}: proof {i}: {error}") from error
+            raise ValueError(f"{self.path}: proof {i}: {told(error)}") from error
 
 
 def _settle(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.targets import resolve
 
@@ -120,7 +120,8 @@ def audit(
         if beside is not None:
             plain = _audit("fc", beside, samples, protocol, {}, seed, device, limit, started, None)
             started = time.perf_counter()
-        return _audit("defense", defense, samples, protocol, surrogates or {}, seed, device, limit, started, plain)
+        own = {**brought_by(defense), **(surrogates or {})}
+        return _audit("defense", defense, samples, protocol, own, seed, device, limit, started, plain)
 
 
 def _audit(

@@ -39,7 +39,7 @@ from torch import Tensor
 
 import msa_eval
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.progress import Progress, silent
 from msa_eval.targets import resolve
@@ -73,7 +73,7 @@ def evaluate(
         fc: the plain classifier the defence was built on, evaluated beside it; its own ``fc_target`` by default, and
             ``False`` to leave it out.
         surrogates: more surrogates for the defence by name: functions ``(defense, features) -> logits``, or modules
-            from images to logits.
+            from images to logits. They come after those that the target brings in its attribute ``surrogates``.
         seed: of every attack; samples and batches have seeds of their own in the protocol.
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
@@ -105,12 +105,14 @@ def evaluate(
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        targets = _targets(target, fc, device)
+        brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
-            _targets(target, fc, device),
+            targets,
             samples,
             protocol=protocol,
             named=named,
-            own=surrogates or {},
+            own={**brought, **(surrogates or {})},
             seed=seed,
             device=device,
             out=None if out is None else Path(out),

@@ -248,7 +248,8 @@ class Entrant:
         if pool is None:
             budget = self.protocol.recombination
             assert budget is not None
-            return PursuitAttack(history.points, budget.sweeps, budget.passes if run.surrogate is not None else 0)
+            passes = budget.passes if run.surrogate is not None else 0
+            return PursuitAttack(history.points, budget.sweeps, passes, budget.classes)
         assert history.company is not None
         own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
         choice = self.protocol.composition

@@ -16,12 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from msa_eval.protocols import metrics
+from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.spec import CONTEXTS
+
+from msa_eval.strangers import check_inside, told
 
 SCHEMA_VERSION = 1
 TARGETS = ("defense", "fc")
+METRICS = ("clean", "paper", "realised", "worst_case")
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
+TRIMMED = ("attacks", "outcomes", "batches")
+"""Tables without which results can still be shown, in part."""
+
 ARCHIVE = "adversarial.safetensors"
 """The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
 NEW_ARCHIVE = f"new-{ARCHIVE}"
@@ -187,12 +193,18 @@ class Results:
             warnings.warn(f"{folder / FIGURES} is still of the results before; make the figures again", stacklevel=2)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Results:
-        """Read what `save` wrote.
+    def load(cls, folder: str | Path, *, trimmed: bool = False) -> Results:
+        """Read what `save` wrote; the files are taken for hostile.
+
+        Args:
+            folder: of the results.
+            trimmed: let tables of `TRIMMED` be missing; they come without rows then, but for ``batches``, which the
+                samples tell.
 
         Raises:
-            ValueError: when the folder holds no complete results of this schema, or they name a target or context that
-                there is not.
+            ValueError: when the folder holds no complete results of this schema, or a file is not as `save` wrote it:
+                a field of ``run.json`` or a column of a table is missing or of another type, or there is a target or
+                context that there is not.
         """
         folder = Path(folder)
         run = _read_run(folder)
@@ -200,16 +212,25 @@ class Results:
             raise ValueError(f"{folder} holds no complete results: there is no run.json")
         if run.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"{folder} has schema version {run.get('schema_version')}, but this release reads {SCHEMA_VERSION}"
+                f"{folder} has schema version {run.get('schema_version')!a:.20}, but this release reads "
+                f"{SCHEMA_VERSION}"
             )
-        try:
-            tables = {name: _read(folder / f"{name}.csv") for name in TABLES}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no complete results: {error}") from error
-        if (folder / "audit.csv").is_file():
-            tables["audit"] = _read(folder / "audit.csv")
-        for name, table in tables.items():
-            _check_known(f"{folder / name}.csv", table)
+        fields.check_run(str(folder / "run.json"), run)
+        tables = {}
+        for name in (*TABLES, "audit"):
+            path = folder / f"{name}.csv"
+            if not path.is_file() and (name == "audit" or (trimmed and name in TRIMMED)):
+                continue
+            try:
+                tables[name] = _read(path, name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{folder} holds no complete results: {error}") from error
+            _check_known(str(path), tables[name])
+        for name in set(TRIMMED) - set(tables):
+            of_samples = name == "batches"
+            seats = tables["samples"][["batch", "position", "index"]].drop_duplicates("index", ignore_index=True)
+            tables[name] = seats if of_samples else pd.DataFrame(columns=list(fields.COLUMNS[name]))
+        fields.check_together(str(folder), tables, METRICS)
         seconds = run.get("seconds_by_run", {})
         tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
         return cls(**tables, run=run)
@@ -263,10 +284,11 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / "run.json"
     if not path.is_file():
         return None
+    check_inside(path, folder)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable: {told(error)}") from error
     if not isinstance(run, dict):
         raise ValueError(f"{path} is not the run.json of an evaluation")
     return run
@@ -277,11 +299,16 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
     return [f"{row['target']}/{row['context']}/{row['run']}" for row in attacks.to_dict(orient="records")]
 
 
-def _read(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
-    for name in {"verdict", "reasons", "notes"} & set(table):  # no reasons, or notes, read as a missing number
-        table[name] = table[name].astype("string").fillna("").astype(object)
-    return table.astype({name: "Int64" for name in ("broken_at", "first_iterate") if name in table})
+def _read(path: Path, name: str) -> pd.DataFrame:
+    check_inside(path, path.parent)
+    try:
+        table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is no readable table: {told(error)}") from error
+    fields.check_table(str(path), name, table)
+    for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
+        table[column] = table[column].astype("string").fillna("").astype(object)
+    return table.astype({column: "Int64" for column in ("broken_at", "first_iterate") if column in table})
 
 
 def _check_known(name: str, table: pd.DataFrame) -> None:
@@ -293,7 +320,7 @@ def _check_known(name: str, table: pd.DataFrame) -> None:
     for column, known in (("target", TARGETS), ("context", CONTEXTS)):
         others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
         if others:
-            raise ValueError(f"{name} names the {column} {others[0]!r:.40}; expected one of {', '.join(known)}")
+            raise ValueError(f"{name} names the {column} {others[0]!a:.40}; expected one of {', '.join(known)}")
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
+from msa_eval.strangers import check_inside, told
+
 LIMIT = 12
 """So many samples are shown at most."""
 
@@ -152,7 +154,7 @@ def of_results(folder: str | Path, files: Mapping[str, Any]) -> list[Exhibit]:
         if GALLERY in files:
             raise ValueError(f"{GALLERY}, which run.json lists, is missing")
         return []
-    with path.open("rb") as opened:
+    with check_inside(path, path.parent).open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if files.get(GALLERY) != digest:
         raise ValueError(f"{GALLERY} is not of these results: it does not match the hash in run.json")
@@ -172,7 +174,7 @@ def read(path: str | Path) -> list[Exhibit]:
         with safe_open(path, framework="np") as opened:
             return _exhibits(opened)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not a readable gallery: {error}") from error
+        raise ValueError(f"{path.name} is not a readable gallery: {told(error)}") from error
 
 
 def _exhibits(opened: Any) -> list[Exhibit]:

@@ -1,32 +1,38 @@
 """Recombination and pursuit: every sample that stands gets a batch of its own, mixed from the points found so far.
 
-Any mixture of points of one ball is an adversarial batch. Which mixture serves against a sample is found from cached
-features, so it costs decisions and no passes. A pursuit goes on from there: a few steps that move the whole batch
-against that one sample, whose points are mixed anew.
+A pursuit goes on from a mixture: a few steps that move the whole batch against one sample, whose points are mixed
+anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM, best_offer, descend
-from msa_eval.protocols.contexts import Company
-from msa_eval.protocols.history import capacity
+from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM
+from msa_eval.protocols.mixer import Mixer
 from msa_eval.protocols.trial import Point, Trial
+from msa_eval.surrogates import FC_ORACLE, FROZEN_ASSIGNMENT
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 
-WIDTH = 48
-"""So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
-
 STEPS = 10
 """Of a pursuit against one sample, from a mixture of the points found so far."""
 
+GATHERING = 6
+"""Steps towards each class, to begin with."""
+
 STALLED = 0.9
 """A pursuit that leaves more than this share of the lead is followed by one from a random start."""
+
+SURE = 1 / 8
+"""An image is assigned safely where it leads by this share of the median clean FC margin."""
+
+Rise = Callable[[Tensor, list[Tensor]], Tensor]
+"""``(features, the surrogate's answers) -> ()``: what a step is to raise."""
 
 
 @dataclass(frozen=True)
@@ -38,132 +44,165 @@ class PursuitAttack:
         sweeps: how often, at first, each image of the batch is given another of its points, for each sample that
             stands.
         passes: of the whole batch, for steps; 0 for recombination alone.
+        classes: towards so many of them, by how many images are near, every image is moved first.
     """
 
     points: Sequence[Point]
     sweeps: int
     passes: int = 0
+    classes: int = 0
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the starting points; every batch put together is in the trial's record."""
-        mixer = _Mixer(trial, list(self.points), generator)
-        left = self.passes - mixer.recombine(sweeps=self.sweeps)
+        points, left = list(self.points), self.passes
+        if FC_ORACLE.applies(trial.target):
+            for number in self._classes(trial):
+                if left >= (GATHERING + 1) * trial.eot:
+                    left -= gather(trial, number, generator, points.append)
+        mixer = Mixer(trial, points, generator)
+        for _ in range(self.sweeps):
+            left -= mixer.recombine()
+        mixer.narrow()
+        pursuit = _Pursuit(mixer)
         turn, needed = 0, (STEPS + 1) * trial.eot + 1
-        while left >= needed and len(rows := mixer.standing()):
-            nearest = rows[mixer.lead[rows].argsort()]
-            for row in nearest[: -(-len(rows) // (1 + turn % 2))].tolist():  # every other turn, half of them
+        while left >= needed and len(rows := mixer.nearest_first()):
+            for row in rows[: -(-len(rows) // (1 + turn % 2))].tolist():  # every other turn, half of them
                 if left >= needed and mixer.stands(row):
-                    left -= mixer.pursue(row, turn)
-            left -= mixer.recombine(sweeps=1)
+                    left -= pursuit(row, turn)
+            left -= mixer.recombine()
             turn += 1
         return trial.start.x
 
+    def _classes(self, trial: Trial) -> list[int]:
+        """The classes that most images have as their label or next to it."""
+        logits, y = trial.batch.logits, trial.batch.y
+        next_to = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(dim=1)
+        many = torch.bincount(torch.cat([y, next_to]), minlength=logits.shape[1])
+        order: list[int] = many.argsort(descending=True, stable=True).tolist()
+        return order[: self.classes]
 
-class _Mixer:
-    """The points of a batch's images, and for each sample the mixture that serves best against it.
 
-    ``chosen`` ``(B, B)`` holds, for each sample, which point each image of the batch is at, ``lead`` ``(B,)`` what the
-    label still leads by in that mixture, and ``before`` ``(B,)`` what it led by when it was last pursued from there.
+def gather(trial: Trial, number: int, generator: torch.Generator, keep: Callable[[Point], object]) -> int:
+    """Move every image from a random start to where it is assigned to one class, as surely as may be; passes made."""
+    target: Any = trial.target
+    y = torch.full_like(trial.batch.y, number)
+    start = trial.ball.random(trial.batch.x, generator)
+    return _climb(trial, start, GATHERING, lambda z, _: -margin(target.fc_logits(z), y).sum(), keep)
+
+
+class _Pursuit:
+    """Steps of the whole batch against one sample at a time, towards one class.
+
+    ``before`` holds what a sample led a class by when it was last pursued from there.
     """
 
-    def __init__(self, trial: Trial, points: list[Point], generator: torch.Generator) -> None:
-        self.trial, self.points, self.generator = trial, points, generator
-        self.y = trial.batch.y
-        self._capacity = capacity(trial.batch.x)
-        with torch.no_grad():
-            leads = torch.stack([-margin(trial.target.logits(point.z).float(), self.y) for point in points])
-        lowest = leads.min(dim=0)
-        self.lead = lowest.values
-        self.chosen = lowest.indices.unsqueeze(1).repeat(1, len(self.y))
-        self.before = torch.full_like(self.lead, torch.inf)
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer, self.trial = mixer, mixer.trial
+        self.before: dict[tuple[int, int], float] = {}
 
-    def stands(self, row: int) -> bool:
-        return bool((self.trial.counted & self.trial.batch.correct & ~self.trial.broken)[row])
-
-    def standing(self) -> Tensor:
-        return (self.trial.counted & self.trial.batch.correct & ~self.trial.broken).nonzero().flatten()
-
-    def recombine(self, *, sweeps: int) -> int:
-        """Mix the points anew against each sample that stands, and pass what seems to break it; passes made."""
-        for _ in range(sweeps):
-            self._sweep(self.standing())
-        passed = 0
-        for row in self.standing().tolist():
-            if self.stands(row) and self.lead[row] <= 0:
-                self.trial.judge(self._mixture(row))
-                passed += 1
-        return passed
-
-    def pursue(self, row: int, turn: int) -> int:
+    def __call__(self, row: int, turn: int) -> int:
         """Move the whole batch against one sample; its points join the others; passes made.
 
         It starts from the mixture, or at random where the last pursuit from there gained little: mixtures around one
-        start end in the same place again and again.
+        start end in the same place again and again. Two turns in four every image has a role of its own; the others
+        follow the surrogates.
         """
-        trial, ball = self.trial, self.trial.ball
-        anew = bool(self.lead[row] > STALLED * self.before[row])
-        self.before[row] = torch.inf if anew else self.lead[row]
-        point = ball.random(trial.batch.x, self.generator) if anew else self._mixture(row)
-        momentum = torch.zeros_like(trial.batch.x)
-        for step in range(STEPS + 1):
-            point = point.detach().requires_grad_(step < STEPS)
-            with torch.set_grad_enabled(step < STEPS):
-                answers = [trial(point) for _ in range(trial.eot)]
-            self._add(trial.latest)
+        mixer, trial = self.mixer, self.trial
+        order = mixer.lead[row].argsort()
+        aim = int(order[turn % len(order)])
+        toward, lead = int(mixer.aims[row, aim]), float(mixer.lead[row, aim])
+        anew = lead > STALLED * self.before.get((row, toward), torch.inf)
+        self.before[row, toward] = torch.inf if anew else lead
+        mixture = mixer.mixture(row, aim)
+        start = trial.ball.random(trial.batch.x, mixer.generator) if anew else mixture.x
+        y = int(trial.batch.y[row])
+
+        def follow(_: Tensor, answers: list[Tensor]) -> Tensor:
+            logits = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
+            return torch.stack([answer[row, toward] - answer[row, y] for answer in logits]).sum()
+
+        def keep(point: Point) -> bool:
+            mixer.add(point)
             if anew:
-                self.chosen[row] = len(self.points) - 1
-            if step == STEPS or not self.stands(row):
-                return (step + 1) * trial.eot
-            followed = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
-            rise = torch.stack([margin(logits, self.y)[row] for logits in followed]).sum()
-            (gradient,) = torch.autograd.grad(rise, point)
-            momentum = MOMENTUM * momentum + ball.unit(gradient)
-            length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
-            point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
-        raise AssertionError("the last step returns")
+                mixer.chosen[row, aim] = len(mixer.points) - 1
+            return not mixer.stands(row)
 
-    def _add(self, point: Point) -> None:
-        """Keep a point; where there is no more room, the oldest that serves in no mixture gives way."""
-        self.points.append(point)
-        used = torch.zeros(len(self.points), dtype=torch.bool)
-        used[-1] = True
-        used[self.chosen[self.standing()].flatten().cpu()] = True
-        if len(self.points) > self._capacity and not bool(used.all()):
-            oldest = int((~used).nonzero()[0])
-            del self.points[oldest]
-            self.chosen = self.chosen - (self.chosen > oldest).to(self.chosen)
+        cast = turn % 4 < 2 and FC_ORACLE.applies(trial.target) and FROZEN_ASSIGNMENT.applies(trial.target)
+        rise = roles(trial, mixture.z, row, toward) if cast else follow
+        return _climb(trial, start, STEPS, rise, keep)
 
-    def _mixture(self, row: int) -> Tensor:
-        """The batch ``(B, C, H, W)`` mixed against a sample."""
-        return torch.stack([self.points[int(p)].x[j] for j, p in enumerate(self.chosen[row])])
 
-    def _sweep(self, rows: Tensor) -> None:
-        """Give each row itself, and then each image of its batch in turn, the point that serves best against it."""
-        size, n = len(self.y), len(rows)
-        if not n or size < 2:
-            return
-        target = self.trial.target
-        pool = torch.cat([point.z for point in self.points])  # point p of image j lies at p * size + j
-        images = torch.arange(size, device=rows.device)
-        others = images.expand(n, -1)[images != rows.unsqueeze(1)].view(n, -1)
-        company = Company(pool, self.chosen[rows].gather(1, others) * size + others, rows)
+def roles(trial: Trial, mixture: Tensor, row: int, toward: int) -> Rise:
+    """What each image of a batch is to do against one sample.
 
-        now = (self.chosen[rows, rows] * size + rows).unsqueeze(1)
-        offers = torch.cat([now, self._tried() * size + rows.unsqueeze(1)], dim=1)
-        own, _ = best_offer(target, pool[now.squeeze(1)], self.y[rows], company, offers, place=None)
+    Companions assigned to the class aimed at stay there and draw its prototype to the sample. All others go into the
+    label's class and draw its prototype away, each as far as it can without leaving. The sample itself moves against
+    the rest of the mixture. Through a softmax the same gradient would hardly reach an image of a third class, and
+    nothing would hold one in the class whose prototype it moves.
 
-        def candidates(place: int, now: Company) -> Tensor:
-            return self._tried() * size + others[:, place : place + 1]
+    Args:
+        trial: of a target that assigns by FC logits.
+        mixture: features ``(B, ...)``.
+        row: the sample.
+        toward: the class aimed at.
+    """
+    target: Any = trial.target
+    y = int(trial.batch.y[row])
+    sure = SURE * _median_margin(target.fc_logits(trial.batch.z))
+    scale = _median_margin(trial.batch.logits)
+    assigned = target.fc_logits(mixture).argmax(dim=1)
+    companion = torch.arange(len(assigned), device=assigned.device) != row
 
-        places = torch.randperm(size - 1, generator=self.generator).tolist()
-        company, lead = descend(target, pool[own], self.y[rows], company, places=places, candidates=candidates)
-        chosen = self.chosen[rows].scatter(1, others, torch.div(company.index, size, rounding_mode="floor"))
-        chosen[torch.arange(n, device=rows.device), rows] = torch.div(own, size, rounding_mode="floor")
-        self.chosen[rows], self.lead[rows] = chosen, lead
+    def rise_of(z: Tensor) -> Tensor:
+        logits = FROZEN_ASSIGNMENT.logits(target, z)
+        return (logits[row, toward] - logits[row, y]) / scale
 
-    def _tried(self) -> Tensor:
-        """Numbers of the points to try ``(w,)``: all that there are, or a few."""
-        many = len(self.points)
-        if hasattr(self.trial.target, "logits_with"):
-            return torch.arange(many, device=self.y.device)
-        return torch.randperm(many, generator=self.generator)[:WIDTH].to(self.y.device)
+    with torch.enable_grad():
+        leaf = mixture.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(rise_of(leaf), leaf)
+    stays = assigned == toward
+    classes = torch.where(stays, toward, y)
+    # The prototype of a class moves with the mean of those in it, so all of them are drawn the same way.
+    pulls = {k: slope[companion & (assigned == k)].sum(dim=0) for k in (y, toward)}
+    pull = torch.where(_like(stays, mixture), pulls[toward], pulls[y])
+
+    def rise(z: Tensor, _: list[Tensor]) -> Tensor:
+        inside = -margin(target.fc_logits(z), classes) / sure
+        parts = inside.clamp(max=1) + (z * pull).flatten(1).sum(dim=1)
+        own = torch.where(_like(companion, mixture), mixture, z)
+        return parts[companion].sum() + rise_of(own)
+
+    return rise
+
+
+def _climb(trial: Trial, start: Tensor, steps: int, rise: Rise, keep: Callable[[Point], object]) -> int:
+    """Steps with momentum, their length falling from ε to nearly nothing; passes made.
+
+    Args:
+        trial: the trial.
+        start: points ``(B, C, H, W)``.
+        steps: how many.
+        rise: what to raise.
+        keep: called with each point; ends the climb where it returns true.
+    """
+    ball, point, momentum = trial.ball, start, torch.zeros_like(start)
+    for step in range(steps + 1):
+        point = point.detach().requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            answers = [trial(point) for _ in range(trial.eot)]
+            climbs = rise(trial.attached, answers) if step < steps else None
+        if keep(trial.latest) or climbs is None:
+            return (step + 1) * trial.eot
+        (gradient,) = torch.autograd.grad(climbs, point)
+        momentum = MOMENTUM * momentum + ball.unit(gradient)
+        length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (steps - 1))
+        point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
+    raise AssertionError("the last step returns")
+
+
+def _median_margin(logits: Tensor) -> Tensor:
+    return margin(logits.float(), logits.argmax(dim=1)).abs().median().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _like(mask: Tensor, z: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (z.ndim - 1))

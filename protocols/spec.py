@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
 from msa_eval.peers import library_of
+from msa_eval.strangers import told
 
 T = TypeVar("T")
 
@@ -154,6 +155,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.spsa.restarts": _whole(1),
     "attack.recombination.sweeps": _whole(1),
     "attack.recombination.passes": _whole(0),
+    "attack.recombination.classes": _whole(0),
     "attack.recombination.runs": _runs,
     "attack.recombination.steps": _whole(1),
     "attack.peers": _peers,
@@ -273,6 +275,7 @@ class RecombinationBudget:
     Attributes:
         sweeps: how often each image of the batch is given another of its points, for each sample that stands.
         passes: of a batch, for a pursuit: steps from a mixture against one sample at a time. 0 for none.
+        classes: towards so many of them every image is moved first, from these passes, to be assigned there.
         runs: what gathers the points, each run on its own, in place of those of ``attack.apgd``; by default those
             are made, and recombined after the last.
         steps: of each of these runs; by default as many as in ``attack.apgd``.
@@ -280,6 +283,7 @@ class RecombinationBudget:
 
     sweeps: int = 2
     passes: int = 0
+    classes: int = 0
     runs: tuple[RunSpec, ...] = ()
     steps: int | None = None
 
@@ -399,6 +403,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+MISTAKES = 20
+"""So many mistakes in a protocol are told; the others are counted."""
+
+
 def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Protocol:
     """Read a protocol.
 
@@ -421,8 +429,8 @@ def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = N
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable TOML file: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable TOML file: {told(error)}") from error
     return make_protocol(content, overrides=overrides, source=str(source))
 
 
@@ -441,19 +449,20 @@ def make_protocol(
     mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
     for key, value in values.items():
         if value == {}:
-            mistakes.append(f"the table [{key}] is empty; give at least one of its keys, or leave it out")
+            mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in _KEYS:
             close = difflib.get_close_matches(key, _KEYS, n=1)
-            mistakes.append(f"unknown key {key}" + (f" (did you mean {close[0]}?)" if close else ""))
+            mistakes.append(f"unknown key {told(key)}" + (f" (did you mean {close[0]}?)" if close else ""))
             continue
         try:
             parsed[key] = _KEYS[key](value)
         except ValueError as error:
-            mistakes.append(f"{key}: expected {error}, but got {value!r}")
+            mistakes.append(f"{key}: expected {error}, but got {told(repr(value))}")
     mistakes += _contradictions(values)
     if mistakes:
-        raise ValueError(f"{source}: " + "; ".join(mistakes))
+        more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""
+        raise ValueError(f"{source}: " + "; ".join(mistakes[:MISTAKES]) + more)
     return Protocol(
         name=parsed["name"],
         version=parsed["version"],

@@ -224,6 +224,7 @@ class Trial:
         self._findings: list[Finding] = []
         self._trail: list[Point] = []
         self.latest = self.start
+        self.attached = self.start.z
         kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
         self._kept = self._proposed = _Answered(self.start, kept)
 
@@ -263,6 +264,7 @@ class Trial:
         Those of an ensemble are ``(S, B, k)``, a slice a member.
         """
         z, logits = self._pass(x)
+        self.attached = z
         self._calls += 1
         if self._calls % self.eot == 0:
             self._iterate += 1

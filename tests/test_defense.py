@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import make_classifier, make_hpm
+from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval import WholeModel, as_defense
-from msa_eval.defense import check_trunk, decide, looks_batch_dependent, modules_of, without_weight_gradients
+from msa_eval import WholeModel, as_defense, evaluate
+from msa_eval.defense import (
+    brought_by,
+    check_trunk,
+    decide,
+    looks_batch_dependent,
+    modules_of,
+    without_weight_gradients,
+)
 
 
 class Custom:
@@ -133,3 +141,60 @@ def test_a_model_in_training_mode_is_refused() -> None:
     custom.trunk.train()
     with pytest.raises(ValueError, match=r"call \.eval\(\)"), without_weight_gradients(custom):
         pass
+
+
+class _Rounding(nn.Module):
+    """Its own gradient is zero; what it brings has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = make_classifier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(x.round())
+
+    def smooth(self, x: Tensor) -> Tensor:
+        return self.classifier(x)
+
+    surrogates: Any = {"smooth": smooth}  # noqa: RUF012 - as a user writes it
+
+
+def test_a_module_brings_surrogates_of_its_own_images() -> None:
+    model = _Rounding().eval()
+    x = torch.rand(4, 3, 2, 2)
+    whole = as_defense(model)
+    assert torch.equal(brought_by(whole)["smooth"](whole, x), model.smooth(x))
+    samples = make_samples(model.classifier)
+    results = evaluate(model, samples, protocol="quick", overrides={"attack.square.queries": 5})
+    assert {"ste", "smooth"} <= set(results.attacks["surrogate"])
+    given = evaluate(
+        model, samples, protocol="quick", overrides={"attack.square.queries": 5},
+        surrogates={"smooth": lambda defense, x: model.classifier(x)},
+    )  # fmt: skip
+    assert results.summary["value"].tolist() == given.summary["value"].tolist()
+
+
+def test_a_trunks_surrogate_gets_the_defence_and_its_features() -> None:
+    class Halved:
+        def __init__(self) -> None:
+            self.classifier = make_classifier()
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.classifier.features(x)
+
+        def logits(self, z: Tensor) -> Tensor:
+            return self.classifier.logits(z).round()
+
+        surrogates: Any = {"soft": lambda defense, z: defense.classifier.logits(z)}  # noqa: RUF012
+
+    defense = Halved()
+    results = evaluate(defense, make_samples(defense.classifier), protocol="quick", overrides={"samples.limit": 12})
+    assert "soft" in set(results.attacks["surrogate"])
+
+
+@pytest.mark.parametrize("brought", [[], {"soft": 3}, {3: abs}])
+def test_what_is_brought_must_be_functions_by_name(brought: Any) -> None:
+    model = _Rounding().eval()
+    model.surrogates = brought
+    with pytest.raises(ValueError, match="surrogate"):
+        evaluate(model, make_samples(model.classifier), protocol="quick")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from msa_eval.protocols.trial import Batch
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples
+from msa_eval.defense import decide
 
 
 class LinearTrunk(nn.Module):
@@ -56,3 +58,11 @@ def make_hpm(classes: int = 4, *, seed: int = 0) -> HPM:
         z = hpm.features(x)
         hpm.start_prototypes(z, hpm.fc_logits(z).argmax(dim=1))
     return hpm
+
+
+def make_batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
+    """Samples of `make_samples` as one clean batch, with the target's answer."""
+    samples = make_samples(hpm, count, seed=seed)
+    with torch.no_grad():
+        z = hpm.features(samples.x)
+    return Batch(0, samples.x, samples.y, z, decide(hpm, z))

@@ -14,6 +14,7 @@ from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.compare import compare
 from msa_eval.cli.crosscheck import crosscheck
 from msa_eval.cli.demo import demo
+from msa_eval.cli.doctor import doctor
 from msa_eval.cli.entry import entry
 from msa_eval.cli.evaluate import evaluate
 from msa_eval.cli.figures import figures
@@ -63,6 +64,7 @@ main.add_command(batch_sizes)
 main.add_command(compare)
 main.add_command(crosscheck)
 main.add_command(demo)
+main.add_command(doctor)
 main.add_command(entry)
 main.add_command(evaluate)
 main.add_command(figures)

@@ -15,11 +15,14 @@ import click
 def compare(results: tuple[Path, ...], out: Path) -> None:
     """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page."""
     from msa_eval.report.comparison import compare as compare_results
-    from msa_eval.report.comparison import load_all, render_comparison
+    from msa_eval.report.comparison import load_all, name_all, render_comparison
+    from msa_eval.report.exhibits import pictures_of
     from msa_eval.report.page import check_page
     from msa_eval.report.sidebyside import write_comparison
 
     check_page(out)
     comparison = compare_results(load_all(results))
     click.echo(render_comparison(comparison))
-    click.echo(f"\npage in {write_comparison(comparison, out)}")
+    pictures = {name: pictures_of(path, comparison.results[name]) for name, path in name_all(results).items()}
+    path = write_comparison(comparison, out, pictures)
+    click.echo(f"\npage in {path}, {path.stat().st_size / 1000:.0f} kB")

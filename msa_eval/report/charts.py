@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -54,12 +54,46 @@ class Chart:
         return self.draw(self.data)
 
 
+class Kind(NamedTuple):
+    """A kind of figure.
+
+    Attributes:
+        name: of its section and files.
+        title: in a few words.
+        caption: how to read it.
+        needs: tables without which there is none.
+        frame: what it shows.
+        draw: the figure of that.
+        tell: it in words.
+    """
+
+    name: str
+    title: str
+    caption: str
+    needs: tuple[str, ...]
+    frame: Callable[[Results, str], pd.DataFrame]
+    draw: Callable[[pd.DataFrame], Figure]
+    tell: Callable[[pd.DataFrame], str]
+
+    def chart(self, results: Results, context: str) -> Chart | str:
+        """The figure of an evaluation in a context, or a clause why there is none."""
+        if lacking := frames.lacking(results, context, *self.needs):
+            return lacking
+        data = self.frame(results, context)
+        if data.empty:
+            return "all runs search among points of others"
+        return Chart(
+            f"{self.name}-{context}", self.name, context, self.title, self.caption, self.tell(data), data, self.draw
+        )
+
+
 def charts(results: Results) -> Iterator[Chart]:
     """All figures of an evaluation, in the page's order: one kind after another, in every context."""
-    for kind, title, caption, frame, draw, tell in _KINDS:
+    for kind in KINDS:
         for context in frames.contexts_of(results):
-            data = frame(results, context)
-            yield Chart(f"{kind}-{context}", kind, context, title, caption, tell(data), data, draw)
+            made = kind.chart(results, context)
+            if isinstance(made, Chart):
+                yield made
 
 
 def percent(value: float) -> str:
@@ -335,7 +369,7 @@ def draw_agreement(data: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(axis="x")
             axes.set_title(NAMES[target], loc="left", color=COLOURS[target], fontweight="bold")
-        panels[-1].set_xlabel("samples broken (dark: by this run alone)")
+        panels[-1].set_xlabel("samples broken (dark: alone)")
     return figure
 
 
@@ -458,40 +492,40 @@ def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-_KINDS = (
-    (
+KINDS = (
+    Kind(
         "waterfall", "From clean to worst case",
         "Each run takes away the samples that it breaks and none before it had. What is left is the worst case.",
-        frames.waterfall, draw_waterfall, tell_waterfall,
+        ("attacks",), frames.waterfall, draw_waterfall, tell_waterfall,
     ),
-    (
+    Kind(
         "transfer", "Surrogate × loss",
         "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
         "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
         "not excepted. Where the target is well above its surrogate, the points do not transfer. In a cascade a run "
         "starts from the best points so far, so its final includes what earlier runs broke. Recombination, pursuit, "
         "composition and overtime search among points of several runs and are left out.",
-        frames.transfer, draw_transfer, tell_transfer,
+        ("attacks",), frames.transfer, draw_transfer, tell_transfer,
     ),
-    (
+    Kind(
         "spending", "Worst case against passes",
         "A pass is one image through the trunk. A curve that still falls at its end says that more passes would break "
         "more.",
-        frames.budget, draw_spending, tell_spending,
+        ("attacks", "outcomes"), frames.budget, draw_spending, tell_spending,
     ),
-    (
+    Kind(
         "classes", "Class by class", "Bars are Wilson 95 % intervals of the worst case.",
-        frames.per_class, draw_classes, tell_classes,
+        (), frames.per_class, draw_classes, tell_classes,
     ),
-    (
+    Kind(
         "agreement", "Agreement between runs",
         "Of the samples right on their clean batch: how many each run broke itself at some iterate, and how many of "
         "them no other run broke. Where a run starts from the best points so far, as in a cascade, what had fallen "
         "before and is wrong at its start (iterate 0) does not count as broken by it.",
-        frames.agreement, draw_agreement, tell_agreement,
+        ("attacks", "outcomes"), frames.agreement, draw_agreement, tell_agreement,
     ),
-    (
+    Kind(
         "batches", "Batch by batch", "Every verdict is given in the batch of the plan.",
-        frames.seating, draw_batches, tell_batches,
+        (), frames.seating, draw_batches, tell_batches,
     ),
 )  # fmt: skip

@@ -14,12 +14,11 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import binomtest
 
-from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.evidence import METRICS, Results
 from msa_eval.protocols.metrics import Z_95
 from msa_eval.report import frames
 from msa_eval.report.charts import percent
 from msa_eval.report.style import NAMES
-from msa_eval.report.text import METRICS
 
 KEYS = ("target", "context", "metric", "index")
 """What a row of `Comparison.right` is about; no evaluation can have such a name."""
@@ -78,7 +77,8 @@ class Comparison:
         results: by name; the first is what the others are held against.
         table: a row a name, target, context and metric: ``value``, ``low``, ``high``, ``n``, and for all but the first
             name the fields of `Paired` (the interval's ends as ``difference_low`` and ``difference_high``).
-        right: a row a sample, target, context and metric, a column a name: whether it counts as right.
+        right: a row a sample, target, context and metric, a column a name: whether it counts as right; missing where
+            the evidence does not say.
         notes: in what the evaluations differ, in sentences.
     """
 
@@ -88,14 +88,23 @@ class Comparison:
     notes: Sequence[str]
 
 
-def load_all(folders: Sequence[str | Path]) -> dict[str, Results]:
-    """Read several results, named by their folders; by more of the path where names are alike or one of `KEYS`."""
+def name_all(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """Name several results by their folders; by more of the path where names are alike or one of `KEYS`.
+
+    Raises:
+        ValueError: when a folder is given twice.
+    """
     paths = [Path(folder) for folder in folders]
     for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
         names = ["/".join(path.resolve().parts[-parts:]) for path in paths]
         if len(set(names)) == len(names) and not set(names) & set(KEYS):
-            return {name: Results.load(path) for name, path in zip(names, paths, strict=True)}
+            return dict(zip(names, paths, strict=True))
     raise ValueError("the same folder is given twice; give each results folder once")
+
+
+def load_all(folders: Sequence[str | Path]) -> dict[str, Results]:
+    """Read several results, named as by `name_all`; tables may be missing, see `Results.load`."""
+    return {name: Results.load(path, trimmed=True) for name, path in name_all(folders).items()}
 
 
 def compare(results: Mapping[str, Results]) -> Comparison:
@@ -128,7 +137,7 @@ def compare(results: Mapping[str, Results]) -> Comparison:
                 masks.append(right.assign(target=target, context=context, metric=metric).reset_index())
                 rows += [_row(results[name], name, base, target, context, metric, right) for name in results]
     right = pd.concat(masks, ignore_index=True)[[*KEYS, *results]]
-    notes = [*_left_out(results, shared, targets), *_notes(results)]
+    notes = [*_left_out(results, shared, targets), *_unpaired(results, shared), *_notes(results)]
     return Comparison(results, pd.DataFrame(rows), right, notes)
 
 
@@ -140,7 +149,9 @@ def _row(
     row |= {key: number[key] for key in ("value", "low", "high", "n")}
     if name == base:
         return row
-    found = paired(right[base].to_numpy(), right[name].to_numpy())
+    if right[[base, name]].isna().any(axis=None):
+        return row
+    found = paired(*(right[one].to_numpy(bool) for one in (base, name)))
     return row | {
         "difference": found.difference, "difference_low": found.low, "difference_high": found.high,
         "lost": found.lost, "gained": found.gained, "p": found.p,
@@ -154,6 +165,8 @@ def _right(results: Results, target: str, context: str, metric: str) -> pd.Serie
         columns = {"clean": "clean_correct", "realised": "committed_right", "worst_case": "robust"}
         held: pd.Series = samples[columns[metric]].astype(bool)
         return held
+    if frames.lacking(results, context, "attacks", "outcomes"):
+        return pd.Series(pd.NA, index=samples.index, dtype="boolean")
     attacks = frames.pick(results.attacks, target, context)
     lowest = attacks["run"].iloc[int(np.argmin(attacks["final"].to_numpy()))]
     outcomes = frames.pick(results.outcomes, target, context)
@@ -192,6 +205,35 @@ def _left_out(results: Mapping[str, Results], contexts: Sequence[str], targets: 
     return [f"Not all have them, so these are left out: {'; '.join(lacking)}."] if lacking else []
 
 
+def _unpaired(results: Mapping[str, Results], contexts: Sequence[str]) -> list[str]:
+    """Whose evidence does not say which samples the paper's number counts as right, in sentences."""
+    whose: dict[str, list[str]] = {}
+    for name, one in results.items():
+        reasons = (frames.lacking(one, context, "attacks", "outcomes") for context in contexts)
+        whose.setdefault(next(filter(None, reasons), ""), []).append(name)
+    return [f"The paper's number of {' and '.join(held)} is not paired: {why}." for why, held in whose.items() if why]
+
+
+def only_one(comparison: Comparison, target: str, context: str) -> pd.DataFrame:
+    """The samples that one evaluation alone broke: right on its clean batch, broken there, robust in all others.
+
+    Returns:
+        ``results`` (a name), ``index`` and ``label``.
+    """
+    rows: list[tuple[str, int, object]] = []
+    tables = {
+        name: frames.pick(one.samples, target, context).set_index("index").sort_index()
+        for name, one in comparison.results.items()
+    }
+    robust = pd.DataFrame({name: table["robust"] for name, table in tables.items()})
+    for name, table in tables.items():
+        alone = table["clean_correct"] & ~table["robust"] & robust.drop(columns=name).all(axis=1)
+        rows += [
+            (name, int(index), label) for index, label in zip(table.index[alone], table["label"][alone], strict=True)
+        ]
+    return pd.DataFrame(rows, columns=["results", "index", "label"])
+
+
 def _notes(results: Mapping[str, Results]) -> list[str]:
     runs = [one.run for one in results.values()]
     notes = []
@@ -222,7 +264,7 @@ def render_comparison(comparison: Comparison) -> str:
         lines = {}
         for row in rows.to_dict(orient="records"):
             value = f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"
-            other = row["name"] != base
+            other = row["name"] != base and not math.isnan(row["difference"])
             lines[row["metric"], row["name"]] = {
                 "accuracy": value,
                 "difference": f"{points(row['difference'])} "

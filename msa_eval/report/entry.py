@@ -54,9 +54,9 @@ def robustbench_entry(
     verdict = run.get("verdicts", {}).get(target, {}).get("verdict", run["verdict"])
     changed = ", modified" if protocol["modified"] else ""
     footnote = (
-        f"Evaluated with msa-eval {run['msa_eval']}, protocol {protocol['name']} v{protocol['version']}{changed} "
-        f"({values['threat']['norm']}, context {context}): worst case over all verified adversarial batches of "
-        f"{worst['n']} samples in {run['batches']['count']} batches, 95 % interval "
+        f"Evaluated with msa-eval {run.get('msa_eval', '')}, protocol {protocol['name']} v{protocol['version']}"
+        f"{changed} ({values['threat']['norm']}, context {context}): worst case over all verified adversarial batches "
+        f"of {worst['n']} samples in {run['batches']['count']} batches, 95 % interval "
         f"[{_percent(worst['low'])}, {_percent(worst['high'])}]; lowest accuracy of a single run "
         f"{_percent(numbers['paper']['value'])}; verdict: {verdict}."
     )

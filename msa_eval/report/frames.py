@@ -10,6 +10,7 @@ import pandas as pd
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
 from msa_eval.protocols.spec import StochasticBudget
+from msa_eval.report.style import NAMES
 
 AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")
 """Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
@@ -35,6 +36,36 @@ def number(results: Results, target: str, context: str, metric: str) -> pd.Serie
     rows = pick(results.summary, target, context)
     found: pd.Series = rows[rows["metric"] == metric].iloc[0]
     return found
+
+
+def lacking(results: Results, context: str, *tables: str) -> str:
+    """Why there is less to show of a context than there could be: which rows the evidence does not hold.
+
+    Args:
+        results: of an evaluation.
+        context: what the attacker controls.
+        tables: that are needed, ``attacks`` before ``outcomes``.
+
+    Returns:
+        a clause, empty where all rows are there.
+    """
+    for table in tables:
+        held = getattr(results, table)
+        if held.empty:
+            return f"there is no {table}.csv"
+        for target in targets_of(results):
+            rows = pick(held, target, context)
+            if rows.empty:
+                return f"{table}.csv has no rows of the {NAMES[target]} in the context {context}"
+            if table == "outcomes" and not _every_run(results, rows, target, context):
+                return f"outcomes.csv has not every run of the {NAMES[target]} in the context {context}"
+    return ""
+
+
+def _every_run(results: Results, outcomes: pd.DataFrame, target: str, context: str) -> bool:
+    samples, attacks = (pick(table, target, context) for table in (results.samples, results.attacks))
+    known = outcomes["run"].isin(attacks["run"]) & outcomes["index"].isin(samples["index"])
+    return bool(known.all()) and len(outcomes) == len(attacks) * len(samples)
 
 
 def waterfall(results: Results, context: str) -> pd.DataFrame:

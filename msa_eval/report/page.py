@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import itertools
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from PIL import Image
 
 import msa_eval
-from msa_eval.protocols import gallery
-from msa_eval.protocols.evidence import GALLERY, PAGE, Results
+from msa_eval.protocols.evidence import METRICS, PAGE, Results
 from msa_eval.report import frames
-from msa_eval.report.charts import Chart, charts, percent
+from msa_eval.report.charts import KINDS, Kind, percent
 from msa_eval.report.comparison import points, told_p
+from msa_eval.report.exhibits import NONE, Pictures, exhibits, pictures_of
 from msa_eval.report.inline import csv_link, inline_svg, script_json
+from msa_eval.report.samples import sample_table
 from msa_eval.report.style import NAMES
-from msa_eval.report.text import METRICS
 
 MEANINGS = {
     "clean": "on the clean batch",
@@ -50,9 +48,6 @@ SECTIONS = (
     ("classes", "Classes"), ("agreement", "Agreement"), ("gallery", "Broken samples"), ("batches", "Batches"),
     ("samples", "Samples"), ("provenance", "Provenance"),
 )  # fmt: skip
-SHOWN, EXACT = 128, 64
-"""Pictures are scaled down to so many pixels; small ones are shown pixel by pixel."""
-
 LISTED = 100
 """So many samples are listed of those that one run alone broke; the rest is in the data."""
 
@@ -61,22 +56,17 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of the results in a folder; the same evidence gives the same bytes.
 
     Args:
-        folder: of the results.
+        folder: of the results; what needs a table that is missing there is left out.
         out: the file; ``report.html`` in the folder by default.
 
     Raises:
-        ValueError: when there are no complete results, or ``out`` is no place for a page.
+        ValueError: when there are no results, or ``out`` is no place for a page.
         OSError: when the file can't be written.
     """
     folder = Path(folder)
     path = check_page(folder / PAGE if out is None else Path(out))
-    results = Results.load(folder)
-    pictures: Sequence[gallery.Exhibit] | str = "This run kept no pictures."
-    try:
-        pictures = gallery.of_results(folder, results.run.get("files", {})) or pictures
-    except ValueError as error:
-        pictures = f"There are no pictures: {error}."
-    write_whole(path, render_page(results, pictures))
+    results = Results.load(folder, trimmed=True)
+    write_whole(path, render_page(results, pictures_of(folder, results)))
     return path
 
 
@@ -104,7 +94,7 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def render_page(results: Results, pictures: Sequence[gallery.Exhibit] | str = "This run kept no pictures.") -> str:
+def render_page(results: Results, pictures: Pictures = NONE) -> str:
     """The page as HTML.
 
     Args:
@@ -112,48 +102,111 @@ def render_page(results: Results, pictures: Sequence[gallery.Exhibit] | str = "T
         pictures: of broken samples, or why there are none.
     """
     run = results.run
-    targets = frames.targets_of(results)
-    protocol = run["protocol"]
-    script = source("samples.js")
-    plan, found_in = results.batches.groupby("batch").size(), frames.contexts_of(results)
+    targets, found_in = frames.targets_of(results), frames.contexts_of(results)
+    one = evaluation(results, found_in) | {"gallery": exhibits(results, pictures)}
     return render(
         "report.jinja",
-        title=f"{_kind(run)} on {run['data']['name']}, protocol {protocol['name']}",
+        title=f"{_kind(run)} on {run['data']['name']}, protocol {run['protocol']['name']}",
         subtitle=describe(results),
         sections=SECTIONS,
         targets=targets,
-        verdicts=[_verdict(results, target) for target in reversed(targets)],
         headlines=_headlines(results, targets),
         headline_told=_headline_told(results, targets),
         numbers=[_numbers(results, context, metric) for context, metric in itertools.product(found_in, METRICS)],
         n=run["data"]["n"],
-        signs=results.audit.to_dict(orient="records"),
-        peers=_peers(results),
-        figures=sections_of(charts(results)),
-        only_one=[_only_one(results, context) for context in found_in],
-        gallery=_gallery(results, pictures),
-        plan=f"{len(results.batches)} samples sit in {len(plan)} batches of {_range(plan)}, the same for every run.",
-        batches_csv=csv_link(results.batches),
-        contexts=[(context, *CONTEXTS.get(context, ("", ""))) for context in found_in],
-        samples_json=script_json(_samples(results)),
-        script=Markup(script),
-        script_hash=Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"),
-        protocol=protocol,
-        provenance=_provenance(run),
-        command=shlex.join(str(part) for part in run.get("command", [])),
-        files=_files(run),
-    )  # fmt: skip
+        runs=[one],
+        **together({"": results}, list(reversed(targets)), found_in),
+    )
+
+
+def evaluation(results: Results, contexts: Sequence[str]) -> dict[str, Any]:
+    """What a page shows of each evaluation by itself, but for its pictures, which stand under ``gallery``."""
+    run, sizes = results.run, results.batches.groupby("batch").size()
+    return {
+        "name": "", "suffix": "", "protocol": run["protocol"], "provenance": _provenance(run), "files": _files(run),
+        "command": shlex.join(run.get("command", [])),
+        "verdicts": [_verdict(results, target) for target in reversed(frames.targets_of(results))],
+        "plan": f"{len(results.batches)} samples sit in {len(sizes)} batches of {_range(sizes)}, the same for every "
+        "run.",
+        "batches_csv": csv_link(results.batches),
+        "peers": _peers(results),
+        "only_one": [
+            _only_one(results, context) for context in contexts
+            if not frames.lacking(results, context, "attacks", "outcomes")
+        ],
+    }  # fmt: skip
+
+
+def together(
+    named: Mapping[str, Results], targets: Sequence[str], contexts: Sequence[str], **columns: Sequence[str]
+) -> dict[str, Any]:
+    """What a page shows of its evaluations together: figures, the audit, and the sample table.
+
+    Args:
+        named: by name; where there is one only, it needs none.
+        targets: that all of them have.
+        contexts: likewise.
+        **columns: of the sample table.
+    """
+    return {
+        "figures": [_section(kind, named, contexts) for kind in KINDS],
+        "audit": _audit(named),
+        "contexts": [(context, *CONTEXTS[context]) for context in contexts],
+        "samples_json": script_json(sample_table(named, targets, contexts, **columns)),
+    }
+
+
+def _section(kind: Kind, named: Mapping[str, Results], contexts: Sequence[str]) -> dict[str, Any]:
+    """The figures of a kind, drawn, those of one context next to each other."""
+    drawn: list[dict[str, Any]] = []
+    lacking: list[str] = []
+    for context, (number, (name, results)) in itertools.product(contexts, enumerate(named.items(), 1)):
+        chart = kind.chart(results, context)
+        if isinstance(chart, str):
+            of = f" of {name}" if name else ""
+            lacking.append(f"There is no such figure{of} for the context {context}: {chart}.")
+            continue
+        label = ": ".join(filter(None, (context, name)))
+        own = f"{chart.name}-{number}" if len(named) > 1 else chart.name
+        svg = inline_svg(chart.figure(), own, f"{chart.title}, {label}. {chart.alt}")
+        drawn.append({"name": own, "title": chart.title, "label": label, "csv": csv_link(chart.data), "svg": svg})
+    return {"kind": kind.name, "title": kind.title, "caption": kind.caption, "charts": drawn, "lacking": lacking}
+
+
+def _audit(named: Mapping[str, Results]) -> dict[str, Any]:
+    """What the audits looked for: a row a target and sign, a cell an evaluation, which is None where it did not."""
+    found: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
+    for place, results in enumerate(named.values()):
+        for row in results.audit.to_dict(orient="records"):
+            cells = found.setdefault((row["target"], row["sign"]), [None] * len(named))
+            cells[place] = {str(key): value for key, value in row.items()}
+    told = [
+        f"{': '.join(filter(None, (name, str(int(results.audit['fired'].sum())))))} of {len(results.audit)} signs fired"
+        for name, results in named.items() if len(results.audit)
+    ]  # fmt: skip
+    rows = [{"target": target, "sign": sign, "cells": cells} for (target, sign), cells in found.items()]
+    return {"rows": rows, "told": ", ".join(told)}
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of this package; all that is not markup already is escaped."""
+    script = source("samples.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shared = {
+        "css": Markup(source("style.css")), "names": NAMES, "version": msa_eval.__version__,
+        "script": Markup(script), "script_hash": Markup(f"'sha256-{digest}'"),
+    }  # fmt: skip
+    return _environment().get_template(template).render(shared | values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("msa_eval.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "short": short, "points": points, "told_p": told_p}
-    shared = {"css": Markup(source("style.css")), "names": NAMES, "version": msa_eval.__version__, "script_hash": ""}
-    return environment.get_template(template).render(shared | values)
+    return environment
 
 
 def short(value: float) -> str:
@@ -168,20 +221,6 @@ def short(value: float) -> str:
 def source(name: str) -> str:
     """The text of a file beside the templates."""
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def sections_of(listed: Iterable[Chart]) -> list[dict[str, Any]]:
-    """The figures kind by kind, drawn."""
-    sections: list[dict[str, Any]] = []
-    for kind, group in itertools.groupby(listed, key=lambda chart: chart.kind):
-        together = list(group)
-        drawn = [
-            {"name": one.name, "title": one.title, "label": one.context, "csv": csv_link(one.data),
-             "svg": inline_svg(one.figure(), one.name, f"{one.title}, {one.context}. {one.alt}")}
-            for one in together
-        ]  # fmt: skip
-        sections.append({"kind": kind, "title": together[0].title, "caption": together[0].caption, "charts": drawn})
-    return sections
 
 
 def describe(results: Results) -> str:
@@ -256,123 +295,23 @@ def _headline_told(results: Results, targets: Sequence[str]) -> str:
     return " ".join(told(target) for target in reversed(targets))
 
 
+def listed(groups: Iterable[tuple[str, pd.DataFrame]]) -> list[tuple[str, list[int], int]]:
+    """Samples by the title they are listed under: the first of them, and how many more there are."""
+    return [(title, list(rows["index"])[:LISTED], max(len(rows) - LISTED, 0)) for title, rows in groups]
+
+
 def _only_one(results: Results, context: str) -> dict[str, Any]:
     table = frames.only_one(results, context)
-    runs = [
-        (target, run, list(rows["index"])[:LISTED], max(len(rows) - LISTED, 0))
-        for (target, run), rows in table.groupby(["target", "run"], sort=False)
-    ]
-    return {"context": context, "count": len(table), "runs": runs, "csv": csv_link(table)}
+    groups = table.groupby(["target", "run"], sort=False)
+    return {
+        "context": context, "count": len(table), "csv": csv_link(table),
+        "groups": listed((f"{NAMES[str(target)]}, {run}", rows) for (target, run), rows in groups),
+    }  # fmt: skip
 
 
 def _range(sizes: pd.Series) -> str:
     low, high = int(sizes.min()), int(sizes.max())
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _samples(results: Results) -> dict[str, Any]:
-    """What the sample table shows, compactly: what is the same for all targets and contexts stands once."""
-    fates = ["robust", "broken", "wrong on clean"]
-    names: dict[str, int] = {}
-    seats = results.samples.drop_duplicates("index").reset_index(drop=True)
-    everybody = list(seats["index"])
-    place = {index: at for at, index in enumerate(seats["index"])}
-    parts = []
-    for (target, context), rows in results.samples.groupby(["target", "context"], sort=False):
-        counts = frames.breakers(results, str(target), str(context)).sum(axis=1)
-        right, robust = rows["clean_correct"].astype(bool), rows["robust"].astype(bool)
-        by = [None if pd.isna(name) or name == "clean" else str(name) for name in rows["broken_by"]]
-        parts.append(
-            {
-                "target": target, "context": context,
-                "place": None if list(rows["index"]) == everybody else [place[index] for index in rows["index"]],
-                "prediction": [int(value) for value in rows["clean_prediction"]],
-                "fate": "".join("2" if not ok else "10"[holds] for ok, holds in zip(right, robust, strict=True)),
-                "by": [-1 if name is None else names.setdefault(name, len(names)) for name in by],
-                "at": [None if pd.isna(value) else int(value) for value in rows["broken_at"]],
-                "runs": [int(counts[index]) if index in counts.index else None for index in rows["index"]],
-                "margin": [float(f"{value:.3g}") for value in rows["min_margin"]],
-            }
-        )  # fmt: skip
-    columns = {name: seats[name].tolist() for name in ("index", "label", "batch", "position")}
-    return columns | {"fates": fates, "names": list(names), "parts": parts}
-
-
-def _gallery(results: Results, pictures: Sequence[gallery.Exhibit] | str) -> dict[str, Any]:
-    if isinstance(pictures, str):
-        return {"exhibits": [], "told": pictures}
-    shown, table = [], []
-    distances = _distances(results.run, pictures)
-    for one in pictures:
-        rows = frames.pick(results.samples, one.target, one.context)
-        rows = rows[rows["index"] == one.index]
-        if rows.empty:
-            return {"exhibits": [], "told": f"There are no pictures: {GALLERY} is not of these results."}
-        exhibit = _exhibit(one, rows.iloc[0], distances=distances)
-        shown.append(exhibit)
-        table += [
-            {"target": one.target, "context": one.context, "index": one.index, "label": exhibit["label"],
-             "unit": exhibit["unit"], "class": row["class"], "clean": row["clean"], "adversarial": row["adversarial"]}
-            for row in exhibit["rows"]
-        ]  # fmt: skip
-    told = (
-        f"{len(shown)} of the broken samples of the first batches, spread over classes and runs: the original, one "
-        "adversarial image that breaks it in its adversarial batch, and their difference, scaled up (grey: no change). "
-        + ("Distances are to the prototypes of each batch: the smallest decides." if distances
-           else "The largest logit decides.")
-    )  # fmt: skip
-    return {"exhibits": shown, "told": told, "csv": csv_link(pd.DataFrame(table))}
-
-
-def _distances(run: Mapping[str, Any], pictures: Sequence[gallery.Exhibit]) -> bool:
-    """Whether logits are minus the distances to prototypes, as HPM's are."""
-    negative = all((one.logits <= 0).all() and (one.clean_logits <= 0).all() for one in pictures)
-    return negative and all(run["targets"].get(one.target, {}).get("type") == "HPM" for one in pictures)
-
-
-def _exhibit(one: gallery.Exhibit, row: pd.Series, *, distances: bool) -> dict[str, Any]:
-    sign = -1 if distances else 1
-    label, found = row["label"], int(one.logits.argmax())
-    likely = np.argsort(-one.logits, kind="stable")[:8]
-    own = {int(label)} if isinstance(label, int | np.integer) and 0 <= label < len(one.logits) else set()
-    classes = range(len(one.logits)) if len(one.logits) <= 10 else sorted(own | {int(c) for c in likely})
-    delta = one.delta.astype(np.float64)
-    clean = one.clean / 255
-    largest = max(float(np.abs(delta).max()), 1e-12)
-    views = (
-        ("original", clean), ("adversarial", (clean + delta).clip(0, 1)),
-        (f"difference × {0.5 / largest:.2g}", 0.5 + delta * (0.5 / largest)),
-    )  # fmt: skip
-    return {
-        "index": one.index, "label": label, "found": found, "target": one.target, "context": one.context,
-        "batch": int(row["batch"]), "run": row["broken_by"], "clean": int(one.clean_logits.argmax()),
-        "iterate": None if pd.isna(row["broken_at"]) else int(row["broken_at"]),
-        "unit": "Distance to the prototype" if distances else "Logit",
-        "pictures": [_picture(pixels, title, one.index) for title, pixels in views],
-        "rows": [
-            {"name": f"{c}{' (label)' if c == label else ' (answer)' if c == found else ''}",
-             "class": int(c), "marked": c in (label, found), "clean": sign * float(one.clean_logits[c]),
-             "adversarial": sign * float(one.logits[c])}
-            for c in classes
-        ],
-    }  # fmt: skip
-
-
-def _picture(pixels: np.ndarray[Any, np.dtype[Any]], title: str, index: int) -> dict[str, Any]:
-    """An image ``(C, H, W)`` in [0, 1] for the page."""
-    bytes_of = np.round(pixels * 255).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(bytes_of[0] if len(bytes_of) == 1 else np.ascontiguousarray(bytes_of.transpose(1, 2, 0)))
-    exact = max(image.size) <= EXACT
-    image.thumbnail((SHOWN, SHOWN))
-    buffer = io.BytesIO()
-    if exact:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=80)
-    return {
-        "title": title, "alt": f"sample {index}, {title}", "exact": exact, "width": image.width, "height": image.height,
-        "type": "image/png" if exact else "image/jpeg", "content": base64.b64encode(buffer.getvalue()).decode(),
-    }  # fmt: skip
 
 
 def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:

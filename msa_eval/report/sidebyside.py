@@ -2,93 +2,112 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from msa_eval.report.charts import charts, draw_differences
-from msa_eval.report.comparison import Comparison, points, told_p
+from msa_eval.protocols.evidence import Results
+from msa_eval.report import frames
+from msa_eval.report.charts import draw_differences
+from msa_eval.report.comparison import Comparison, only_one, points, told_p
+from msa_eval.report.exhibits import NONE, Pictures, exhibits
 from msa_eval.report.inline import csv_link, inline_svg
-from msa_eval.report.page import MEANINGS, describe, render, write_whole
+from msa_eval.report.page import MEANINGS, SECTIONS, describe, evaluation, listed, render, together, write_whole
 from msa_eval.report.style import NAMES
 
+EXHIBITS = 16
+"""So many broken samples are shown, each evaluation's share of them and at least two."""
 
-def write_comparison(comparison: Comparison, path: str | Path) -> Path:
+
+def write_comparison(
+    comparison: Comparison, path: str | Path, pictures: Mapping[str, Pictures] | None = None
+) -> Path:  # fmt: skip
     """Write the page; the same evidence gives the same bytes.
+
+    Args:
+        comparison: of evaluations.
+        path: of the file.
+        pictures: by evaluation, of broken samples, or why there are none.
 
     Raises:
         OSError: when the file can't be written.
     """
     path = Path(path)
-    write_whole(path, render_page(comparison))
+    write_whole(path, render_page(comparison, pictures))
     return path
 
 
-def render_page(comparison: Comparison) -> str:
+def render_page(comparison: Comparison, pictures: Mapping[str, Pictures] | None = None) -> str:
     """The page as HTML."""
-    names = list(comparison.results)
-    groups = list(comparison.table.groupby(["target", "context"], sort=False))
+    names, table = list(comparison.results), comparison.table
+    groups = [(str(target), str(context), rows) for (target, context), rows in
+              table.groupby(["target", "context"], sort=False)]  # fmt: skip
+    targets, contexts = ([str(name) for name in table[column].unique()] for column in ("target", "context"))
     return render(
         "compare.jinja",
         title=" against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} evaluations side by side",
+        subtitle="",
+        sections=[("runs", "Evaluations"), ("differences", "Differences"), *SECTIONS[1:]],
         base=names[0],
         runs=[
-            {"name": name, "told": describe(one), "verdict": str(one.run["verdict"]), "run": one.run}
-            for name, one in comparison.results.items()
+            _evaluation(comparison.results, name, number, contexts, (pictures or {}).get(name, NONE))
+            for number, name in enumerate(names, 1)
         ],
         notes=comparison.notes,
-        differences=[_differences(str(target), str(context), rows, comparison) for (target, context), rows in groups],
+        differences=[_differences(target, context, rows, comparison) for target, context, rows in groups],
         meanings=MEANINGS,
-        figures=_figures(comparison),
-    )
+        **together(
+            comparison.results, targets, contexts, seat=("index", "label"), each=("fate", "by", "margin")
+        ),
+    )  # fmt: skip
+
+
+def _evaluation(
+    named: Mapping[str, Results], name: str, number: int, contexts: list[str], pictures: Pictures
+) -> dict[str, Any]:
+    """One of several: its pictures are fewer, and say what became of the same sample in the others."""
+    results, limit = named[name], max(EXHIBITS // len(named), 2)
+    others = {other: one for other, one in named.items() if other != name}
+    return evaluation(results, contexts) | {
+        "name": name, "suffix": f"-{number}", "told": describe(results),
+        "gallery": exhibits(results, pictures, limit=limit, others=others),
+    }  # fmt: skip
 
 
 def _differences(target: str, context: str, rows: pd.DataFrame, comparison: Comparison) -> dict[str, Any]:
     base = next(iter(comparison.results))
     name = f"differences-{target}-{context}"
-    paired = rows[rows["name"] != base]
+    paired = rows[rows["difference"].notna()]
     told = [
         f"{row['name']}, {row['metric']}: {points(row['difference'])} points, from {points(row['difference_low'])} to "
         f"{points(row['difference_high'])}, p {told_p(row['p'])}"
         for row in paired.to_dict(orient="records")
     ]
-    right = comparison.right
-    wide = right[(right["target"] == target) & (right["context"] == context)]
     title = f"{NAMES[target]}, {context}"
+    alone = only_one(comparison, target, context)
     return {
         "name": name, "title": title, "csv": csv_link(rows),
         "svg": inline_svg(draw_differences(paired), name, f"Paired differences to {base}, {title}. {'; '.join(told)}."),
-        "rows": [row | {"other": row["name"] != base} for row in rows.to_dict(orient="records")],
-        "samples": csv_link(wide.drop(columns=["target", "context"])),
+        "rows": [row | {"other": row["name"] != base, "paired": row["difference"] == row["difference"]}
+                 for row in rows.to_dict(orient="records")],
+        "samples": csv_link(_differing(comparison, target, context)),
+        "alone": {
+            "count": len(alone), "csv": csv_link(alone),
+            "groups": listed((str(own), held) for own, held in alone.groupby("results", sort=False)),
+        },
     }  # fmt: skip
 
 
-def _figures(comparison: Comparison) -> list[dict[str, Any]]:
-    """The figures of a kind and context of all evaluations next to each other, where all have that context."""
-    shared = set(comparison.table["context"])
-    listed = [
-        (number, name, chart)
-        for number, (name, results) in enumerate(comparison.results.items())
-        for chart in charts(results)
-        if chart.context in shared
-    ]
-    listed.sort(key=lambda entry: _KINDS.index(entry[2].kind))
-    sections: list[dict[str, Any]] = []
-    for kind, group in itertools.groupby(listed, key=lambda entry: entry[2].kind):
-        together = sorted(group, key=lambda entry: entry[2].context)
-        drawn = [
-            {
-                "name": f"{chart.name}-{number + 1}", "title": chart.title, "label": f"{chart.context}: {name}",
-                "csv": csv_link(chart.data),
-                "svg": inline_svg(chart.figure(), f"{chart.name}-{number + 1}", f"{chart.title}, {name}. {chart.alt}"),
-            }
-            for number, name, chart in together
-        ]  # fmt: skip
-        chart = together[0][2]
-        sections.append({"kind": kind, "title": chart.title, "caption": chart.caption, "charts": drawn})
-    return sections
-
-
-_KINDS = ("waterfall", "transfer", "spending", "classes", "agreement", "batches")
+def _differing(comparison: Comparison, target: str, context: str) -> pd.DataFrame:
+    """The samples on which evaluations differ in some number: a column a number and name, 1 where right."""
+    right, names = frames.pick(comparison.right, target, context), list(comparison.results)
+    wide = pd.DataFrame(
+        {
+            f"{metric}: {name}": rows.set_index("index")[name].astype("Int8")
+            for metric, rows in right.groupby("metric", sort=False) for name in names
+        }
+    )  # fmt: skip
+    differing = right.loc[right[names].nunique(axis=1) > 1, "index"]
+    return wide[wide.index.isin(differing)].reset_index()

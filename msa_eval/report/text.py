@@ -11,11 +11,10 @@ import pandas as pd
 from msa_eval.ablation import Ablation
 from msa_eval.peers.guard import LOUD
 from msa_eval.protocols.crosscheck import Crosscheck
-from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.evidence import METRICS, Results
 from msa_eval.report import frames
 
 QUERY = ("square", "spsa")
-METRICS = ("clean", "paper", "realised", "worst_case")
 
 
 def render_table(results: Results) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.checkpoint import load_checkpoint, misfits
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, modules_of
+from msa_eval.defense import Defense, WholeModel, brought_by, modules_of
 from msa_eval.splitting import Cut, Trunk, split
 from msa_eval.targets import code
 from msa_eval.targets.weights import describe_file, file_digest, load_weights, read_weights
@@ -237,6 +237,8 @@ def _own(
             WholeModel(made) if whole and isinstance(made, nn.Module) else made, short, about, None, tuple(notes)
         )
     assert isinstance(made, nn.Module)
+    if brought_by(made):  # which take images, not the features of a trunk
+        whole, notes = True, [*notes, f"kept whole, with its own surrogates: {', '.join(brought_by(made))}"]
     images = _images(example)
     if images is None and not whole:
         raise ValueError(f"give some images with {word}, to split it into trunk and head")

@@ -97,7 +97,7 @@ def test_compare_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     result = _run("compare", folder, tmp_path / "other", "--out", tmp_path / "c.html")
     assert result.exit_code == 0
     assert "differences to run in points" in result.stdout
-    assert result.stdout.endswith(f"page in {tmp_path / 'c.html'}\n")
+    assert re.search(rf"page in {re.escape(str(tmp_path / 'c.html'))}, \d+ kB\n$", result.stdout)
     assert (tmp_path / "c.html").is_file()
 
 

@@ -10,25 +10,16 @@ import torch
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.composition import CompositionAttack, descend
 from msa_eval.protocols.contexts import Company, OneAtATime
-from msa_eval.protocols.pursuit import PursuitAttack, _Mixer
-from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import get
 from torch import Tensor
-from toys import make_hpm, make_samples
+from toys import make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
-
-
-def _batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
-    samples = make_samples(hpm, count, seed=seed)
-    with torch.no_grad():
-        z = hpm.features(samples.x)
-    return Batch(0, samples.x, samples.y, z, decide(hpm, z))
 
 
 def _lead_in(hpm: HPM, rows: list[Tensor], seat: int, y: Tensor) -> float:
@@ -39,7 +30,7 @@ def _lead_in(hpm: HPM, rows: list[Tensor], seat: int, y: Tensor) -> float:
 
 def test_one_place_is_searched_as_trying_everything_would() -> None:
     hpm = make_hpm()
-    batch = _batch(hpm, 4)
+    batch = make_batch(hpm, 4)
     pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
     start = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]])
     company = Company(pool, start, torch.arange(4))
@@ -58,7 +49,7 @@ def test_one_place_is_searched_as_trying_everything_would() -> None:
 
 def test_a_descent_never_climbs_and_comes_close_to_the_best_of_all() -> None:
     hpm = make_hpm()
-    batch = _batch(hpm, 3, seed=2)
+    batch = make_batch(hpm, 3, seed=2)
     pool = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
     company = Company(pool, torch.tensor([[0, 1]] * 3), torch.arange(3))
     everywhere = torch.arange(5).expand(3, -1)
@@ -76,7 +67,7 @@ def test_a_descent_never_climbs_and_comes_close_to_the_best_of_all() -> None:
 @pytest.mark.parametrize("search", ["greedy", "random", "pursuit"])
 def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str) -> None:
     hpm = make_hpm().requires_grad_(False)
-    batch = _batch(hpm, 8)
+    batch = make_batch(hpm, 8)
     others = make_samples(hpm, 30, seed=9)
     with torch.no_grad():
         pool = torch.cat([batch.z, hpm.features(others.x), batch.z[:3]])
@@ -103,7 +94,7 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
 
 def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
     hpm = make_hpm()
-    batch = _batch(hpm, 4)
+    batch = make_batch(hpm, 4)
     pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
     company = Company(pool, torch.tensor([[0, 1, 2]] * 4), torch.arange(4))
     for aim in range(1, 4):
@@ -121,123 +112,6 @@ def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
                 tried.append(float(logits[batch.y[i]] - logits[toward[i]]))
             assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
             assert int(found.index[i, 0]) == min(range(10), key=tried.__getitem__)
-
-
-def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -> None:
-    """Seen from outside: every batch that the trial judged is a mixture of the points, passed as a whole."""
-    broke_more = False
-    for seed in range(6):
-        hpm = make_hpm().requires_grad_(False)
-        batch = _batch(hpm, 12, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        clouds = [batch.x, *(BALL.random(batch.x, generator) for _ in range(6))]
-        points = [Point(x, hpm.features(x)) for x in clouds]
-        broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
-        standing = batch.correct & ~broken
-        trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
-        attack = PursuitAttack(points, sweeps=2)
-        outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
-        for finding in trial.trace().findings:
-            assert finding.own is None
-            for j, image in enumerate(finding.x):
-                assert any(torch.equal(image, cloud[j]) for cloud in clouds)
-            with torch.no_grad():
-                wrong = hpm(finding.x).argmax(dim=1) != batch.y
-            assert torch.equal(finding.breaks, wrong & batch.correct)
-        broke_more |= bool((outcome.any_broken & standing).any())
-        assert outcome.forwards == outcome.decisions
-    assert broke_more
-
-
-def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_passes() -> None:
-    """It breaks what recombination alone does not, each time by a real batch in the ball, and stops in time."""
-    further = 0
-    for seed in range(4):
-        hpm = make_hpm().requires_grad_(False)
-        batch = _batch(hpm, 12, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        ball = Ball("Linf", 0.03)
-        points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
-        broken = []
-        for passes in (0, 60):
-            trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True))
-            outcome = trial.finish(PursuitAttack(points, sweeps=2, passes=passes)(trial, generator))
-            broken.append(outcome.any_broken & batch.correct)
-            # Recombination confirms what it claims, a pursuit keeps to its passes; and one pass is the final one.
-            assert outcome.forwards <= 12 * (passes + int(broken[-1].sum()) + 1)
-            assert (outcome.backwards > 0) == (passes > 0)
-            for finding in trial.trace().findings:
-                assert float((finding.x - batch.x).abs().max()) <= 0.03 + 1e-6
-                with torch.no_grad():
-                    wrong = hpm(finding.x).argmax(dim=1) != batch.y
-                assert torch.equal(finding.breaks, wrong & batch.correct)
-        further += int((broken[1] & ~broken[0]).sum())
-    assert further > 0
-
-
-def _recombined() -> tuple[HPM, Batch, Ball, _Mixer]:
-    """A mixer of clean and random points, each sample's mixture chosen."""
-    hpm = make_hpm().requires_grad_(False)
-    batch = _batch(hpm, 12, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    ball = Ball("Linf", 0.02)
-    points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
-    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
-    mixer = _Mixer(trial, points, generator)
-    mixer.recombine(sweeps=2)
-    return hpm, batch, ball, mixer
-
-
-@pytest.mark.parametrize("stalled", [False, True])
-def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
-    """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
-    _, batch, ball, mixer = _recombined()
-    row = int(mixer.standing()[mixer.lead[mixer.standing()].argmax()])
-    mixture, first = mixer._mixture(row), len(mixer.points)
-    mixer.before[row] = mixer.lead[row] * (1.05 if stalled else 1.5)
-    assert mixer.pursue(row, 0) == len(mixer.points) - first
-    assert mixer.stands(row)
-    assert torch.equal(mixer.points[first].x, mixture) == (not stalled)
-    assert torch.equal(mixer._mixture(row), mixer.points[-1].x if stalled else mixture)
-    assert float(ball.size(mixer.points[first].x - batch.x).max()) <= 0.02 + 1e-6
-
-
-def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> None:
-    """Else a trial, which judges after so many answers, would hand it points of the past."""
-    hpm = make_hpm().requires_grad_(False)
-    batch = _batch(hpm, 12, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    points = [Point(batch.x, batch.z)]
-    trial = Trial(hpm, get("soft-hybrid"), batch, Ball("Linf", 0.02), setting=Setting(counted=batch.correct, eot=4))
-    mixer = _Mixer(trial, points, generator)
-    row = int(mixer.standing()[mixer.lead[mixer.standing()].argmax()])
-    passes = mixer.pursue(row, 0)
-    added = mixer.points[1:]
-    assert passes == 4 * len(added) == 44
-    assert torch.equal(added[0].x, batch.x)
-    assert len({point.x.numpy().tobytes() for point in added[:6]}) == 6  # later ones may end in one corner of the ball
-
-
-def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little room there is, every mixture stays the batch that was chosen for its lead."""
-    monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
-    hpm, batch, _, mixer = _recombined()
-    most = 0
-    for turn in range(3):
-        for row in mixer.standing().tolist():
-            others = {i: mixer._mixture(i) for i in mixer.standing().tolist() if i != row}
-            mixer.pursue(row, turn)
-            most = max(most, len(mixer.points))
-            for i in set(others) & set(mixer.standing().tolist()):
-                assert torch.equal(mixer._mixture(i), others[i])
-        mixer.recombine(sweeps=1)
-        for row in mixer.standing().tolist():
-            with torch.no_grad():
-                lead = -margin(hpm(mixer._mixture(row)), batch.y)[row]
-            assert float(lead) == pytest.approx(float(mixer.lead[row]), abs=1e-4)
-    used = len(mixer.chosen[mixer.standing()].unique())
-    assert 5 <= most <= max(5, used) + 33  # 11 points of a pursuit may be needed before any is let go
-    assert len(mixer.standing()) > 0
 
 
 def _protocol(**overrides: Any) -> Any:

@@ -228,6 +228,49 @@ def test_odd_evidence_loads(browser: Chrome, odd: dict[str, Any], tmp_path: Path
 def test_the_comparison_loads(browser: Chrome, tmp_path: Path) -> None:
     comparison = compare({"a": make_results(seed=0), f"b{EVIL}": make_results(seed=1)})
     path = write_comparison(comparison, tmp_path / "compare.html")
-    for width in (1280, 390):
+    for width in (1400, 390):
         _open(browser, path, width=width)
     assert len(browser.find_elements("css selector", "figure svg")) == 2 + 2 * 6
+    assert "evil" not in browser.title.replace(EVIL, "")
+
+
+def test_the_samples_of_a_comparison_stand_side_by_side(browser: Chrome, tmp_path: Path) -> None:
+    first, second = make_results(300, seed=0), make_results(300, seed=1, broken=0.1)
+    path = write_comparison(compare({"a": first, "b": second}), tmp_path / "compare.html")
+    _open(browser, path, scheme="dark")
+    assert _told(browser) == "1\u201350 of 600 rows"
+    browser.find_element("css selector", "[data-filter=differ]").click()
+    _filter(browser, "target", "defence")
+    fates = {}
+    for name, results in (("a", first), ("b", second)):
+        rows = results.samples[results.samples["target"] == "defense"].set_index("index")
+        broken = rows["robust"].map({True: "robust", False: "broken"})
+        fates[name] = broken.where(rows["clean_correct"], "wrong on clean")
+    table = pd.DataFrame(fates)
+    wanted = table[table["a"] != table["b"]]
+    seen = _rows(browser)
+    assert _told(browser) == f"1\u201350 of {len(wanted)} rows"
+    assert [(int(row[2]), row[4], row[7]) for row in seen] == list(wanted.iloc[:50].itertuples(name=None))
+    _filter(browser, "fate-1", "robust")
+    _filter(browser, "fate-2", "broken")
+    expected = wanted[(wanted["a"] == "robust") & (wanted["b"] == "broken")]
+    assert [int(row[2]) for row in _rows(browser)] == list(expected.index)[:50]
+    _filter(browser, "fate-1", "")
+    _filter(browser, "fate-2", "")
+    browser.find_element("css selector", "th[data-key=margin-2] button").click()
+    margins = second.samples[second.samples["target"] == "defense"].set_index("index")["min_margin"]
+    assert [float(row[9]) for row in _rows(browser)] == pytest.approx(
+        margins[wanted.index].sort_values().iloc[:50].tolist(), rel=1e-2
+    )
+    assert len(browser.find_elements("css selector", "th[aria-sort]")) == 1
+    groups = browser.find_elements("css selector", "#samples-table th.group")
+    assert [group.text for group in groups] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_thousands_of_samples_side_by_side_load(browser: Chrome, tmp_path: Path) -> None:
+    named = {name: make_results(5000, classes=1000, batch=64, seed=seed) for seed, name in enumerate("ab")}
+    path = write_comparison(compare(named), tmp_path / "compare.html")
+    _open(browser, path, width=390)
+    assert len(_rows(browser)) == 50
+    assert _told(browser) == "1\u201350 of 10000 rows"

@@ -193,7 +193,7 @@ def test_names_with_markup_are_shown_and_not_run() -> None:
     assert reader.texts["h1"].count(EVIL) == 3
     assert "alert(1)" in reader.texts["command"]
     assert f"{EVIL}:apgd:0" in json.loads(reader.texts["samples-data"])["names"]
-    _check_harmless(render_comparison_page(compare({EVIL: _evil(), f"2{EVIL}": _evil()})), scripts=0)
+    _check_harmless(render_comparison_page(compare({EVIL: _evil(), f"2{EVIL}": _evil()})), scripts=2)
 
 
 @pytest.mark.parametrize("column", ["target", "context"])
@@ -240,7 +240,7 @@ def test_odd_evidence_is_shown(odd: dict[str, Any], tmp_path: Path) -> None:
     assert "This run kept no pictures" in page
     assert "was not audited" in page
     rows = json.loads(Reader(page).texts["samples-data"])
-    assert sum(len(part["fate"]) for part in rows["parts"]) == len(Results.load(tmp_path).samples)
+    assert sum(len(part["each"][0]["fate"]) for part in rows["parts"]) == len(Results.load(tmp_path).samples)
 
 
 def test_thousands_of_samples_and_classes_make_no_large_page() -> None:
@@ -259,7 +259,7 @@ def test_missing_numbers_are_called_undefined() -> None:
     page = render_page(blank)
     assert "undefined" in page
     rows = json.loads(Reader(page).texts["samples-data"])
-    assert set(rows["parts"][0]["margin"]) == {None}
+    assert set(rows["parts"][0]["each"][0]["margin"]) == {None}
 
 
 def test_the_sample_table_holds_the_evidence(page: str) -> None:
@@ -269,20 +269,21 @@ def test_the_sample_table_holds_the_evidence(page: str) -> None:
     broke = results.outcomes[results.outcomes["any_broken"]].groupby(["target", "context", "index"]).size()
     seen = 0
     for part in data["parts"]:
+        (each,) = part["each"]
         for i, at in enumerate(part["place"] or range(40)):
             key = (part["target"], part["context"], data["index"][at])
             row = rows.loc[key]
             fate = "wrong on clean" if not row["clean_correct"] else "robust" if row["robust"] else "broken"
-            assert data["fates"][int(part["fate"][i])] == fate
+            assert data["fates"][int(each["fate"][i])] == fate
             assert (data["label"][at], data["batch"][at], data["position"][at]) == tuple(
                 row[["label", "batch", "position"]]
             )
-            assert part["prediction"][i] == row["clean_prediction"]
+            assert each["prediction"][i] == row["clean_prediction"]
             if fate == "broken":
-                assert data["names"][part["by"][i]] == row["broken_by"]
-                assert part["at"][i] == row["broken_at"]
-                assert part["runs"][i] == broke[key]
-            assert part["margin"][i] == pytest.approx(row["min_margin"], rel=1e-2)
+                assert data["names"][each["by"][i]] == row["broken_by"]
+                assert each["at"][i] == row["broken_at"]
+                assert each["runs"][i] == broke[key]
+            assert each["margin"][i] == pytest.approx(row["min_margin"], rel=1e-2)
             seen += 1
     assert seen == len(rows)
 
@@ -386,10 +387,42 @@ def test_what_is_no_results_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete results"):
         write_page(tmp_path)
     make_results().save(tmp_path)
-    (tmp_path / "outcomes.csv").unlink()
+    (tmp_path / "samples.csv").unlink()
     with pytest.raises(ValueError, match="no complete results"):
         write_page(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "gone"),
+    [("outcomes", {"spending", "agreement"}), ("attacks", {"waterfall", "transfer", "spending", "agreement"})],
+)
+def test_what_a_missing_table_takes_away_is_said(table: str, gone: set[str], tmp_path: Path) -> None:
+    results = make_results()
+    results.save(tmp_path)
+    (tmp_path / f"{table}.csv").unlink()
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    _check_numbers(page, results)
+    assert page.count(f"There is no such figure for the context joint: there is no {table}.csv.") == len(gone)
+    assert {kind for kind in gone if f'<figure id="{kind}-joint"' in page} == set()
+    assert page.count("<svg") == 6 - len(gone)
+    (part, _) = json.loads(Reader(page).texts["samples-data"])["parts"]
+    assert set(part["each"][0]["runs"]) == {None}
+    assert set(part["each"][0]["fate"]) == {"0", "1", "2"}
+
+
+def test_runs_that_are_missing_from_a_table_are_said(tmp_path: Path) -> None:
+    results = make_results(contexts=("joint", "solo"))
+    lost = results.outcomes[(results.outcomes["context"] == "solo") & (results.outcomes["run"] == RUNS[0][0])]
+    fewer = dataclasses.replace(
+        results, outcomes=results.outcomes.drop(lost.index),
+        attacks=results.attacks[(results.attacks["context"] != "solo") | (results.attacks["target"] != "fc")],
+    )  # fmt: skip
+    page = render_page(fewer)
+    assert page.count("for the context solo: attacks.csv has no rows of the FC head in the context solo.") == 4
+    assert "no such figure for the context joint" not in page
+    page = render_page(dataclasses.replace(fewer, attacks=results.attacks))
+    assert page.count("for the context solo: outcomes.csv has not every run of the FC head in the context solo.") == 2
 
 
 def test_the_comparison_reads_back_as_its_table() -> None:

@@ -3,22 +3,27 @@
   const data = JSON.parse(document.getElementById("samples-data").textContent);
   const root = document.getElementById("samples-table");
   const NAMES = { defense: "defence", fc: "FC head" };
-  const COLUMNS = [
-    ["target", "Target"], ["context", "Context"], ["index", "Sample"], ["label", "Label"], ["batch", "Batch"],
-    ["position", "Place"], ["prediction", "Clean answer"], ["fate", "Fate"], ["by", "Broken first by"],
-    ["at", "Iterate"], ["runs", "Runs that broke it"], ["margin", "Smallest lead"],
-  ];
-  const TEXT = new Set(["target", "context", "fate", "by"]);
+  const many = data.results.length > 1;
+  const own = (key, result) => (many ? `${key}-${result + 1}` : key);
+  const titled = (title, result) => (many ? `${title}, ${data.results[result]}` : title);
+  const COLUMNS = [["target", "Target"], ["context", "Context"], ...data.columns.seat];
+  const shared = COLUMNS.length;
+  data.results.forEach((_, i) => COLUMNS.push(...data.columns.each.map(([key, title]) => [own(key, i), title])));
+  const isText = (key) => /^(target|context|fate|by)(-|$)/.test(key);
+  const READ = { fate: (value) => data.fates[value], by: (value) => (value < 0 ? null : data.names[value]) };
   const PAGE = 50;
   const rows = [];
   for (const part of data.parts) {
-    for (let i = 0; i < part.fate.length; i++) {
+    for (let i = 0; i < part.each[0].fate.length; i++) {
       const at = part.place ? part.place[i] : i;
-      rows.push({
-        target: NAMES[part.target] || part.target, context: part.context, index: data.index[at], label: data.label[at],
-        batch: data.batch[at], position: data.position[at], prediction: part.prediction[i], fate: data.fates[part.fate[i]],
-        by: part.by[i] < 0 ? null : data.names[part.by[i]], at: part.at[i], runs: part.runs[i], margin: part.margin[i],
+      const row = { target: NAMES[part.target] || part.target, context: part.context };
+      for (const [key] of data.columns.seat) row[key] = data[key][at];
+      part.each.forEach((columns, result) => {
+        for (const key of Object.keys(columns)) row[own(key, result)] = (READ[key] || ((value) => value))(columns[key][i]);
       });
+      row.only = row.runs === 1;
+      row.differ = new Set(part.each.map((columns) => columns.fate[i])).size > 1;
+      rows.push(row);
     }
   }
   const state = { sort: null, down: false, page: 0, filters: {} };
@@ -30,8 +35,6 @@
   };
   const matches = (row) => Object.entries(state.filters).every(([key, wanted]) => {
     if (wanted === "") return true;
-    if (key === "index") return String(row.index) === wanted;
-    if (key === "only") return row.runs === 1;
     return String(row[key]) === wanted;
   });
   const compare = (a, b) => {
@@ -54,21 +57,26 @@
     label.append(select);
     controls.append(label);
   };
-  for (const key of ["target", "context", "label", "fate", "by"]) choice(key, COLUMNS.find(([name]) => name === key)[1]);
+  for (const [key, title] of COLUMNS.slice(0, shared)) if (["target", "context", "label"].includes(key)) choice(key, title);
+  data.results.forEach((_, i) => {
+    choice(own("fate", i), titled("Fate", i));
+    choice(own("by", i), titled("Broken first by", i));
+  });
   const searched = element("label", "Sample");
   const search = element("input", null, { type: "text", inputmode: "numeric", "data-filter": "index" });
   search.addEventListener("input", () => refilter("index", search.value.trim()));
   searched.append(search);
-  const single = element("label", "Broken by one run alone");
-  const only = element("input", null, { type: "checkbox", "data-filter": "only" });
-  only.addEventListener("change", () => refilter("only", only.checked ? "1" : ""));
+  const single = element("label", many ? "Differ only" : "Broken by one run alone");
+  const key = many ? "differ" : "only";
+  const only = element("input", null, { type: "checkbox", "data-filter": key });
+  only.addEventListener("change", () => refilter(key, only.checked ? "true" : ""));
   single.append(only);
   controls.append(searched, single);
   const scroll = element("div", null, { class: "scroll", tabindex: "0", role: "region", "aria-label": "Samples" });
-  const table = element("table");
+  const table = element("table", null, many ? { class: "paired" } : {});
   const head = element("tr");
   for (const [key, title] of COLUMNS) {
-    const cell = element("th", null, { scope: "col", "data-key": key, class: TEXT.has(key) ? "text" : "" });
+    const cell = element("th", null, { scope: "col", "data-key": key, class: isText(key) ? "text" : "" });
     const button = element("button", title, { type: "button" });
     button.addEventListener("click", () => {
       state.down = state.sort === key && !state.down;
@@ -82,6 +90,12 @@
     head.append(cell);
   }
   const thead = element("thead");
+  if (many) {
+    const groups = element("tr");
+    groups.append(element("td", null, { colspan: shared }));
+    for (const name of data.results) groups.append(element("th", name, { scope: "colgroup", class: "group", colspan: data.columns.each.length }));
+    thead.append(groups);
+  }
   thead.append(head);
   const body = element("tbody");
   table.append(thead, body);
@@ -100,7 +114,7 @@
     const shown = found.slice(first, first + PAGE);
     body.replaceChildren(...shown.map((row) => {
       const line = element("tr");
-      for (const [key] of COLUMNS) line.append(element("td", row[key] === null ? "\u2013" : row[key], { class: TEXT.has(key) ? "text" : "" }));
+      for (const [key] of COLUMNS) line.append(element("td", row[key] === null ? "\u2013" : row[key], { class: isText(key) ? "text" : "" }));
       return line;
     }));
     told.textContent = found.length ? `${first + 1}\u2013${first + shown.length} of ${found.length} rows` : "no row fits";

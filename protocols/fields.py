@@ -1,0 +1,247 @@
+"""What evidence files must hold to be read: the fields of ``run.json``, and the columns of the tables.
+
+Results come from strangers, so this is checked once, where they are read; what shows them can then rely on it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from msa_eval.strangers import told
+
+_PROTOCOL_TEXT = {
+    "attack?": {"apgd?": {"combine?": str}, "*": object},
+    "stochastic?": {"eot?": int, "*": object},
+    "threat?": {"norm?": str, "eps?": (float, str), "*": object},
+    "*": object,
+}
+RUN: Mapping[str, Any] = {
+    "key": str,
+    "schema_version": int,
+    "seed": int,
+    "protocol": {
+        "name": str, "version": int, "modified": bool, "overrides": {"*": object}, "sha256": str, "text": str,
+        "*": object,
+    },
+    "data": {"name": str, "sha256": str, "n": int, "*": object},
+    "targets": {
+        "defense": {"sha256": str, "type?": str, "*": object},
+        "fc?": {"sha256": str, "type?": str, "*": object},
+        "*": object,
+    },
+    "batches": {"sha256": str, "count": int, "*": object},
+    "verdict": str,
+    "verdicts?": {"*": {"verdict": str, "reasons": [str], "*": object}},
+    "target?": {"word?": str, "random_weights?": bool, "*": object},
+    "msa_eval?": str,
+    "draws?": {"*": int},
+    "taken_back?": {"*": {"*": int}},
+    "packages?": {"*": str},
+    "git?": ({"commit": str, "dirty": bool, "*": object}, None),
+    "command?": [str],
+    "seconds?": (float, None),
+    "seconds_by_run?": {"*": (float, None)},
+    "files?": {"*": str},
+    "adversarial?": ({"file": str, "sha256": str, "*": object}, None),
+    "sha256?": str,
+    "*": object,
+}  # fmt: skip
+"""Fields by name: ``?`` marks one that may be missing, ``*`` stands for all others, a tuple lists alternatives."""
+
+_WORDS = {
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false", None: "null", object: "anything",
+}  # fmt: skip
+
+
+def check_run(name: str, run: Any) -> None:
+    """The fields of a ``run.json`` are of the types that readers rely on.
+
+    Args:
+        name: of the file.
+        run: its content.
+
+    Raises:
+        ValueError: when a field is missing or of another type; says which.
+    """
+    _check_field(name, "", run, RUN)
+    try:
+        protocol = tomllib.loads(run["protocol"]["text"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: the field protocol.text is no TOML: {told(error)}") from error
+    _check_field(name, "protocol.text", protocol, _PROTOCOL_TEXT)
+
+
+def _check_field(name: str, field: str, value: Any, kind: Any) -> None:
+    if not _is(value, kind):
+        shown = f"the field {told(field)}" if field else "the file"
+        raise ValueError(f"{name}: {shown} must hold {_told(kind)}, but holds {_value(value)}")
+    for alternative in kind if isinstance(kind, tuple) else (kind,):
+        if isinstance(alternative, dict) and isinstance(value, dict):
+            _check_fields(name, field, value, alternative)
+        if isinstance(alternative, list) and isinstance(value, list):
+            for place, part in enumerate(value):
+                _check_field(name, f"{field}[{place}]", part, alternative[0])
+
+
+def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    inside = f"{field}." if field else ""
+    for key in kinds:
+        if key != "*" and not key.endswith("?") and key not in value:
+            raise ValueError(f"{name}: the field {told(inside + key)} is missing")
+    known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}
+    for key, part in value.items():
+        if not _encodable(key):
+            raise ValueError(f"{name}: the name of a field in {told(field or 'it')} is no valid text")
+        _check_field(name, f"{inside}{key}", part, known.get(key, kinds.get("*", object)))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind itself; what it holds is not looked at."""
+    if isinstance(kind, tuple):
+        return any(_is(value, one) for one in kind)
+    if kind is object or kind is None:
+        return kind is object or value is None
+    if isinstance(kind, dict | list):
+        return isinstance(value, type(kind))
+    if kind is str:
+        return isinstance(value, str) and _encodable(value)
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _value(value: Any) -> str:
+    try:
+        return f"{value!a:.40}"
+    except (ValueError, RecursionError):  # too long a number, too deep a list
+        return f"a {type(value).__name__}"
+
+
+def _encodable(text: str) -> bool:
+    """JSON can hold halves of letters, which no file can."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _told(kind: Any) -> str:
+    if isinstance(kind, tuple):
+        return " or ".join(map(_told, kind))
+    return "fields" if isinstance(kind, dict) else "a list" if isinstance(kind, list) else _WORDS[kind]
+
+
+class Column(NamedTuple):
+    """What a column holds.
+
+    Attributes:
+        kind: ``text``, ``whole``, ``number``, ``share``, ``yes`` (true or false) or ``any``.
+        gaps: whether cells may be empty.
+    """
+
+    kind: str
+    gaps: bool = False
+
+
+_TEXT, _WHOLE, _NUMBER, _SHARE, _YES = (
+    Column("text"), Column("whole"), Column("number", True), Column("share", True), Column("yes"),
+)  # fmt: skip
+_ABOUT = {"target": _TEXT, "context": _TEXT}
+COLUMNS: Mapping[str, Mapping[str, Column]] = {
+    "summary": _ABOUT | {"metric": _TEXT, "value": _SHARE, "low": _SHARE, "high": _SHARE, "n": _WHOLE},
+    "attacks": _ABOUT
+    | {
+        "run": _TEXT, "surrogate": _TEXT, "attack": _TEXT, "loss": _TEXT, "surrogate_accuracy": _SHARE,
+        "final": _SHARE, "any": _SHARE, "newly_broken": _WHOLE, "forwards": _WHOLE, "backwards": _WHOLE,
+    },
+    "samples": _ABOUT
+    | {
+        "index": _WHOLE, "label": Column("any"), "batch": _WHOLE, "position": _WHOLE, "clean_prediction": _WHOLE,
+        "clean_correct": _YES, "robust": _YES, "broken_by": Column("text", True), "broken_at": Column("whole", True),
+        "min_margin": _NUMBER, "committed_right": _YES,
+    },
+    "outcomes": _ABOUT
+    | {
+        "run": _TEXT, "index": _WHOLE, "surrogate_fooled": _YES, "final_broken": _YES, "any_broken": _YES,
+        "first_iterate": Column("whole", True), "min_margin": _NUMBER,
+    },
+    "batches": {"batch": _WHOLE, "position": _WHOLE, "index": _WHOLE},
+    "audit": {"target": _TEXT, "sign": _TEXT, "fired": _YES, "severity": _TEXT, "reason": Column("text", True)},
+}  # fmt: skip
+"""The columns that readers rely on; others may stand beside them."""
+
+KEYS = {
+    "summary": ["target", "context", "metric"],
+    "attacks": ["target", "context", "run"],
+    "samples": ["target", "context", "index"],
+    "outcomes": ["target", "context", "run", "index"],
+    "batches": ["index"],
+}
+"""What names a row of a table; no two rows have the same."""
+
+_KIND_WORDS = {
+    "text": "texts", "whole": "whole numbers", "number": "numbers", "share": "shares from 0 to 1",
+    "yes": "True or False",
+}  # fmt: skip
+
+
+def texts_of(table: str) -> dict[str, type]:
+    """The columns that are read as texts, whatever they look like."""
+    return {name: str for name, column in COLUMNS[table].items() if column.kind == "text"}
+
+
+def check_table(name: str, table: str, rows: pd.DataFrame) -> None:
+    """A table has its columns, each of its kind, and no row twice.
+
+    Args:
+        name: of the file.
+        table: which.
+        rows: as they were read, columns of `texts_of` as texts.
+
+    Raises:
+        ValueError: when not; says in which column.
+    """
+    for held, column in COLUMNS[table].items():
+        if held not in rows:
+            raise ValueError(f"{name} has no column {held}")
+        if not column.gaps and rows[held].isna().any():
+            raise ValueError(f"{name} has an empty cell in the column {held}")
+        if len(rows) and not _holds(rows[held], column.kind):
+            raise ValueError(f"{name} must hold {_KIND_WORDS[column.kind]} in the column {held}")
+    if table in KEYS and rows.duplicated(KEYS[table]).any():
+        raise ValueError(f"{name} has two rows of the same {', '.join(KEYS[table])}")
+
+
+def _holds(cells: pd.Series, kind: str) -> bool:
+    if kind in ("text", "any") or (kind != "yes" and cells.isna().all()):
+        return True
+    if kind == "yes" or cells.dtype.kind not in "iuf":
+        return kind == "yes" and cells.dtype == bool
+    held = cells.dropna()
+    if kind == "whole":
+        return bool((held.abs() < 2**53).all() and (held % 1 == 0).all())
+    return kind == "number" or bool(held.between(0, 1).all())
+
+
+def check_together(folder: str, tables: Mapping[str, pd.DataFrame], metrics: Sequence[str]) -> None:
+    """The tables are of one evaluation: each target and context has all numbers and its samples.
+
+    Raises:
+        ValueError: when not.
+    """
+    summary, samples = tables["summary"], tables["samples"]
+    for name, rows in (("summary", summary), ("samples", samples), ("batches", tables["batches"])):
+        if rows.empty:
+            raise ValueError(f"{folder}/{name}.csv has no rows")
+    everybody = set(tables["batches"]["index"])
+    of_samples = {key: set(rows["index"]) for key, rows in samples.groupby(["target", "context"])}
+    for (target, context), rows in summary.groupby(["target", "context"]):
+        if lacking := [metric for metric in metrics if metric not in set(rows["metric"])]:
+            raise ValueError(f"{folder}/summary.csv has no {lacking[0]} of {target}/{context}")
+        if of_samples.get((target, context)) != everybody:
+            raise ValueError(
+                f"{folder}/samples.csv has not every sample of batches.csv, and no other, for {target}/{context}"
+            )
+    if len(summary.groupby(["target", "context"])) != summary["target"].nunique() * summary["context"].nunique():
+        raise ValueError(f"{folder}/summary.csv has a context that not all targets have")

@@ -1,0 +1,146 @@
+"""Mixtures of the points found so far: for each sample, and each class it may be taken for, the batch that serves best.
+
+Any mixture of points of one ball is an adversarial batch. Which mixture serves against a sample is found from cached
+features, so it costs decisions and no passes.
+"""
+
+from __future__ import annotations
+
+import torch
+from msa_eval.protocols.composition import best_offer, descend
+from msa_eval.protocols.contexts import Company
+from msa_eval.protocols.history import capacity
+from msa_eval.protocols.trial import Point, Trial
+from torch import Tensor
+
+WIDTH = 48
+"""So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
+
+AIMS, KEPT = 9, 2
+"""With a closed form, mixtures are made towards so many classes at first, and towards the nearest of these later."""
+
+
+class Mixer:
+    """The points of a batch's images, and the mixtures of them.
+
+    Attributes:
+        points: each a whole batch.
+        aims: the classes aimed at for each sample ``(B, A)``.
+        chosen: which point each image of the batch is at in the mixture towards each of them ``(B, A, B)``.
+        lead: what the sample's label still leads that class by there ``(B, A)``.
+    """
+
+    def __init__(self, trial: Trial, points: list[Point], generator: torch.Generator) -> None:
+        self.trial, self.points, self.generator = trial, points, generator
+        self.y = trial.batch.y
+        self._capacity = capacity(trial.batch.x)
+        self._closed_form = hasattr(trial.target, "logits_with")
+        with torch.no_grad():
+            logits = torch.stack([trial.target.logits(point.z).float() for point in points])
+        label = self.y.view(1, -1, 1).expand(len(points), -1, 1)
+        leads = (logits.gather(2, label) - logits).scatter(2, label, torch.inf)
+        lowest = leads.min(dim=0)
+        self.lead, self.aims = lowest.values.topk(
+            min(AIMS, logits.shape[2] - 1) if self._closed_form else 1, largest=False
+        )
+        self.chosen = lowest.indices.gather(1, self.aims).unsqueeze(2).repeat(1, 1, len(self.y))
+        if callable(getattr(trial.target, "fc_logits", None)):
+            self._clear()
+
+    def stands(self, row: int) -> bool:
+        """Whether a sample is searched for, right and not yet broken."""
+        return bool((self.trial.counted & self.trial.batch.correct & ~self.trial.broken)[row])
+
+    def standing(self) -> Tensor:
+        """The samples of which that holds."""
+        return (self.trial.counted & self.trial.batch.correct & ~self.trial.broken).nonzero().flatten()
+
+    def nearest_first(self) -> Tensor:
+        """The samples that stand, the one with the lowest lead first."""
+        rows = self.standing()
+        return rows[self.lead[rows].amin(dim=1).argsort()]
+
+    def narrow(self) -> None:
+        """Keep the nearest of the classes aimed at."""
+        self.lead, order = self.lead.topk(min(KEPT, self.lead.shape[1]), largest=False)
+        self.aims = self.aims.gather(1, order)
+        self.chosen = self.chosen.gather(1, order.unsqueeze(2).expand(-1, -1, self.chosen.shape[2]))
+
+    def recombine(self) -> int:
+        """Mix the points anew against each sample that stands, and pass what seems to break it; passes made."""
+        for aim in range(self.aims.shape[1]):
+            self._sweep(self.standing(), aim)
+        passed = 0
+        for row in self.standing().tolist():
+            lead, aim = self.lead[row].min(dim=0)
+            if self.stands(row) and lead <= 0:
+                self.trial.judge(self.mixture(row, int(aim)).x)
+                passed += 1
+        return passed
+
+    def mixture(self, row: int, aim: int) -> Point:
+        """The batch mixed against a sample, towards one of its classes."""
+        at = list(enumerate(self.chosen[row, aim].tolist()))
+        return Point(
+            torch.stack([self.points[p].x[j] for j, p in at]), torch.stack([self.points[p].z[j] for j, p in at])
+        )
+
+    def add(self, point: Point) -> None:
+        """Keep a point; where there is no more room, the oldest that serves in no mixture gives way."""
+        self.points.append(point)
+        used = torch.zeros(len(self.points), dtype=torch.bool)
+        used[-1] = True
+        used[self.chosen[self.standing()].flatten().cpu()] = True
+        if len(self.points) > self._capacity and not bool(used.all()):
+            oldest = int((~used).nonzero()[0])
+            del self.points[oldest]
+            self.chosen = self.chosen - (self.chosen > oldest).to(self.chosen)
+
+    def _clear(self) -> None:
+        """Start each mixture with companions that are assigned to neither the label nor the class aimed at, if any.
+
+        A class that nobody is assigned to has another prototype than one with a few; no single exchange leads there.
+        """
+        with torch.no_grad():
+            assigned = torch.stack([self.trial.target.fc_logits(point.z).argmax(dim=1) for point in self.points])
+        for aim in range(self.aims.shape[1]):
+            classes = torch.stack([self.y, self.aims[:, aim]])  # (2, B)
+            outside = (assigned.unsqueeze(0) != classes.view(2, -1, 1, 1)).all(dim=0)  # (B, P, B)
+            chosen = self.chosen[:, aim]
+            now = outside.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            moved = torch.where(now | ~outside.any(dim=1), chosen, outside.to(torch.uint8).argmax(dim=1))
+            self.chosen[:, aim] = moved.diagonal_scatter(chosen.diagonal())
+
+    def _sweep(self, rows: Tensor, aim: int) -> None:
+        """Give each row itself, and then each image of its batch in turn, the point that serves best against it."""
+        size, n = len(self.y), len(rows)
+        if not n or size < 2:
+            return
+        target, y, toward = self.trial.target, self.y[rows], self.aims[rows, aim]
+        pool = torch.cat([point.z for point in self.points])  # point p of image j lies at p * size + j
+        images = torch.arange(size, device=rows.device)
+        others = images.expand(n, -1)[images != rows.unsqueeze(1)].view(n, -1)
+        chosen = self.chosen[rows, aim]
+        company = Company(pool, chosen.gather(1, others) * size + others, rows)
+
+        now = chosen.gather(1, rows.unsqueeze(1)) * size + rows.unsqueeze(1)
+        offers = torch.cat([now, self._tried() * size + rows.unsqueeze(1)], dim=1)
+        own, _ = best_offer(target, pool[now.squeeze(1)], y, company, offers, place=None, toward=toward)
+
+        def candidates(place: int, now: Company) -> Tensor:
+            return self._tried() * size + others[:, place : place + 1]
+
+        places = torch.randperm(size - 1, generator=self.generator).tolist()
+        company, lead = descend(
+            target, pool[own], y, company, places=places, candidates=candidates, toward=toward
+        )  # fmt: skip
+        chosen = chosen.scatter(1, others, torch.div(company.index, size, rounding_mode="floor"))
+        chosen = chosen.scatter(1, rows.unsqueeze(1), torch.div(own, size, rounding_mode="floor").unsqueeze(1))
+        self.chosen[rows, aim], self.lead[rows, aim] = chosen, lead
+
+    def _tried(self) -> Tensor:
+        """Numbers of the points to try ``(w,)``: all that there are, or a few."""
+        many = len(self.points)
+        if self._closed_form:
+            return torch.arange(many, device=self.y.device)
+        return torch.randperm(many, generator=self.generator)[:WIDTH].to(self.y.device)

@@ -1,0 +1,62 @@
+"""The examples of the guide: each runs as a user runs it, and its table says what it is there to show."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from msa_eval.cli import main
+
+FOLDER = Path(__file__).parent
+
+
+def run(name: str) -> str:
+    command = [sys.executable, "-P", "-W", "error", str(FOLDER / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def column(table: str) -> dict[str, float]:
+    """The first figure of each row, by the row's name."""
+    return {row: float(value) for row, value in re.findall(r"^(\S+) +(\d+\.\d) [\[(]", table, re.MULTILINE)}
+
+
+def test_batch_statistics_depend_on_the_batch_and_fall_in_it() -> None:
+    table = run("batch_statistics")
+    joint, alone = (column(part) for part in table.split("\nalone:"))
+    assert "[batch_dependence]" in table
+    assert joint["worst_case"] < 30 < alone["worst_case"] - 10
+    assert alone["clean"] > 90
+
+
+def test_random_features_are_found_out_and_judged_by_the_majority() -> None:
+    table = run("random_features")
+    numbers = column(table)
+    assert "[randomness]" in table
+    assert "asked 9 times" in table
+    assert numbers["worst_case"] < numbers["clean"] - 10
+
+
+def test_the_purifiers_own_gradient_is_masked_and_its_surrogate_breaks_more() -> None:
+    table = run("purifier")
+    numbers = column(table)
+    assert "no gradient through the defence's own decision" in table
+    assert numbers["bpda:apgd-ce:0"] < numbers["ste:apgd-ce:0"] - 20
+    assert numbers["worst_case"] < numbers["target:square-margin:0"]
+
+
+def test_an_example_is_a_target_of_the_command_line_too(tmp_path: Path) -> None:
+    """It brings its surrogate, and is not split: that would give the surrogate features in place of images."""
+    done = CliRunner().invoke(
+        main,
+        ["evaluate", f"{FOLDER / 'purifier.py'}:make", "--data", "digits", "--protocol", "quick", "--limit", "16",
+         "--set", "threat.eps=0.15", "--out", str(tmp_path / "out"), "--quiet"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "bpda:apgd-ce:0" in done.output

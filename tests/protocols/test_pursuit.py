@@ -1,0 +1,219 @@
+"""Mixtures of points and pursuits, against real batches and the hard decision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msa_eval.protocols.mixer import Mixer
+from msa_eval.protocols.pursuit import PursuitAttack, _Pursuit, gather, roles
+from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.surrogates import get
+from toys import make_batch, make_hpm
+
+from msa_eval import HPM
+from msa_eval.attacks import Ball
+from msa_eval.attacks.losses import margin
+from msa_eval.defense import decide
+
+BALL = Ball("Linf", 0.2)
+
+
+def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -> None:
+    """Seen from outside: every batch that the trial judged is a mixture of the points, passed as a whole."""
+    broke_more = False
+    for seed in range(6):
+        hpm = make_hpm().requires_grad_(False)
+        batch = make_batch(hpm, 12, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        clouds = [batch.x, *(BALL.random(batch.x, generator) for _ in range(6))]
+        points = [Point(x, hpm.features(x)) for x in clouds]
+        broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
+        standing = batch.correct & ~broken
+        trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
+        attack = PursuitAttack(points, sweeps=2)
+        outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
+        for finding in trial.trace().findings:
+            assert finding.own is None
+            for j, image in enumerate(finding.x):
+                assert any(torch.equal(image, cloud[j]) for cloud in clouds)
+            with torch.no_grad():
+                wrong = hpm(finding.x).argmax(dim=1) != batch.y
+            assert torch.equal(finding.breaks, wrong & batch.correct)
+        broke_more |= bool((outcome.any_broken & standing).any())
+        assert outcome.forwards == outcome.decisions
+    assert broke_more
+
+
+def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_passes() -> None:
+    """It breaks what recombination alone does not, each time by a real batch in the ball, and stops in time."""
+    further = 0
+    for seed in range(4):
+        hpm = make_hpm().requires_grad_(False)
+        batch = make_batch(hpm, 12, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        ball = Ball("Linf", 0.03)
+        points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
+        broken = []
+        for passes in (0, 60):
+            trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True))
+            outcome = trial.finish(PursuitAttack(points, sweeps=2, passes=passes)(trial, generator))
+            broken.append(outcome.any_broken & batch.correct)
+            # Recombination confirms what it claims, a pursuit keeps to its passes; and one pass is the final one.
+            assert outcome.forwards <= 12 * (passes + int(broken[-1].sum()) + 1)
+            assert (outcome.backwards > 0) == (passes > 0)
+            for finding in trial.trace().findings:
+                assert float((finding.x - batch.x).abs().max()) <= 0.03 + 1e-6
+                with torch.no_grad():
+                    wrong = hpm(finding.x).argmax(dim=1) != batch.y
+                assert torch.equal(finding.breaks, wrong & batch.correct)
+        further += int((broken[1] & ~broken[0]).sum())
+    assert further > 0
+
+
+def _recombined() -> tuple[HPM, Batch, Ball, Mixer]:
+    """A mixer of clean and random points, each sample's mixture chosen."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    ball = Ball("Linf", 0.02)
+    points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
+    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
+    mixer = Mixer(trial, points, generator)
+    for _ in range(2):
+        mixer.recombine()
+    mixer.narrow()
+    return hpm, batch, ball, mixer
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
+    """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
+    _, batch, ball, mixer = _recombined()
+    row = int(mixer.nearest_first()[-1])
+    lead, aim = mixer.lead[row].min(dim=0)
+    mixture, first = mixer.mixture(row, int(aim)).x, len(mixer.points)
+    pursuit = _Pursuit(mixer)
+    pursuit.before[row, int(mixer.aims[row, aim])] = float(lead) * (1.05 if stalled else 1.5)
+    assert pursuit(row, 0) == len(mixer.points) - first
+    assert mixer.stands(row)
+    assert torch.equal(mixer.points[first].x, mixture) == (not stalled)
+    assert torch.equal(mixer.mixture(row, int(aim)).x, mixer.points[-1].x if stalled else mixture)
+    assert float(ball.size(mixer.points[first].x - batch.x).max()) <= 0.02 + 1e-6
+
+
+def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> None:
+    """Else a trial, which judges after so many answers, would hand it points of the past."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    points = [Point(batch.x, batch.z)]
+    trial = Trial(hpm, get("soft-hybrid"), batch, Ball("Linf", 0.02), setting=Setting(counted=batch.correct, eot=4))
+    mixer = Mixer(trial, points, generator)
+    passes = _Pursuit(mixer)(int(mixer.nearest_first()[-1]), 2)
+    added = mixer.points[1:]
+    assert passes == 4 * len(added) == 44
+    assert torch.equal(added[0].x, batch.x)
+    assert len({point.x.numpy().tobytes() for point in added[:6]}) == 6  # later ones may end in one corner of the ball
+
+
+def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little room there is, every mixture stays the batch that was chosen for its lead."""
+    monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
+    hpm, batch, _, mixer = _recombined()
+    pursuit, most = _Pursuit(mixer), 0
+    for turn in range(3):
+        for row in mixer.standing().tolist():
+            others = {i: mixer.mixture(i, 0).x for i in mixer.standing().tolist() if i != row}
+            pursuit(row, turn)
+            most = max(most, len(mixer.points))
+            for i in set(others) & set(mixer.standing().tolist()):
+                assert torch.equal(mixer.mixture(i, 0).x, others[i])
+        mixer.recombine()
+        for row in mixer.standing().tolist():
+            for aim in range(mixer.aims.shape[1]):
+                with torch.no_grad():
+                    logits = hpm(mixer.mixture(row, aim).x)[row]
+                lead = logits[batch.y[row]] - logits[mixer.aims[row, aim]]
+                assert float(lead) == pytest.approx(float(mixer.lead[row, aim]), abs=1e-4)
+    used = len(mixer.chosen[mixer.standing()].unique())
+    assert 5 <= most <= max(5, used) + 33  # 11 points of a pursuit may be needed before any is let go
+    assert len(mixer.standing()) > 0
+
+
+def test_mixtures_start_without_companions_in_the_label_s_class_or_the_one_aimed_at() -> None:
+    """Where an image has a point elsewhere: to empty a class, all of its members have to leave at once."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 12, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    points = [Point(x, hpm.features(x)) for x in (batch.x, *(BALL.random(batch.x, generator) for _ in range(5)))]
+    mixer = Mixer(Trial(hpm, get("ste"), batch, BALL), points, generator)
+    assigned = torch.stack([hpm.fc_logits(point.z).argmax(dim=1) for point in points])
+    moved = stuck = 0
+    for row in range(12):
+        with torch.no_grad():
+            leads = [-(hpm.logits(point.z)[row, :] - hpm.logits(point.z)[row, batch.y[row]]) for point in points]
+        for aim, toward in enumerate(mixer.aims[row].tolist()):
+            at = mixer.chosen[row, aim]
+            assert float(leads[at[row]][toward]) == pytest.approx(min(float(lead[toward]) for lead in leads))
+            for j in set(range(12)) - {row}:
+                taken = {int(batch.y[row]), toward}
+                able = not set(assigned[:, j].tolist()) <= taken
+                assert (int(assigned[at[j], j]) not in taken) == able
+                moved += able and at[j] != at[row]
+                stuck += not able
+    assert moved
+    assert stuck
+
+
+def test_every_image_is_moved_towards_a_class_within_the_ball() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 12, seed=3)
+    for number in range(4):
+        trial = Trial(hpm, get("fc-oracle"), batch, BALL)
+        points: list[Point] = []
+        passes = gather(trial, number, torch.Generator().manual_seed(0), points.append)
+        outcome = trial.finish(batch.x)
+        assert (len(points), passes, outcome.forwards, outcome.backwards) == (7, 7, 12 * 8, 12 * 6)
+        wanted = torch.full_like(batch.y, number)
+        before, after = (-margin(hpm.fc_logits(z), wanted) for z in (batch.z, points[-1].z))
+        assert bool((after > before).all())
+        assert max(float(BALL.excess(point.x, batch.x).max()) for point in points) <= 1e-6
+
+
+def test_each_image_has_the_role_that_lowers_the_lead_of_the_sample_pursued() -> None:
+    """Against the hard decision: its slope where a companion may move it, the FC margin where it is yet to enter."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 12, seed=3)
+    seen = set()
+    for row in range(12):
+        y = int(batch.y[row])
+        toward = (y + 1) % 4
+        trial = Trial(hpm, get("ste"), batch, BALL)
+        rise = roles(trial, batch.z, row, toward)
+        z = batch.z.clone().requires_grad_()
+        (up,) = torch.autograd.grad(rise(z, []), z)
+        logits = hpm.logits(z, "frozen")
+        (exact,) = torch.autograd.grad(logits[row, toward] - logits[row, y], z)
+        fc = hpm.fc_logits(z)
+        assigned = fc.argmax(dim=1)
+        clean = -margin(fc, assigned)
+        sure = float(clean.detach().median()) / 8
+        scale = float((-margin(batch.logits, batch.logits.argmax(dim=1))).median())
+        members = {k: [j for j in range(12) if j != row and int(assigned[j]) == k] for k in (y, toward)}
+        assert torch.allclose(up[row], exact[row] / scale, atol=1e-5)
+        for j in set(range(12)) - {row}:
+            goal = toward if int(assigned[j]) == toward else y
+            (enter,) = torch.autograd.grad(-margin(fc, torch.full_like(batch.y, goal))[j], z, retain_graph=True)
+            inside = int(assigned[j]) == goal and bool(clean[j] > sure)
+            pull = exact[members[goal][0]] * len(members[goal]) / scale if members[goal] else torch.zeros(6)
+            assert torch.allclose(up[j], pull + (0 if inside else enter[j] / sure), atol=1e-4)
+            seen.add((goal == toward, inside))
+        # A sample that moves counts against the rest of the mixture as it was.
+        moved = batch.z + 0.01 * torch.randn(batch.z.shape, generator=torch.Generator().manual_seed(row))
+        alone = torch.where((torch.arange(12) == row).unsqueeze(1), moved, batch.z)
+        with torch.no_grad():
+            gained = rise(alone, []) - rise(batch.z, [])
+            before, after = hpm.logits(batch.z)[row], hpm.logits(alone)[row]
+        expected = ((after[toward] - after[y]) - (before[toward] - before[y])) / scale
+        assert float(gained) == pytest.approx(float(expected), abs=1e-4)
+    assert {(False, False), (False, True), (True, True)} <= seen
