@@ -19,9 +19,10 @@ from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.gallery import POOL, Candidate, Exhibit, exhibit
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import Offers, offer
+from msa_eval.protocols.peering import peer_runs
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.runs import Attack, Run, plan_runs
+from msa_eval.protocols.runs import OWN, Attack, Run, plan_runs
 from msa_eval.protocols.spec import Protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
 from msa_eval.surrogates.registry import Own
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, WholeModel
+from msa_eval.peers import told
 from msa_eval.progress import Progress, ticking
 
 
@@ -87,6 +89,14 @@ class Entrant:
             )
             for context in protocol.contexts
         }  # fmt: skip
+        if protocol.peers:
+            # After all others, so that they change nothing in our own runs.
+            with seeded(seed):
+                more = peer_runs(
+                    protocol.peers, protocol.ball, defense, next(iter(clean)), num_classes=clean.num_classes,
+                    own=own if name == "defense" else {},
+                )  # fmt: skip
+            runs = {context: [*made, *more] for context, made in runs.items()}
         if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
             warnings.warn(
                 f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
@@ -281,6 +291,7 @@ def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seco
         backwards=sum(outcome.backwards for outcome in outcomes),
         decisions=sum(outcome.decisions for outcome in outcomes),
         seconds=seconds,
+        notes=told(fault for outcome in outcomes for fault in outcome.faults) if run.loss == OWN else None,
     )
 
 

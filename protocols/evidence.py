@@ -37,6 +37,8 @@ GALLERY = "gallery.safetensors"
 """Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
 PAGE = "report.html"
 """The page made from all this; not evidence, so it has no hash, and other results take it away."""
+CROSSCHECK = "crosscheck.csv"
+"""What attacks of others broke of it (see `msa_eval.protocols.crosscheck`); made later, so it has no hash either."""
 FIGURES = "figures"
 """A folder of figures made from all this; no evidence either, and left to who made it."""
 
@@ -45,7 +47,8 @@ FIGURES = "figures"
 class RunRecord:
     """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
 
-    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches.
+    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches. ``notes`` are its faults in words;
+    ``None`` for our own attacks.
     """
 
     name: str
@@ -63,6 +66,7 @@ class RunRecord:
     backwards: int
     decisions: int
     seconds: float
+    notes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,8 @@ class Results:
 
         Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
         identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
-        (see `run_digest`). What other results left there, an archive, an audit, a gallery or a page, goes; a gallery of
-        these same results stays.
+        (see `run_digest`). What other results left there (archive, audit, gallery, page, cross-check) goes; a gallery
+        of these same results stays.
 
         Args:
             folder: made if need be.
@@ -179,7 +183,9 @@ class Results:
         _write(folder, contents)
         if archive is not None:
             archive.replace(folder / ARCHIVE)
-        stale = {"audit.csv", GALLERY, PAGE} - set(contents) | ({ARCHIVE} if run.get("adversarial") is None else set())
+        stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK} - set(contents) | (
+            {ARCHIVE} if run.get("adversarial") is None else set()
+        )
         for name in stale:
             if (folder / name).is_file():
                 (folder / name).unlink()
@@ -300,7 +306,7 @@ def _read(path: Path, name: str) -> pd.DataFrame:
     except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no readable table: {told(error)}") from error
     fields.check_table(str(path), name, table)
-    for column in {"verdict", "reasons", "reason"} & set(table):  # empty, it reads as a missing number
+    for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)
     return table.astype({column: "Int64" for column in ("broken_at", "first_iterate") if column in table})
 
@@ -372,6 +378,7 @@ def _summary(record: TargetRecord) -> pd.DataFrame:
 def _attacks(record: TargetRecord) -> pd.DataFrame:
     rows = []
     standing = record.correct
+    told = any(run.notes is not None for run in record.runs)
     for run in record.runs:
         newly = standing & run.any_broken
         standing = standing & ~run.any_broken
@@ -393,6 +400,7 @@ def _attacks(record: TargetRecord) -> pd.DataFrame:
                 "decisions": run.decisions,
                 "seconds": round(run.seconds, 3),
             }
+            | ({"notes": "; ".join(run.notes or ())} if told else {})
         )
     return pd.DataFrame(rows)
 

@@ -15,6 +15,8 @@ from msa_eval.checkpoint import weights_hash
 from msa_eval.defense import Defense, modules_of
 
 PACKAGES = ("msa-eval", "torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
+PEERS = ("torchattacks", "foolbox")
+"""Optional packages whose versions are recorded where they are installed."""
 
 
 def defense_hash(defense: Defense) -> str:
@@ -29,7 +31,8 @@ def defense_hash(defense: Defense) -> str:
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, git state of the working directory, and command line."""
     return {
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES}
+        | {name: version for name in PEERS if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),

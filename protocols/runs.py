@@ -42,6 +42,10 @@ COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 2
 every class, that take the place of the others."""
 
 
+OWN = "own"
+"""The loss of an attack of others."""
+
+
 class Attack(Interface):
     """A search on one trial: it returns its final points ``(B, C, H, W)`` and judges nothing."""
 
@@ -140,8 +144,8 @@ class Run:
         surrogate: what is attacked; ``None`` is the hard target itself.
         attack: the search; ``None`` is one among what the batch's history holds.
         label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``,
-            ``overtime``.
-        loss: the loss's name.
+            ``overtime``, or that of an attack of others.
+        loss: the loss's name, or `OWN`.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
         moves: which images it moves, as in `ApgdBudget`.
@@ -170,7 +174,8 @@ class Run:
     @property
     def name(self) -> str:
         """Unique among the runs of a target."""
-        return f"{self.surrogate_name}:{self.attack_name}-{self.loss}:{self.restart}"
+        attack = self.attack_name if self.loss == OWN else f"{self.attack_name}-{self.loss}"
+        return f"{self.surrogate_name}:{attack}:{self.restart}"
 
     def generator(self, *key: object) -> torch.Generator:
         """A generator of this run's own, the same whatever ran before it.

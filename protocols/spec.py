@@ -16,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.peers import library_of
 from msa_eval.strangers import told
 
 T = TypeVar("T")
@@ -68,6 +70,26 @@ def _runs(value: Any) -> tuple[RunSpec, ...]:
             )
         runs.append(RunSpec(*parts))
     return tuple(runs)
+
+
+def _peers(value: Any) -> tuple[PeerSpec, ...]:
+    expected = "tables [[attack.peers]], each with a name such as 'autoattack:apgd-t'"
+    if not isinstance(value, list) or not value or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(expected)
+    peers = []
+    for entry in value:
+        options = dict(entry)
+        try:
+            name = _text(options.pop("name", None))
+            library_of(name)
+            surrogates = _texts()(options.pop("surrogates")) if "surrogates" in options else ()
+            restarts = _whole(1)(options.pop("restarts", 1))
+        except ValueError as error:
+            raise ValueError(f"{expected} ({error})") from None
+        if odd := [key for key, given in options.items() if not isinstance(given, bool | int | float | str)]:
+            raise ValueError(f"{expected}, and a number, a text, true or false for {odd[0]}")
+        peers.append(PeerSpec(name, surrogates, restarts, options))
+    return tuple(peers)
 
 
 def _odd(value: Any) -> int:
@@ -136,6 +158,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "attack.recombination.classes": _whole(0),
     "attack.recombination.runs": _runs,
     "attack.recombination.steps": _whole(1),
+    "attack.peers": _peers,
     "attack.composition.pool": _whole(1),
     "attack.composition.search": _choice("greedy", "random"),
     "attack.composition.trials": _whole(1),
@@ -152,6 +175,23 @@ class RunSpec(NamedTuple):
     surrogate: str
     loss: str
     moves: str = "batch"
+
+
+class PeerSpec(NamedTuple):
+    """An attack of others as a protocol names it (see `msa_eval.peers`).
+
+    Attributes:
+        name: ``library:attack``.
+        surrogates: what it is run on, ``target`` among them for one that needs no gradient; those that a target can't
+            offer are left out. By default the target for such a one, ``fc-oracle`` and ``soft-hybrid`` for others.
+        restarts: runs of each, with a seed of its own.
+        options: more of its own, by the names that its authors gave them.
+    """
+
+    name: str
+    surrogates: tuple[str, ...] = ()
+    restarts: int = 1
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -309,6 +349,7 @@ class Protocol:
         square: the gradient-free part, or ``None``.
         spsa: a second gradient-free part, or ``None``.
         recombination: of the points found, or ``None``.
+        peers: attacks of others, run after all else and each from the clean images.
         composition: the choice of companions in ``composed``.
         stochastic: what is done about a target that answers at random.
         audited: at most so many samples, in whole batches, are looked at for the signs of the audit; 0 for none.
@@ -331,6 +372,7 @@ class Protocol:
     square: SquareBudget | None = None
     spsa: SpsaBudget | None = None
     recombination: RecombinationBudget | None = None
+    peers: tuple[PeerSpec, ...] = ()
     composition: CompositionBudget = CompositionBudget()
     stochastic: StochasticBudget = StochasticBudget()
     audited: int = 128
@@ -445,6 +487,7 @@ def make_protocol(
                 "batch_size": "batches.size",
                 "batches_seed": "batches.seed",
                 "audited": "audit.samples",
+                "peers": "attack.peers",
             }.items()
             if key in parsed
         },
@@ -457,8 +500,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"schema: this release reads schema {SCHEMA}, but got {values['schema']!r}")
     if "samples.fraction" in values and "samples.per_class" in values:
         found.append("samples.fraction and samples.per_class exclude each other")
-    if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.")) for key in values):
-        found.append("no attack: give attack.apgd, attack.square or attack.spsa")
+    if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.", "attack.peers")) for key in values):
+        found.append("no attack: give attack.apgd, attack.square, attack.spsa or attack.peers")
     moves = [*_listed(values, "moves"), *(str(run).rpartition(":")[2] for run in _listed(values, "runs"))]
     if "attack.apgd.victim" in values and "companions" not in moves:
         found.append(
@@ -504,10 +547,19 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _dump(values: Mapping[str, Any]) -> str:
-    """Write flat values as TOML; strings, numbers and lists of strings are the same in JSON and TOML."""
+    """Write flat values as TOML."""
     tables: dict[str, list[str]] = {}
     for key, value in values.items():
         table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        tables.setdefault(table, []).append(f"{name} = {_toml(value)}")
     blocks = ["\n".join(([f"[{table}]"] if table else []) + lines) for table, lines in sorted(tables.items())]
     return "\n\n".join(blocks) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML: strings and numbers are the same as in JSON, tables stand in line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

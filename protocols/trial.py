@@ -19,6 +19,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, decide
+from msa_eval.peers import Fault
 
 
 class AttackError(RuntimeError):
@@ -108,6 +109,7 @@ class Outcome:
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
+        faults: of an attack of others, what it did and should not have.
     """
 
     surrogate_fooled: Tensor
@@ -120,6 +122,7 @@ class Outcome:
     forwards: int
     backwards: int
     decisions: int
+    faults: tuple[Fault, ...] = ()
 
     def taking_back(self, taken: Tensor, correct: Tensor) -> Outcome:
         """The same run with some of its breaks taken back: these samples count as right on every batch it showed.
@@ -195,6 +198,7 @@ class Trial:
         self.ball = ball
         self.start = setting.start or Point(batch.x, batch.z)
         self.counted = torch.ones_like(batch.correct) if setting.counted is None else setting.counted
+        self.faults: tuple[Fault, ...] = ()
         self.eot = setting.eot
         self._setting = setting
         self._defense = defense
@@ -265,6 +269,39 @@ class Trial:
         if self._calls % self.eot == 0:
             self._iterate += 1
             self._judge_point(Point(x.detach(), z.detach()), logits.detach())
+        return logits
+
+    def ask(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits ``(B, k)`` as in a call, for attacks of others, whose points may lie anywhere.
+
+        A point outside the ball is judged at its start, so that those beside it are judged all the same; what such a
+        batch breaks is confirmed by a pass of its own. The iterates are not kept for a pursuit.
+
+        Args:
+            x: a batch of points ``(B, C, H, W)``.
+            rows: those whose logits are wanted ``(B,)``; where rows are decided apart, the others cost no pass.
+        """
+        if self._apart:
+            self.search_for(rows)
+        z, logits = self._pass(x)
+        point = Point(x.detach(), z.detach())
+        kept = self.ball.excess(point.x, self.batch.x) <= 0
+        if self._apart:
+            kept = kept & rows
+        whole = bool(kept.all())
+        if not whole:
+            start = self.start
+            point = Point(
+                torch.where(_per_image(kept, point.x), point.x, start.x),
+                torch.where(_per_image(kept, point.z), point.z, start.z),
+            )
+        self._iterate += 1
+        if self._surrogate is None:
+            self._decisions += len(x)
+        if whole and (self._surrogate is None or self._surrogate is STE) and self._setting.draws == 1:
+            self._judge(point, logits.detach().float())
+        elif bool(kept.any()):
+            self._believed(point, kept, confirmed=whole)
         return logits
 
     def search_for(self, rows: Tensor) -> None:
@@ -352,6 +389,7 @@ class Trial:
             forwards=self._forwards,
             backwards=self._backwards,
             decisions=self._decisions,
+            faults=self.faults,
         )
 
     def trace(self) -> Trace:

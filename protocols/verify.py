@@ -8,6 +8,7 @@ and the accuracies are upper bounds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 from msa_eval.protocols.archive import Archive, Proof
-from msa_eval.protocols.evidence import ARCHIVE, GALLERY, SCHEMA_VERSION, TABLES, run_digest
+from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash
 from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
@@ -135,6 +136,54 @@ def verify(
         case.check()
     seconds = time.perf_counter() - started
     return Verification(tuple(case.checks), len(case.claims), len(case.proven), round(seconds, 3))
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """Results beside what they are about.
+
+    Attributes:
+        protocol: that they were made under.
+        samples: their rows of samples.csv.
+        seats: the plan: indices into the data set, a tensor a batch.
+        targets: by name, on the device.
+    """
+
+    protocol: Protocol
+    samples: pd.DataFrame
+    seats: Sequence[Tensor]
+    targets: Mapping[str, Defense]
+
+
+def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object = None, device: str = "cpu") -> Reopened:
+    """Put results beside their target and their data again, for more to be done with them.
+
+    Args:
+        folder: the results.
+        target: the defence, as for `msa_eval.evaluate`.
+        samples: the whole data set that was evaluated.
+        fc: the plain classifier, if it was given to `msa_eval.evaluate`; only those that the results are of are kept.
+        device: where to compute; modules are moved there.
+
+    Raises:
+        ValueError: when there are no results, they were changed, or are of another target, data set or plan.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder} holds no complete results: there is no run.json")
+    _, stated = _read_run(folder / "run.json")
+    with contextlib.suppress(_NotCheckedError):
+        _check_hashes(folder, stated.run)
+    _, tables = _read_tables(folder)
+    _, protocol = _read_protocol(stated)
+    targets = {
+        name: one for name, one in _targets(resolve(target, samples)[0], fc, device).items() if name in stated.targets
+    }
+    _check_weights(stated, targets)
+    _check_data(stated, samples)
+    _, seats = _check_batches(tables, protocol, stated, samples)
+    _check_samples(tables, seats, samples)
+    return Reopened(protocol, tables.samples, seats, targets)
 
 
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
@@ -432,7 +481,7 @@ def _check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
         faults.append("run.json was tampered with: it does not match its own hash")
     recorded = run.get("files")
     files = recorded if isinstance(recorded, dict) else {}
-    paths = [*folder.glob("*.csv"), *folder.glob(GALLERY)]
+    paths = [*(path for path in folder.glob("*.csv") if path.name != CROSSCHECK), *folder.glob(GALLERY)]
     held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     left_out = {GALLERY} & set(files) - set(held)
     due = {*held, *files, *(f"{name}.csv" for name in TABLES)} - left_out

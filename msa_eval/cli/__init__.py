@@ -12,6 +12,7 @@ from msa_eval.cli.ablate import ablate
 from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes
 from msa_eval.cli.compare import compare
+from msa_eval.cli.crosscheck import crosscheck
 from msa_eval.cli.demo import demo
 from msa_eval.cli.doctor import doctor
 from msa_eval.cli.entry import entry
@@ -61,6 +62,7 @@ main.add_command(ablate)
 main.add_command(audit)
 main.add_command(batch_sizes)
 main.add_command(compare)
+main.add_command(crosscheck)
 main.add_command(demo)
 main.add_command(doctor)
 main.add_command(entry)

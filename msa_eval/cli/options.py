@@ -100,20 +100,31 @@ class Chosen:
         return loaded
 
 
-def target(command: Callable[..., None]) -> Callable[..., None]:
+def target(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
     """The argument TARGET and the options that say how it is loaded, as one parameter ``target``."""
 
     @functools.wraps(command)
-    def gathered(target: str, **given: Any) -> None:
-        how = {name: given.pop(name) for name in _LOADING}
-        command(target=Chosen(target, how), **given)
+    def gathered(target: str | None, **given: Any) -> None:
+        how = {name: given.pop(name) for name in LOADING}
+        command(target=Chosen(target or "", how), **given)
 
-    for option in reversed([click.argument("target"), *_LOADING.values()]):
+    for option in reversed([click.argument("target", required=required), *LOADING.values()]):
         gathered = option(gathered)
     return gathered
 
 
-_LOADING = {
+optional_target = functools.partial(target, required=False)
+"""The same where TARGET may be left out; its word is then empty."""
+
+
+def imports_code(word: str) -> bool:
+    """Whether loading a target would import code of the user's own."""
+    from msa_eval.targets.zoos import ZOOS
+
+    return ":" in word and word.partition(":")[0] not in ZOOS
+
+
+LOADING = {
     "weights": click.option(
         "--weights", type=click.Path(path_type=Path), help="Weights for TARGET: safetensors, or a plain state dict."
     ),

@@ -9,10 +9,18 @@ from msa_eval.report.frames import spending
 from msa_eval.report.page import render_page, write_page
 from msa_eval.report.style import paper_style, save, to_svg
 from msa_eval.report.tables import render_tables
-from msa_eval.report.text import render_ablation, render_paper_table, render_sample, render_sizes, render_table
+from msa_eval.report.text import (
+    render_ablation,
+    render_crosscheck,
+    render_paper_table,
+    render_sample,
+    render_sizes,
+    render_table,
+)
 
 __all__ = [
     "Chart", "Comparison", "charts", "compare", "draw_curves", "draw_waterfall", "frames", "paired", "paper_style",
-    "render_ablation", "render_comparison", "render_page", "render_paper_table", "render_sample", "render_sizes",
-    "render_table", "render_tables", "robustbench_entry", "save", "spending", "to_svg", "write_figures", "write_page",
+    "render_ablation", "render_comparison", "render_crosscheck", "render_page", "render_paper_table", "render_sample",
+    "render_sizes", "render_table", "render_tables", "robustbench_entry", "save", "spending", "to_svg", "write_figures",
+    "write_page",
 ]  # fmt: skip

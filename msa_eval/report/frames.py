@@ -184,9 +184,23 @@ def among_found(attacks: pd.DataFrame) -> pd.Series:
     return found
 
 
+def of_others(attacks: pd.DataFrame) -> pd.Series:
+    """Whether each run is an attack of others, ``library:attack``, which starts at the clean images."""
+    found: pd.Series = attacks["attack"].astype(str).str.contains(":", regex=False)
+    return found
+
+
+def notes(results: Results) -> pd.DataFrame:
+    """What attacks of others did and should not have: the rows of ``attacks`` that have ``notes``."""
+    if "notes" not in results.attacks:
+        return results.attacks.iloc[:0].assign(notes=[])
+    return results.attacks[results.attacks["notes"].fillna("").astype(str) != ""]
+
+
 def chained(results: Results, target: str, context: str) -> set[str]:
     """The runs that start from earlier runs' points; those that gather for a recombination are each on their own."""
     attacks = pick(results.attacks, target, context)
+    attacks = attacks[~of_others(attacks)]
     late = among_found(attacks)
     if not cascades(results):
         return set(attacks.loc[late, "run"])

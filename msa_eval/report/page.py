@@ -129,6 +129,7 @@ def evaluation(results: Results, contexts: Sequence[str]) -> dict[str, Any]:
         "plan": f"{len(results.batches)} samples sit in {len(sizes)} batches of {_range(sizes)}, the same for every "
         "run.",
         "batches_csv": csv_link(results.batches),
+        "peers": _peers(results),
         "only_one": [
             _only_one(results, context) for context in contexts
             if not frames.lacking(results, context, "attacks", "outcomes")
@@ -230,6 +231,12 @@ def describe(results: Results) -> str:
         f"{_kind(run)} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples "
         f"of {run['data']['name']} in {run['batches']['count']} batches, seed {run['seed']}"
     )
+
+
+def _peers(results: Results) -> list[dict[str, Any]]:
+    """What attacks of others did and should not have, a row a run."""
+    rows = frames.notes(results)[["target", "context", "run", "notes"]].to_dict(orient="records")
+    return [{str(key): value for key, value in row.items()} | {"told": str(row["notes"]).split("; ")} for row in rows]
 
 
 def _kind(run: Mapping[str, Any]) -> str:

@@ -9,7 +9,10 @@ from typing import Any
 import pandas as pd
 
 from msa_eval.ablation import Ablation
+from msa_eval.peers.guard import LOUD
+from msa_eval.protocols.crosscheck import Crosscheck
 from msa_eval.protocols.evidence import METRICS, Results
+from msa_eval.report import frames
 
 QUERY = ("square", "spsa")
 
@@ -96,7 +99,18 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
         rows[metric] = [number(target, metric) for target in targets]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)
     heading = f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval"
-    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}"
+    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}{_faults(results, context)}"
+
+
+def _faults(results: Results, context: str) -> str:
+    """What attacks of others did that had to be mended; the rest stands in ``attacks.csv``."""
+    lines = []
+    for row in frames.notes(results).to_dict(orient="records"):
+        loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
+        if loud and row["context"] == context:
+            told = f"{row['run']} ({row['target']}): {'; '.join(loud)}"
+            lines += textwrap.wrap(told, 110, subsequent_indent="  ", break_on_hyphens=False)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def render_sample(results: Results, index: int) -> str:
@@ -115,6 +129,27 @@ def render_sample(results: Results, index: int) -> str:
         else:
             fate = f"broken by {row['broken_by']} at iterate {row['broken_at']}"
         lines.append(f"sample {index}, {row['target']}, {row['context']}: {fate}")
+    return "\n".join(lines)
+
+
+def render_crosscheck(found: Crosscheck) -> str:
+    """What peers broke of what results call robust: a row a target, context, peer and surrogate, and the list."""
+    shown = found.table[["target", "context", "peer", "surrogate", "samples", "broken", "passes", "seconds"]]
+    lines = [shown.rename(columns={"samples": "called robust", "broken": "only by peer"}).to_string(index=False)]
+    for row in found.table.to_dict(orient="records"):
+        where = f"{row['peer']} through {row['surrogate']} ({row['target']}, {row['context']})"
+        loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
+        more = [f"{row['unconfirmed']} samples were broken, but not when replayed"] if row["unconfirmed"] else []
+        told = [f"FAILED: {row['error']}"] if row["error"] else []
+        for note in (*loud, *more, *told):
+            lines += textwrap.wrap(f"{where}: {note}", 110, subsequent_indent="  ", break_on_hyphens=False)
+    if found.left_out:
+        lines.append(f"not installed, so left out: {', '.join(found.left_out)}")
+    each = found.found.groupby(["target", "context", "index", "label"], sort=True)
+    lines.append(f"broken by peers alone: {len(each)}" + (", each on its real batch and replayed" if len(each) else ""))
+    for (target, context, index, label), rows in each:
+        by = ", ".join(f"{row['peer']} through {row['surrogate']}" for row in rows.to_dict(orient="records"))
+        lines.append(f"  sample {index} (label {label}), {target}, {context}: {by}")
     return "\n".join(lines)
 
 

@@ -20,15 +20,12 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from msa_eval.protocols import Protocol
@@ -37,138 +34,59 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.attacks.ball import Ball
+from msa_eval.peers import Seat, find, meet
 from msa_eval.references import reference_path
 
 STEPS = 40
 REPEATS = 50
 """At most so many runs of one attack, where a run makes next to no passes."""
 
-Search = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
-"""``(model, x, y, seed) -> points``, on a whole batch."""
-
 
 class Attack(NamedTuple):
-    """One attack of a peer.
+    """One attack of a peer: its name in the CSV and in the package, and its options."""
 
-    Attributes:
-        search: runs it once.
-        starts: whether another seed gives another result; else it is run once.
-    """
-
-    search: Search
-    starts: bool = True
+    label: str
+    name: str
+    options: Mapping[str, Any]
 
 
-class Seated(nn.Module):
-    """A model as one batch of the plan sees it: rows shown without the others are answered among them.
-
-    Attributes:
-        images: how many images it was shown.
-        broken: the samples ``(B,)`` that were wrong in a batch shown inside the ball.
-    """
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> None:
-        super().__init__()
-        # A copy: peers change modes, and weights need no gradients.
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.clean, self.y, self.ball, self.last = x, y, ball, x
-        self.images = 0
-        self.broken = torch.zeros_like(y, dtype=torch.bool)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of images ``(n, C, H, W)``."""
-        self.images += len(x)
-        rows = self._rows(x.detach())
-        if len(rows.unique()) < len(rows):  # several points of one image: no batch of the plan
-            several: Tensor = self.model(x)
-            return several
-        whole = self.last.index_copy(0, rows, x)
-        self.last = whole.detach()
-        logits: Tensor = self.model(whole)
-        if not bool(self.ball.excess(self.last, self.clean).any()):
-            self.broken = self.broken | (logits.detach().argmax(dim=1) != self.y)
-        return logits[rows]
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Whose points these are: the places ``(n,)`` of the nearest clean images."""
-        if len(x) == len(self.clean):
-            return torch.arange(len(x))
-        return torch.cdist(x.flatten(1), self.clean.flatten(1), p=float("inf")).argmin(dim=1)
+def pyautoattack(passes: int) -> Iterator[Attack]:
+    steps = {"steps": STEPS}
+    for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t"):
+        yield Attack(name, f"autoattack:{name}", steps)
+    yield Attack("square", "autoattack:square", {"queries": passes})
 
 
-def pyautoattack(eps: float, passes: int) -> Iterator[tuple[str, Attack]]:
-    from pyautoattack import AutoAttack
+def torchattacks(passes: int) -> Iterator[Attack]:
+    def attack(name: str, label: str = "", **options: object) -> Attack:
+        return Attack(label or name, f"torchattacks:{name}", options)
 
-    def search(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        attack = AutoAttack(model, eps=eps, seed=seed, version="custom", attacks=[name])
-        attack.apgd.n_restarts, attack.fab.n_restarts = 1, 1
-        attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = STEPS
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 9
-        attack.square.n_queries = passes
-        points: Tensor = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
-        return points
-
-    for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"):
-        yield name, Attack(partial(search, name))
-
-
-def torchattacks(eps: float, passes: int) -> Iterator[tuple[str, Attack]]:
-    import torchattacks as peer
-
-    def search(kind: Callable[..., Callable[..., Tensor]], options: Mapping[str, object], model: nn.Module, x: Tensor,
-               y: Tensor, seed: int) -> Tensor:  # fmt: skip
-        seeded = {"seed": seed} if options.get("seed") == 0 else {}
-        return kind(model, **{**options, **seeded})(x, y)
-
-    def attack(name: str, *, starts: bool = True, **options: object) -> Attack:
-        return Attack(partial(search, getattr(peer, name), {"eps": eps, **options}), starts)
-
-    walk = {"alpha": 2.5 * eps / STEPS, "steps": STEPS}
-    yield "FGSM", attack("FGSM", starts=False)
-    yield "BIM", attack("BIM", starts=False, **walk)
-    yield "PGD", attack("PGD", **walk)
-    yield "EOTPGD", attack("EOTPGD", **walk)
-    yield "TPGD", attack("TPGD", **walk)
-    yield "Jitter", attack("Jitter", **walk)
-    yield "MIFGSM", attack("MIFGSM", starts=False, **walk)
-    yield "NIFGSM", attack("NIFGSM", starts=False, **walk)
-    yield "VMIFGSM", attack("VMIFGSM", **walk)
-    yield "DIFGSM", attack("DIFGSM", random_start=True, **walk)
-    yield "APGD-ce", attack("APGD", steps=STEPS, seed=0, loss="ce")
-    yield "APGD-dlr", attack("APGD", steps=STEPS, seed=0, loss="dlr")
-    yield "APGDT", attack("APGDT", steps=STEPS, seed=0)
-    yield "FAB", attack("FAB", steps=STEPS, seed=0)
-    yield "FAB-T", attack("FAB", steps=STEPS, seed=0, multi_targeted=True)
-    yield "Square", attack("Square", n_queries=passes, seed=0)
+    yield attack("FGSM")
+    for name in ("BIM", "PGD", "EOTPGD", "TPGD", "Jitter", "MIFGSM", "NIFGSM", "VMIFGSM"):
+        yield attack(name, steps=STEPS)
+    yield attack("DIFGSM", random_start=True, steps=STEPS)
+    yield attack("APGD", "APGD-ce", steps=STEPS, loss="ce")
+    yield attack("APGD", "APGD-dlr", steps=STEPS, loss="dlr")
+    yield attack("APGDT", steps=STEPS)
+    yield attack("FAB", steps=STEPS)
+    yield attack("FAB", "FAB-T", steps=STEPS, multi_targeted=True)
+    yield attack("Square", n_queries=passes)
 
 
-def foolbox(eps: float, passes: int) -> Iterator[tuple[str, Attack]]:
-    import foolbox as peer
-
-    def search(kind: Callable[..., Callable[..., tuple[Tensor, Tensor, Tensor]]], options: Mapping[str, object],
-               targeted: bool, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:  # fmt: skip
-        shown = peer.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        criterion = peer.Misclassification(y)
-        if targeted:
-            with torch.no_grad():
-                others = model(x).scatter(1, y.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
-            criterion = peer.TargetedMisclassification(others[:, seed % (others.shape[1] - 1)])
-        return kind(**options)(shown, x, criterion, epsilons=eps)[1]
-
-    def attack(name: str, *, starts: bool = True, targeted: bool = False, **options: object) -> Attack:
-        return Attack(partial(search, getattr(peer.attacks, name), options, targeted), starts)
+def foolbox(passes: int) -> Iterator[Attack]:
+    def attack(label: str, name: str, **options: object) -> Attack:
+        return Attack(label, f"foolbox:{name}", options)
 
     walk = {"rel_stepsize": 2.5 / STEPS, "steps": STEPS}
-    yield "LinfFastGradient", attack("LinfFastGradientAttack", random_start=True)
-    yield "LinfBasicIterative", attack("LinfBasicIterativeAttack", starts=False, **walk)
-    yield "LinfPGD", attack("LinfPGD", **walk)
-    yield "LinfPGD, targeted", attack("LinfPGD", targeted=True, **walk)
-    yield "LinfAdamPGD", attack("LinfAdamPGD", **walk)
-    yield "LinfMomentum", attack("LinfMomentumIterativeFastGradientMethod", random_start=True, **walk)
-    yield "LinfDeepFool", attack("LinfDeepFoolAttack", starts=False, steps=STEPS)
-    yield "LinfFMN", attack("LInfFMNAttack", starts=False, steps=STEPS)
-    yield "LinfNoise", attack("LinfRepeatedAdditiveUniformNoiseAttack", repeats=passes)
+    yield attack("LinfFastGradient", "LinfFastGradientAttack", random_start=True)
+    yield attack("LinfBasicIterative", "LinfBasicIterativeAttack", **walk)
+    yield attack("LinfPGD", "LinfPGD", **walk)
+    yield attack("LinfPGD, targeted", "LinfPGD", targeted=True, **walk)
+    yield attack("LinfAdamPGD", "LinfAdamPGD", **walk)
+    yield attack("LinfMomentum", "LinfMomentumIterativeFastGradientMethod", random_start=True, **walk)
+    yield attack("LinfDeepFool", "LinfDeepFoolAttack", steps=STEPS)
+    yield attack("LinfFMN", "LInfFMNAttack", steps=STEPS)
+    yield attack("LinfNoise", "LinfRepeatedAdditiveUniformNoiseAttack", repeats=passes)
 
 
 PEERS = {"pyautoattack": pyautoattack, "torchattacks": torchattacks, "foolbox": foolbox}
@@ -196,23 +114,31 @@ class Met(NamedTuple):
     shown: Tensor
 
 
-def meet(attack: Attack, model: nn.Module, batches: Iterable[Batch], ball: Ball, passes: float, size: int) -> Met:
+def face(attack: Attack, model: nn.Module, batches: Iterable[Batch], ball: Ball, passes: float, size: int) -> Met:
     """Run an attack on every batch until it has made so many passes a sample."""
+    peer = find(attack.name, ball, attack.options)
+    model = copy.deepcopy(model).requires_grad_(False)
     returned, shown = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
     images = samples = 0
     for index, x, y in batches:
-        seated = Seated(model, x, y, ball)
-        for seed in range(REPEATS if attack.starts else 1):
-            if seated.images >= passes * len(y):
+        wrong = torch.zeros_like(y, dtype=torch.bool)
+
+        def ask(whole: Tensor, rows: Tensor, x: Tensor = x, y: Tensor = y, wrong: Tensor = wrong) -> Tensor:
+            logits: Tensor = model(whole)
+            if not bool(ball.excess(whole.detach(), x).any()):
+                wrong |= logits.detach().argmax(dim=1) != y
+            return logits
+
+        classes = model(x[:1]).shape[1]
+        seat = Seat(ask, x, y, ball, classes=classes)
+        for seed in range(REPEATS if peer.starts else 1):
+            if seat.images >= passes * len(y):
                 break
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            points = ball.project(attack.search(seated, x.clone(), y.clone(), seed).detach(), x)
+            found = meet(peer, seat, seed=seed, turn=seed)
             with torch.no_grad():
-                returned[index] |= model(points).argmax(dim=1) != y
-        shown[index] |= seated.broken
-        images, samples = images + seated.images, samples + len(y)
+                returned[index] |= model(found.x).argmax(dim=1) != y
+        shown[index] |= wrong
+        images, samples = images + seat.images, samples + len(y)
     return Met(images / samples, returned, shown | returned)
 
 
@@ -252,15 +178,15 @@ def contest(
             "seconds": seconds,
         }
         for peer in peers:
-            for name, attack in PEERS[peer](protocol.ball.eps, round(passes)):
-                if attacks is not None and name not in attacks:
+            for attack in PEERS[peer](round(passes)):
+                if attacks is not None and attack.label not in attacks:
                     continue
                 started = time.perf_counter()
-                met = meet(attack, model, batches, protocol.ball, passes, len(data.y))
+                met = face(attack, model, batches, protocol.ball, passes, len(data.y))
                 only = robust[met.shown[robust]].tolist()
                 yield {
                     "peer": peer,
-                    "attack": name,
+                    "attack": attack.label,
                     "target": target,
                     "passes": met.passes,
                     "accuracy": float((~met.returned[right]).sum()) / count,
