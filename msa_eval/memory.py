@@ -101,9 +101,10 @@ def _gradient(trunk: InParts, x: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = part.detach().requires_grad_()
             z = trunk.whole.features(leaf)
-        if not z.requires_grad:
+        (below,) = torch.autograd.grad(z, leaf, above, allow_unused=True) if z.requires_grad else (None,)
+        if below is None:
             return x.new_empty(0)
-        found.append(torch.autograd.grad(z, leaf, above)[0])
+        found.append(below)
     return torch.cat(found)
 
 

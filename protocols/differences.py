@@ -30,6 +30,9 @@ OF_TARGET = {
     "clean_sha256": "the answers of {} to its clean batches (other code, machine or number of threads)",
     "surrogates_sha256": "the surrogates of {}",
 }
+DECISIVE = ("schema_version", "seed", "protocol", "data", "targets", "batches", "msa_eval", "options")
+"""What an evaluation depends on; all else in a ``run.json`` tells of it."""
+
 HIDDEN = ("protocol.sha256", "protocol.text", "protocol.modified", "protocol.overrides")
 """What follows from other fields."""
 
@@ -42,7 +45,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Args:
         before: one of them; fields may be missing.
-        now: the other; its fields decide what is compared.
+        now: the other.
 
     >>> differences({"seed": 0, "data": {"name": "a"}}, {"seed": 1, "data": {"name": "b"}})
     "the seed (0, now 1) and the data ('a', now 'b')"
@@ -56,14 +59,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     old, new = _flat(before), _flat(now)
-    for name in dict.fromkeys([*new, *(name for name in old if name.startswith("protocol."))]):
-        if old.get(name) != new.get(name) and name not in HIDDEN:
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name) and not name.startswith(HIDDEN):
             yield _words(name) + _values(old.get(name), new.get(name))
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by dotted names; of the protocol, the keys of its text too."""
-    fields = dict(_walk(about, ""))
+    fields = dict(_walk({name: about[name] for name in DECISIVE if name in about}, ""))
     with contextlib.suppress(tomllib.TOMLDecodeError):  # of a damaged text the other fields still tell
         fields |= dict(_walk(tomllib.loads(str(fields.get("protocol.text", ""))), "protocol."))
     return fields

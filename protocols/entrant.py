@@ -160,11 +160,12 @@ class Entrant:
         """Plan the runs of a target; the caller's own surrogates are the defence's."""
         offers = Offers((), (), "")
         if protocol.apgd is not None:
+            look = functools.partial(
+                offer, protocol.apgd, defense, batch := next(iter(clean)), own=own, use_own=name == "defense",
+                batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
+            )  # fmt: skip
             with seeded(seed):
-                offers = offer(
-                    protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
-                    batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
-                )  # fmt: skip
+                offers = fitting(defense, len(batch.x), look)
         companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
         runs = {
             context: plan_runs(

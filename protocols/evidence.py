@@ -38,6 +38,8 @@ FIGURES = "figures"
 """A folder of figures made from all this; no evidence either, and left to who made it."""
 UNFINISHED, LOCK = "unfinished", ".lock"
 """What an evaluation keeps there while it is under way (see `msa_eval.protocols.units`)."""
+OURS = ("run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED)
+"""All that an evaluation or what is made from one leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,9 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
             f"with --force"
         )
     try:
-        # What an interrupted evaluation left behind.
-        ours = {ARCHIVE, f"{ARCHIVE}.part", NEW_ARCHIVE, f"{NEW_ARCHIVE}.part", UNFINISHED, LOCK}
+        # What an interrupted evaluation left behind, perhaps as it wrote its results.
+        names = {ARCHIVE, NEW_ARCHIVE, *((*OURS, LOCK) if (folder / UNFINISHED).is_dir() else (LOCK,))}
+        ours = names | {f"{name}.part" for name in names}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
             raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")
@@ -279,14 +282,13 @@ def set_aside(folder: Path, key: str) -> Path | None:
     run = _read_run(folder)
     if (run is None or run.get("key") == key) and not (folder / UNFINISHED).is_dir():
         return None
-    ours = ["run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED]
     place = folder.resolve()
     dated = f"{place.name}-{time.strftime('%Y-%m-%dT%H%M%S')}"
     names = (dated if i == 1 else f"{dated}-{i}" for i in itertools.count(1))
     try:
         moved = next(place.with_name(name) for name in names if not place.with_name(name).exists())
         moved.mkdir()
-        for name in ours:
+        for name in OURS:
             if (folder / name).exists():
                 (folder / name).rename(moved / name)
     except OSError as error:

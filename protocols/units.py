@@ -81,6 +81,7 @@ class Units:
             self._miss(name)
             return None
         except (ValueError, OSError) as error:
+            self._told.add(name.partition(".")[0])
             self.notify(f"{path} is damaged ({error}): that unit is computed again")
             return None
         self._before = max(self._before, seconds)

@@ -36,7 +36,7 @@ from msa_eval.finetune import FinetuneSettings
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def ablate(
     target: options.Chosen,

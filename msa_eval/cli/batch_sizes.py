@@ -35,7 +35,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def batch_sizes(
     target: options.Chosen,

@@ -24,7 +24,7 @@ from msa_eval.cli import options
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def paper_table(
     dataset: str,
