@@ -72,7 +72,7 @@ class InParts:
         if self.size is None or len(x) <= self.size:
             return self.whole.features(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            joined: Tensor = _Joined.apply(x, self)
+            joined: Tensor = _Joined.apply(x, self)  # type: ignore[no-untyped-call]
             return joined
         return torch.cat([self.whole.features(part) for part in x.split(self.size)])
 
