@@ -30,7 +30,7 @@ OF_TARGET = {
     "clean_sha256": "the answers of {} to its clean batches (other code, machine or number of threads)",
     "surrogates_sha256": "the surrogates of {}",
 }
-DECISIVE = ("schema_version", "seed", "protocol", "data", "targets", "batches", "msa_eval", "options")
+DECISIVE = ("schema_version", "seed", "protocol", "data", "targets", "batches", "msa_eval", "options", "where")
 """What an evaluation depends on; all else in a ``run.json`` tells of it."""
 
 HIDDEN = ("protocol.sha256", "protocol.text", "protocol.modified", "protocol.overrides")
@@ -85,7 +85,7 @@ def _words(name: str) -> str:
     if kind == "targets":
         target, _, field = rest.rpartition(".")
         return OF_TARGET.get(field, f"{field} of {{}}").format(target)
-    return WORDS.get(name, rest if kind == "protocol" else name)
+    return WORDS.get(name, rest if kind in ("protocol", "where") else name)
 
 
 def _values(old: Any, new: Any) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -148,6 +149,7 @@ def _evaluate(
     progress: Progress,
     notify: Notify,
 ) -> Results:
+    started = time.perf_counter()
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
@@ -164,10 +166,14 @@ def _evaluate(
         ]  # fmt: skip
         about = _identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
         options = {"save_adversarial": keep, "gallery": show, "micro_batch": micro_batch}
-        with opened(out, about, options=options, force=force, device=device, notify=notify) as units:
+        where = environment(device)
+        place = {name: where[name] for name in ("packages", "python", "platform", "device", "threads")}
+        with opened(
+            out, about, options=options, where=place, force=force, device=device, notify=notify, started=started
+        ) as units:
             work = Work(progress, units, keep)
             try:
-                return _carried_out(entrants, about, work, out=out, device=device, show=show, force=force)
+                return _carried_out(entrants, about | where, work, out=out, show=show, force=force)
             except KeyboardInterrupt as stop:
                 raise type(stop)(_stopped(entrants, work, out, force=force)) from None
 
@@ -178,7 +184,6 @@ def _carried_out(
     work: Work,
     *,
     out: Path | None,
-    device: str,
     show: bool,
     force: bool,
 ) -> Results:
@@ -198,8 +203,10 @@ def _carried_out(
             work.fail(entrant.name, "the state guard", error)
     records = [one.record for one in done]
     parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
-    run = {**about, "taken_back": _taken_back(records, about["draws"])} | ({"micro_batch": parts} if parts else {})
-    results = tabulate(records, run | environment(device) | {"verdict": "not audited"})
+    more = {"micro_batch": parts, "begun_elsewhere": work.units.environments}
+    run = {**about, "taken_back": _taken_back(records, about["draws"])}
+    run |= {name: value for name, value in more.items() if value}
+    results = tabulate(records, run | {"verdict": "not audited"})
     if any(signs.values()) and entrants[0].protocol.audited:
         results = _judged(results, signs)
     results = _incomplete(results, work.failures)
@@ -255,7 +262,7 @@ def _check_any(entrant: Entrant, work: Work) -> None:
 def _probe(entrant: Entrant, work: Work) -> list[Sign]:
     """Measure the signs of the audit on a few clean batches; none where it fails, which is noted."""
     name = f"{entrant.name}-audit"
-    held: tuple[Sign, ...] | None = work.units.read(name)
+    held: tuple[Sign, ...] | None = work.units.read(name, tuple)
     if held is not None:
         return list(held)
     clean = entrant.clean

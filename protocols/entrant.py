@@ -268,7 +268,7 @@ class Entrant:
         evaluation is repeated, it is tried again.
         """
         runs, name = self.runs[context], f"{self.name}-{context}-{batch.number:06d}"
-        found: Searched | None = work.units.read(name)
+        found = work.units.read(name, Searched)
         if found is not None:
             for _ in runs:
                 tick()
@@ -279,7 +279,7 @@ class Entrant:
         parts = [f"{name}.{place:03d}" for place in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
             tick()
-            step: Step | None = work.units.read(part)
+            step = work.units.read(part, Step)
             if step is None:
                 started = time.perf_counter()
                 try:

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.evidence import LOCK, UNFINISHED, claim_folder, set_aside
@@ -33,6 +33,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
 
 Notify = Callable[[str], None]
 """Told of what a user should know: where an evaluation goes on, what was found damaged."""
@@ -53,11 +55,24 @@ class Units:
         key: what they belong to.
         device: where tensors that were not on the CPU return to.
         notify: told of what is damaged or gone.
+        started: when the evaluation was begun, by `time.perf_counter`.
+
+    Attributes:
+        environments: where other processes worked on it, as far as that differs from where this one does.
     """
 
-    def __init__(self, folder: Path | None = None, key: str = "", *, device: str = "cpu", notify: Notify = warn):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        key: str = "",
+        *,
+        device: str = "cpu",
+        notify: Notify = warn,
+        started: float | None = None,
+    ) -> None:
         self.folder, self._key, self._device, self.notify = folder, key, device, notify
-        self._started, self._before = time.perf_counter(), 0.0
+        self._started, self._before = time.perf_counter() if started is None else started, 0.0
+        self.environments: list[Mapping[str, Any]] = []
         self._held = self.names()
         self._told: set[str] = set()
 
@@ -70,17 +85,19 @@ class Units:
         """Of the units that are there."""
         return set() if self.folder is None else {path.stem for path in self.folder.glob("*.unit")}
 
-    def read(self, name: str) -> Any:
-        """A finished unit, or ``None`` where there is none; one that is damaged or gone is told of."""
+    def read(self, name: str, kind: type[T]) -> T | None:
+        """A finished unit of a kind, or ``None`` where there is none; one that is damaged or gone is told of."""
         if self.folder is None:
             return None
         path = self._path(name)
         try:
             value, seconds = self._decode(path.read_bytes(), name)
+            if not isinstance(value, kind):
+                raise ValueError("it holds something else than it should")
         except FileNotFoundError:
             self._miss(name)
             return None
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
             self._told.add(name.partition(".")[0])
             self.notify(f"{path} is damaged ({error}): that unit is computed again")
             return None
@@ -145,9 +162,11 @@ def opened(
     about: Mapping[str, Any],
     *,
     options: Mapping[str, Any],
+    where: Mapping[str, Any],
     force: bool,
     device: str,
     notify: Notify,
+    started: float | None = None,
 ) -> Iterator[Units]:
     """The units of an evaluation in a results folder, which no other process works in meanwhile.
 
@@ -155,22 +174,29 @@ def opened(
         out: the folder; where there is none, no unit is kept.
         about: what the results depend on, and its ``key``.
         options: what the units depend on besides.
+        where: packages and machine, which units should not depend on, but may.
         force: start anew, and keep what the folder holds under a dated name.
         device: where it is made.
         notify: told what a user should know.
+        started: when it was begun, by `time.perf_counter`.
 
     Raises:
         ValueError: when the folder holds another evaluation or other files, is in use, or can't be written.
     """
     if out is None:
-        yield Units(notify=notify)
+        yield Units(notify=notify, started=started)
         return
     claim_folder(out, about, force=force)
     with _locked(out, notify):
         if force and (moved := set_aside(out, about["key"])):
             notify(f"what {out} held is kept in {moved}")
         claim_folder(out, about, force=force)  # another process may have finished meanwhile
-        units = _begun(out / UNFINISHED, about, options, device=device, notify=notify)
+        stated = {**about, "options": dict(options), "where": [dict(where)]}
+        units = Units(*_begun(out / UNFINISHED, stated), device=device, notify=notify, started=started)
+        units.environments = stated["where"][1:]
+        if units.environments:
+            told = differences({"where": units.environments[0]}, {"where": dict(where)})
+            notify(f"it was begun elsewhere ({told}), so it may differ by rounding from one made in one place")
         try:
             yield units
         finally:
@@ -178,28 +204,30 @@ def opened(
                 units.finish()
 
 
-def _begun(
-    folder: Path, about: Mapping[str, Any], options: Mapping[str, Any], *, device: str, notify: Notify
-) -> Units:  # fmt: skip
-    """The units in a folder, which is made if need be; where nothing tells whose they are, each of them will.
+def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:
+    """The folder of units, made if need be, and their key; where nothing tells whose they are, each of them will.
+
+    Where other processes worked elsewhere, that is added to ``where``.
 
     Raises:
         ValueError: when they belong to another evaluation.
     """
-    stated = {**about, "options": dict(options)}
-    stated["key"] = hashlib.sha256(json.dumps([about["key"], stated["options"]], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([stated["key"], stated["options"]], sort_keys=True).encode()).hexdigest()
+    stated["key"] = key
     try:
         held = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         held = None
-    if isinstance(held, dict) and held.get("key") != stated["key"]:
+    if isinstance(held, dict) and held.get("key") != key:
         raise ValueError(
             f"{folder.parent} holds another evaluation, unfinished, which differs in {differences(held, stated)}; "
             f"choose another folder, or start anew with --force, which keeps it under a dated name"
         )
+    others = held.get("where", []) if isinstance(held, dict) else []
+    stated["where"] += [place for place in others if place not in stated["where"]]
     folder.mkdir(exist_ok=True)
     write_whole(folder / ABOUT, json.dumps(stated).encode())
-    return Units(folder, stated["key"], device=device, notify=notify)
+    return folder, key
 
 
 def write_whole(path: Path, *parts: bytes) -> None:

@@ -64,6 +64,7 @@ def batch_sizes(
         sizes=sizes,
         out=out,
         progress=options.bars(quiet),
+        notify=options.notes(quiet),
         **common,
     )
     click.echo(render_sizes(report.table))

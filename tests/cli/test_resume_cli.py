@@ -214,23 +214,3 @@ def test_a_read_only_folder_is_refused_at_once(tmp_path: Path) -> None:
     assert re.fullmatch(
         rf"Error: results can't be written to {disk / 'r'}: Read-only file system; choose another folder\n", told
     )
-
-
-@pytest.mark.slow
-def test_a_folder_that_becomes_read_only_stops_it(whole: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    with _tmpfs(disk, "size=20m"):
-        out = disk / "r"
-        process = _start(out)
-        _wait(process, lambda: len(_units(out)) > 3)
-        deadline = time.monotonic() + 60
-        while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False).returncode:
-            assert time.monotonic() < deadline  # it is busy while a file is being written
-            if process.poll() is not None:
-                pytest.skip("it was too fast")
-        status, told = _finish(process)
-        assert status == 1
-        assert "Read-only file system; the units finished before are kept" in told
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert _finish(_start(out))[0] == 0
-        _check_same(whole, out)
