@@ -27,6 +27,7 @@ from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import Protocol, Results, evaluate, load_protocol
 from msa_eval.protocols.provenance import environment
+from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target
 
 FULL = "full"
@@ -89,6 +90,7 @@ def ablate(
     out: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
+    notify: Notify = warn,
 ) -> Ablation:
     """Fine-tune variants of HPM from one classifier with the same data and settings, and evaluate each.
 
@@ -110,6 +112,7 @@ def ablate(
             ablation that was stopped there goes on after the last variant it finished.
         force: replace what was made there with other settings.
         progress: shows how far each loop has come.
+        notify: as for `msa_eval.evaluate`.
 
     Raises:
         ValueError: when classifier, data and protocol don't fit together, or ``out`` holds something else.
@@ -156,6 +159,7 @@ def ablate(
             done = evaluate(
                 _of(start, name, model), test, protocol=protocol, fc=None if name == FULL else False, seed=seed,
                 device=device, out=record.folder and record.folder / name, force=force, progress=shown,
+                notify=notify,
             )  # fmt: skip
             record.close(name, done, environment(device))
         found[name] = done

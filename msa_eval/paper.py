@@ -17,6 +17,7 @@ from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import AttackError, Results, evaluate, load_protocol
+from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target, load_target
 from msa_eval.targets.zoos import full_name
 
@@ -79,6 +80,7 @@ def paper_table(
     out: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
+    notify: Notify = warn,
 ) -> pd.DataFrame:
     """Run the paper's protocol over the paper's models, as far as their weights are to be had.
 
@@ -96,6 +98,7 @@ def paper_table(
         out: a folder that gets ``paper_table.csv`` and a folder of results a model.
         force: write over other results there.
         progress: shows how far each run has come.
+        notify: as for `msa_eval.evaluate`.
 
     Returns:
         a row a model and head (``fc``, ``hpm``): ``reported_clean``, ``reported_robust`` and the measured ``clean``,
@@ -123,6 +126,7 @@ def paper_table(
                 target = load_target(word, samples, random_weights=random_weights, models=models)
             results = evaluate(
                 target, samples, protocol=protocol, seed=seed, device=device, force=force, progress=progress,
+                notify=notify,
                 out=None if out is None else Path(out) / model.name,
             )  # fmt: skip
         except (ValueError, AttackError, MemoryError, RuntimeError, OSError) as error:  # out of memory is one of them

@@ -25,7 +25,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -424,6 +424,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor], entries: Sequence[Mapping[s
         save_file(dict(tensors), partial, metadata=header)
         partial.chmod(0o644)  # safetensors makes it readable by its owner alone
         with partial.open("rb+") as opened:
+            _order(opened)
+            opened.flush()
             os.fsync(opened.fileno())
         partial.replace(path)
     except SafetensorError as error:
@@ -434,3 +436,14 @@ def _save(path: Path, tensors: Mapping[str, Tensor], entries: Sequence[Mapping[s
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _order(opened: BinaryIO) -> None:
+    """Put the metadata in order, which safetensors writes in another one each time: the same proofs, the same bytes."""
+    length = int.from_bytes(opened.read(8), "little")
+    header = json.loads(opened.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= length, "the same header, in another order, is no longer"
+    opened.seek(8)
+    opened.write(text.ljust(length))

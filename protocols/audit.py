@@ -6,6 +6,7 @@ it means in `msa_eval.protocols.signs`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.memory import fitting, in_parts
 from msa_eval.targets import resolve
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
@@ -106,8 +108,8 @@ def audit(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     samples, device = Samples.of(x, y), check_device(device)
     target, _ = resolve(target, samples)
-    defense = as_defense(target)
-    beside = None if fc is None or fc is False else as_defense(fc)
+    defense = in_parts(as_defense(target))
+    beside = None if fc is None or fc is False else in_parts(as_defense(fc))
     for module in [*modules_of(defense), *modules_of(beside)]:
         module.to(device)
     with (
@@ -147,10 +149,11 @@ def _audit(
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):
         usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own)
-    found = probe(
-        defense, usable, batches, protocol.ball,
+    measure = functools.partial(
+        probe, defense, usable, batches, protocol.ball,
         batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
     )  # fmt: skip
+    found = fitting(defense, max(len(batch.x) for batch in batches), measure)
     found.append(guard.sign())
     seconds = round(time.perf_counter() - started, 3)
     return AuditReport(name, tuple(found), sum(len(batch.y) for batch in batches), seconds, fc)
@@ -159,7 +162,7 @@ def _audit(
 def _usable(budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, Own]) -> Sequence[Surrogate]:
     """The surrogates that a defence offers; none where no gradient reaches the images, which is a sign of its own."""
     try:
-        return offer(budget, defense, batch, own=own).usable
+        return fitting(defense, len(batch.x), lambda: offer(budget, defense, batch, own=own)).usable
     except (ValueError, RuntimeError) as error:
         named = [get(name, own) for name in (*budget.names, *own)]
         usable = [s for s in named if s.applies(defense) and answer_with_gradient(s, defense, batch) is not None]

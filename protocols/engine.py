@@ -20,27 +20,30 @@ from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.entrant import Entrant, Evaluated
+from msa_eval.protocols.entrant import Entrant, Evaluated, Failure, Work
 from msa_eval.protocols.evidence import (
     ARCHIVE,
     NEW_ARCHIVE,
     SCHEMA_VERSION,
+    UNFINISHED,
     Results,
     TargetRecord,
-    claim_folder,
     tabulate,
 )
 from msa_eval.protocols.gallery import Exhibit
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
 from msa_eval.protocols.spec import Protocol, load_protocol
+from msa_eval.protocols.trial import AttackError
+from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 import msa_eval
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.memory import fitting, in_parts, parts_of, plain
 from msa_eval.progress import Progress, silent
 from msa_eval.targets import resolve
 
@@ -60,7 +63,9 @@ def evaluate(
     force: bool = False,
     save_adversarial: bool = False,
     save_gallery: bool = True,
+    micro_batch: int | None = None,
     progress: Progress = silent,
+    notify: Notify = warn,
 ) -> Results:
     """Find out how robust a defence is under a protocol.
 
@@ -77,19 +82,23 @@ def evaluate(
         seed: of every attack; samples and batches have seeds of their own in the protocol.
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
-        out: a folder to write the results to; it is checked after the clean pass, before any attack.
-        force: write over other results there.
+        out: a folder to write the results to; it is checked after the clean pass, before any attack. What is finished
+            is kept there, so that the same call goes on where an earlier one was interrupted.
+        force: start anew there; other results, and what is unfinished, are kept under a dated name.
         save_adversarial: keep there, for every broken sample, an adversarial batch that breaks it, confirmed by a
             pass of its own.
         save_gallery: keep there a few broken samples as pictures, for the page.
+        micro_batch: pass at most so many images through the trunk at once. Without it, a pass that runs out of memory
+            is made again in halves, and in halves of these. The batch that is decided is the same.
         progress: shows how far each run has come.
+        notify: told of what a user should know: where it goes on, what was damaged and is made again.
 
     Returns:
-        the tables.
+        the tables. Where a run failed on a batch, their verdict is ``incomplete``.
 
     Raises:
         ValueError: when target, data and protocol don't fit together.
-        AttackError: when an attack or the defence fails on a batch; a failure never reads as robustness.
+        AttackError: when every run fails; a failure never reads as robustness.
         OSError: when the results can't be written.
     """
     if not isinstance(protocol, Protocol):
@@ -105,7 +114,7 @@ def evaluate(
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-        targets = _targets(target, fc, device)
+        targets = _targets(target, fc, device, micro_batch)
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
             targets,
@@ -119,7 +128,9 @@ def evaluate(
             force=force,
             keep=save_adversarial,
             show=save_gallery and out is not None,
+            micro_batch=micro_batch,
             progress=progress,
+            notify=notify,
         )
 
 
@@ -136,7 +147,9 @@ def _evaluate(
     force: bool,
     keep: bool,
     show: bool,
+    micro_batch: int | None,
     progress: Progress,
+    notify: Notify,
 ) -> Results:
     started = time.perf_counter()
     chosen = select(samples.y, protocol)
@@ -154,40 +167,147 @@ def _evaluate(
             for name, model in targets.items()
         ]  # fmt: skip
         about = _identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
-        if out is not None:
-            claim_folder(out, about["key"], force=force)
-        signs: dict[str, list[Sign]] = {}
-        done: list[Evaluated] = []
-        for entrant in entrants:
-            guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=seed)
-            signs[entrant.name] = _probe(entrant) if protocol.audited else []
-            done += entrant.evaluate(progress, keep=keep, show=show and entrant.name == "defense")
+        options = {"save_adversarial": keep, "gallery": show, "micro_batch": micro_batch}
+        where = environment(device)
+        place = {name: where[name] for name in ("packages", "python", "platform", "device", "threads")}
+        with opened(
+            out, about, options=options, where=place, force=force, device=device, notify=notify, started=started
+        ) as units:
+            work = Work(progress, units, keep)
+            try:
+                return _carried_out(entrants, about | where, work, out=out, show=show, force=force)
+            except KeyboardInterrupt as stop:
+                raise type(stop)(_stopped(entrants, work, out, force=force)) from None
+
+
+def _carried_out(
+    entrants: Sequence[Entrant],
+    about: Mapping[str, Any],
+    work: Work,
+    *,
+    out: Path | None,
+    show: bool,
+    force: bool,
+) -> Results:
+    """Make all runs that are not made yet, judge the targets, and write the results."""
+    if finished := _finished(entrants, work.units):
+        work.units.notify(f"going on in {out}: {finished} of {_due(entrants)} runs on a batch are finished")
+    signs: dict[str, list[Sign]] = {}
+    done: list[Evaluated] = []
+    for entrant in entrants:
+        guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
+        signs[entrant.name] = _probe(entrant, work) if entrant.protocol.audited else []
+        done += entrant.evaluate(work, guard, show=show and entrant.name == "defense")
+        _check_any(entrant, work)
+        try:
             signs[entrant.name].append(guard.sign())
-        records = [one.record for one in done]
-        about |= {"taken_back": _taken_back(records, about["draws"])}
-        results = tabulate(records, about | environment(device) | {"verdict": "not audited"})
-        if protocol.audited:
-            results = _judged(results, signs)
-        results = _timed(results, started)
-        if out is not None:
-            proofs = [proof for one in done for proof in one.proofs] if keep else None
-            exhibits = [shown for one in done for shown in one.exhibits]
-            write = functools.partial(
-                _write, results=results, force=force, entrants=entrants, proofs=proofs, pictures=_pictures(exhibits)
-            )
-            results = _save(write, out)
+        except Exception as error:
+            work.fail(entrant.name, "the state guard", error)
+    records = [one.record for one in done]
+    parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
+    more = {"micro_batch": parts, "begun_elsewhere": work.units.environments}
+    run = {**about, "taken_back": _taken_back(records, about["draws"])}
+    run |= {name: value for name, value in more.items() if value}
+    results = tabulate(records, run | {"verdict": "not audited"})
+    if any(signs.values()) and entrants[0].protocol.audited:
+        results = _judged(results, signs)
+    results = _incomplete(results, work.failures)
+    results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(work.units.seconds, 3)})
+    if out is None:
+        return results
+    write = functools.partial(
+        _write, results=results, force=force, entrants=entrants,
+        proofs=[proof for one in done for proof in one.proofs] if work.keep else None,
+        pictures=_pictures([shown for one in done for shown in one.exhibits]),
+    )  # fmt: skip
+    results = _save(write, out)
+    if not work.failures:
+        work.units.finish()
     return results
 
 
-def _probe(entrant: Entrant) -> list[Sign]:
-    """Measure the signs of the audit on a few clean batches."""
+def _due(entrants: Sequence[Entrant]) -> int:
+    """How many runs on a batch there are to make."""
+    return sum(len(entrant.runs[context]) * len(entrant.clean) for entrant in entrants for context in entrant.searched)
+
+
+def _finished(entrants: Sequence[Entrant], units: Units) -> int:
+    """How many of them are made, as far as their units tell."""
+    names = units.names()
+    series = {f"{one.name}-{context}": len(runs) for one in entrants for context, runs in one.runs.items()}
+    return sum(1 if "." in name else series.get(name.rpartition("-")[0], 0) for name in names)
+
+
+def _stopped(entrants: Sequence[Entrant], work: Work, out: Path | None, *, force: bool) -> str:
+    """What to say when a user stops an evaluation."""
+    finished = _finished(entrants, work.units)
+    if out is None or not finished:
+        return ""
+    how = "the same command without --force" if force else "the same command"
+    return (
+        f"interrupted after {finished} of {_due(entrants)} runs on a batch; they are kept in {out / UNFINISHED}, and "
+        f"{how} goes on from there; no earlier results were changed"
+    )
+
+
+def _check_any(entrant: Entrant, work: Work) -> None:
+    """Check that something was found out about a target.
+
+    Raises:
+        AttackError: when every run failed.
+    """
+    failed = [one for one in work.failures if one.target == entrant.name and one.batch is not None]
+    if len(failed) == _due([entrant]):
+        raise AttackError(f"{failed[0].target}, run {failed[0].run}, batch {failed[0].batch}: {failed[0].error}")
+
+
+def _probe(entrant: Entrant, work: Work) -> list[Sign]:
+    """Measure the signs of the audit on a few clean batches; none where it fails, which is noted."""
+    name = f"{entrant.name}-audit"
+    held: tuple[Sign, ...] | None = work.units.read(name, tuple)
+    if held is not None:
+        return list(held)
     clean = entrant.clean
     sizes = itertools.accumulate(len(seat) for seat in clean.seats)
     count = max(1, sum(size <= entrant.protocol.audited for size in sizes))
-    return probe(
-        entrant.defense, entrant.offers.usable, list(itertools.islice(clean, count)), entrant.protocol.ball,
-        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=entrant.seed,
-    )  # fmt: skip
+    batches = list(itertools.islice(clean, count))
+
+    def measure() -> list[Sign]:
+        return probe(
+            entrant.defense, entrant.offers.usable, batches, entrant.protocol.ball,
+            batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=entrant.seed,
+        )  # fmt: skip
+
+    try:
+        found = fitting(entrant.defense, max(len(batch.x) for batch in batches), measure)
+    except (AttackError, MemoryError) as error:
+        work.fail(entrant.name, "the audit", error)
+        return []
+    work.units.write(name, tuple(found))
+    return found
+
+
+def _incomplete(results: Results, failures: Sequence[Failure]) -> Results:
+    """Say of results in which something failed that they are incomplete, and what failed."""
+    if not failures:
+        return results
+    verdicts = dict(results.run.get("verdicts", {}))
+    for target in dict.fromkeys(failure.target for failure in failures):
+        told = tuple(f"{failure.text}." for failure in failures if failure.target == target)
+        verdicts[target] = {
+            "verdict": "incomplete",
+            "reasons": told + tuple(verdicts.get(target, {}).get("reasons", ())),
+        }
+    for target in results.summary["target"].unique():
+        verdicts.setdefault(target, {"verdict": str(results.run["verdict"]), "reasons": ()})
+    named = results.summary["target"]
+    summary = results.summary.assign(
+        verdict=[verdicts[target]["verdict"] for target in named],
+        reasons=["; ".join(verdicts[target]["reasons"]) for target in named],
+    )
+    failed = [failure._asdict() for failure in failures]
+    run = dict(results.run) | {"verdict": "incomplete", "verdicts": verdicts, "failed": failed}
+    return dataclasses.replace(results, summary=summary, run=run)
 
 
 def _judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
@@ -215,12 +335,6 @@ def _judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
 
 def _gravity(sign: Sign) -> int:
     return ("note", "suspect", "unreliable").index(sign.severity) + 1 if sign.fired else 0
-
-
-def _timed(results: Results, started: float) -> Results:
-    return dataclasses.replace(
-        results, run=dict(results.run) | {"seconds": round(time.perf_counter() - started, 3)}
-    )  # fmt: skip
 
 
 def _pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
@@ -270,13 +384,14 @@ def _write(
     return results
 
 
-def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
-    """The defence and the plain classifier it was built on, on the device."""
+def _targets(target: object, fc: object, device: str, micro_batch: int | None) -> dict[str, Defense]:
+    """The defence and the plain classifier it was built on, on the device, sparing with memory."""
     defense = as_defense(target)
-    targets = {"defense": defense}
-    plain = getattr(defense, "fc_target", None) if fc is None else fc
-    if plain is not None and plain is not False:
-        targets["fc"] = as_defense(plain)
+    targets = {"defense": in_parts(defense, micro_batch)}
+    beside = getattr(defense, "fc_target", None) if fc is None else fc
+    if beside is not None and beside is not False:
+        classifier = as_defense(beside)
+        targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
     for module in (module for entrant in targets.values() for module in modules_of(entrant)):
         module.to(device)
     return targets
@@ -315,7 +430,7 @@ def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dic
         "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen)},
         "targets": {
             entrant.name: {
-                "type": type(entrant.defense).__name__,
+                "type": type(plain(entrant.defense)).__name__,
                 "sha256": defense_hash(entrant.defense),
                 "num_classes": entrant.clean.num_classes,
                 "runs": list(dict.fromkeys(run.name for runs in entrant.runs.values() for run in runs)),

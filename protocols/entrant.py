@@ -7,7 +7,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +17,23 @@ from msa_eval.protocols.clean import CleanBatches, Pool, seeded
 from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.gallery import POOL, Candidate, Exhibit, exhibit
+from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import Offers, offer
+from msa_eval.protocols.packing import RECORDS
 from msa_eval.protocols.peering import peer_runs
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import OWN, Attack, Run, plan_runs
 from msa_eval.protocols.spec import Protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
+from msa_eval.protocols.units import Units
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, WholeModel
+from msa_eval.memory import fitting
 from msa_eval.peers import told
 from msa_eval.progress import Progress, ticking
 
@@ -47,6 +51,89 @@ class Evaluated(NamedTuple):
     record: TargetRecord
     proofs: list[Proof]
     exhibits: list[Exhibit]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run on a batch, made: what it did, and what it leaves in the batch's history.
+
+    Attributes:
+        outcome: for the tables.
+        trace: for later runs.
+        upheld: of a stochastic target, the proofs that hold.
+        taken_back: the samples of which some break did not hold ``(B,)``.
+        seconds: that it took.
+    """
+
+    outcome: Outcome
+    trace: Trace
+    upheld: tuple[Proof, ...]
+    taken_back: Tensor
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A batch, all runs made.
+
+    Attributes:
+        outcomes: a run each, in their order.
+        seconds: likewise.
+        committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
+        taken_back: how many samples were called broken, and did not stay so.
+        proofs: an adversarial batch for every broken sample, where these were asked for.
+        changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    seconds: tuple[float, ...]
+    committed: Tensor
+    taken_back: int
+    proofs: tuple[Proof, ...]
+    changes: tuple[str, ...]
+
+
+RECORDS |= {"Step": Step, "Searched": Searched}
+
+
+class Failure(NamedTuple):
+    """A run that failed on a batch, or another part of the evaluation that belongs to no batch, and why."""
+
+    target: str
+    context: str
+    batch: int | None
+    run: str
+    error: str
+
+    @property
+    def text(self) -> str:
+        """In a line."""
+        where = "" if self.batch is None else f" on batch {self.batch}, {self.context}"
+        return f"{self.run}{where}: {self.error}"
+
+
+@dataclass
+class Work:
+    """An evaluation under way.
+
+    Attributes:
+        progress: shows how far each context has come.
+        units: what is finished, and is not made again.
+        keep: whether to keep an adversarial batch for every broken sample.
+        failures: what failed so far.
+    """
+
+    progress: Progress
+    units: Units
+    keep: bool = False
+    failures: list[Failure] = field(default_factory=list)
+
+    def fail(
+        self, target: str, run: str, error: BaseException, *, context: str = "", batch: int | None = None
+    ) -> None:  # fmt: skip
+        """Note what failed."""
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        self.failures.append(Failure(target, context, batch, run, told))
 
 
 @dataclass(frozen=True)
@@ -75,11 +162,12 @@ class Entrant:
         """Plan the runs of a target; the caller's own surrogates are the defence's."""
         offers = Offers((), (), "")
         if protocol.apgd is not None:
+            look = functools.partial(
+                offer, protocol.apgd, defense, batch := next(iter(clean)), own=own, use_own=name == "defense",
+                batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
+            )  # fmt: skip
             with seeded(seed):
-                offers = offer(
-                    protocol.apgd, defense, next(iter(clean)), own=own, use_own=name == "defense",
-                    batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
-                )  # fmt: skip
+                offers = fitting(defense, len(batch.x), look)
         companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
         runs = {
             context: plan_runs(
@@ -112,49 +200,45 @@ class Entrant:
         batches = [clean.chosen[seat] for seat in clean.seats]
         return Replay(self.defense, clean.samples, batches, device=clean.device, draws=clean.draws)
 
-    def evaluate(self, progress: Progress, *, keep: bool = False, show: bool = False) -> Iterator[Evaluated]:
+    @property
+    def searched(self) -> Sequence[str]:
+        """The contexts in which runs are made; in the others a target that ignores its companions answers the same."""
+        return self.protocol.contexts if self.clean.batch_dependent else self.protocol.contexts[:1]
+
+    def evaluate(self, work: Work, guard: StateGuard, *, show: bool = False) -> Iterator[Evaluated]:
         """Make every run in every context; a target that ignores its companions answers the same in all.
 
         Args:
-            progress: shows how far each context has come.
-            keep: whether to keep an adversarial batch for every broken sample.
+            work: the evaluation that it is part of.
+            guard: over the target.
             show: whether to make exhibits, in the first context.
         """
         first, *others = self.protocol.contexts
-        done = self._evaluate(first, progress, keep=keep, show=show)
+        done = self._evaluate(first, work, guard, show=show)
         yield done
         for context in others:
             if self.clean.batch_dependent:
-                yield self._evaluate(context, progress, keep=keep)
+                yield self._evaluate(context, work, guard)
             else:
                 yield Evaluated(dataclasses.replace(done.record, context=context), [], [])
 
-    def _evaluate(self, context: str, progress: Progress, *, keep: bool, show: bool = False) -> Evaluated:
-        """Make every run on every batch, batch after batch: a run may go on from what earlier ones found."""
+    def _evaluate(self, context: str, work: Work, guard: StateGuard, *, show: bool = False) -> Evaluated:
+        """Make every run on every batch, batch after batch."""
         clean = self.clean.seen_in(context)
         seats, chosen, samples = clean.seats, clean.chosen, clean.samples
         runs = self.runs[context]
         pool = clean.pool(self.protocol.composition) if context == "composed" and clean.batch_dependent else None
-        committed, taken_back = [], 0
-        proofs: list[Proof] = []
         candidates: list[Candidate] = []
-        outcomes: dict[str, list[Outcome]] = {run.name: [] for run in runs}
-        seconds = dict.fromkeys(outcomes, 0.0)
-        with ticking(progress, len(clean) * len(runs), f"{self.name} {context}") as tick:
+        done: list[Searched] = []
+        with ticking(work.progress, len(clean) * len(runs), f"{self.name} {context}") as tick:
             for batch in clean:
-                history = History(batch, None if pool is None else clean.own_company(batch, pool))
                 looking = show and len(candidates) < POOL
-                for run in runs:
-                    tick()
-                    started = time.perf_counter()
-                    outcomes[run.name].append(self._attempt(run, batch, context, history, pool, keep=keep or looking))
-                    seconds[run.name] += time.perf_counter() - started
-                committed.append(history.committed)
-                taken_back += int((history.taken_back & ~history.broken).sum())
-                found = self._proofs(context, batch, history, pool) if keep or looking else []
-                proofs += found if keep else []
+                searched = self._search(context, batch, pool, work, guard, keep=work.keep or looking, tick=tick)
+                done.append(searched)
                 if looking:
-                    candidates += _candidates(found, batch, {name: made[-1] for name, made in outcomes.items()})
+                    made = {run.name: outcome for run, outcome in zip(runs, searched.outcomes, strict=True)}
+                    candidates += _candidates(searched.proofs, batch, made)
+        proofs = [proof for searched in done for proof in searched.proofs] if work.keep else []
 
         def placed(values: Sequence[Tensor]) -> Any:
             return _place(values, seats)
@@ -168,11 +252,74 @@ class Entrant:
             position=placed([torch.arange(len(seat)) for seat in seats]),
             clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
             clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
-            committed=placed(committed),
-            taken_back=taken_back,
-            runs=[_record(run, outcomes[run.name], seats, seconds[run.name]) for run in runs],
+            committed=placed([searched.committed for searched in done]),
+            taken_back=sum(searched.taken_back for searched in done),
+            runs=[
+                _record(run, [one.outcomes[i] for one in done], seats, sum(one.seconds[i] for one in done))
+                for i, run in enumerate(runs)
+            ],
         )
         return Evaluated(record, proofs, self._exhibits(candidates))
+
+    def _search(
+        self,
+        context: str,
+        batch: Batch,
+        pool: Pool | None,
+        work: Work,
+        guard: StateGuard,
+        *,
+        keep: bool,
+        tick: Callable[[], None],
+    ) -> Searched:
+        """Make every run on a batch that is not finished yet; a run may go on from what earlier ones found.
+
+        A run that fails leaves nothing to the later ones, and what follows it is not kept as a unit: when the
+        evaluation is repeated, it is tried again.
+        """
+        runs, name = self.runs[context], f"{self.name}-{context}-{batch.number:06d}"
+        found = work.units.read(name, Searched)
+        if found is not None:
+            for _ in runs:
+                tick()
+            guard.remember(found.changes)
+            return found
+        history = History(batch, None if pool is None else self.clean.own_company(batch, pool))
+        outcomes, seconds, whole = [], [], True
+        parts = [f"{name}.{place:03d}" for place in range(len(runs))]
+        for run, part in zip(runs, parts, strict=True):
+            tick()
+            step = work.units.read(part, Step)
+            if step is None:
+                started = time.perf_counter()
+                try:
+                    step = self._attempt(run, batch, context, history, pool, keep=keep)
+                except AttackError as error:
+                    work.fail(self.name, run.name, error.__cause__ or error, context=context, batch=batch.number)
+                    outcomes.append(Outcome.failed(batch))
+                    seconds.append(time.perf_counter() - started)
+                    whole = False
+                    continue
+                step = dataclasses.replace(step, seconds=time.perf_counter() - started)
+                if whole:
+                    work.units.write(part, step)
+            history.add(step.outcome, step.trace)
+            history.upheld += step.upheld
+            history.taken_back = history.taken_back | step.taken_back
+            outcomes.append(step.outcome)
+            seconds.append(step.seconds)
+        searched = Searched(
+            tuple(outcomes),
+            tuple(seconds),
+            history.committed,
+            int((history.taken_back & ~history.broken).sum()),
+            tuple(self._proofs(context, batch, history, pool)) if keep else (),
+            guard.so_far() if work.units.folder is not None else (),
+        )
+        if whole:
+            work.units.write(name, searched)
+            work.units.drop(*parts)
+        return searched
 
     def _exhibits(self, candidates: Sequence[Candidate]) -> list[Exhibit]:
         """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
@@ -191,8 +338,20 @@ class Entrant:
 
     def _attempt(
         self, run: Run, batch: Batch, context: str, history: History, pool: Pool | None, *, keep: bool
-    ) -> Outcome:
-        """Make one run on one batch, and enter it in the batch's history."""
+    ) -> Step:
+        """Make one run on one batch; where memory is short, again and again with a trunk that takes smaller parts.
+
+        Raises:
+            AttackError: when it fails.
+        """
+        try:
+            return fitting(
+                self.defense, len(batch.x), lambda: self._step(run, batch, context, history, pool, keep=keep)
+            )
+        except Exception as error:
+            raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
+
+    def _step(self, run: Run, batch: Batch, context: str, history: History, pool: Pool | None, *, keep: bool) -> Step:
         clean = self.clean
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
@@ -204,22 +363,17 @@ class Entrant:
         )
         generator = run.generator(self.seed, self.name, context, batch.number)
         attack = run.attack or self._choice(run, batch, history, pool)
-        try:
-            # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
-            with seeded(generator.initial_seed()):
-                points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
-                outcome = trial.finish(points)
-                trace = trial.trace()
-                if clean.draws > 1:
-                    outcome = self._upheld(outcome, trace, context, batch, history, pool)
-        except Exception as error:
-            raise AttackError(f"{self.name}, run {run.name}, batch {batch.number}: {error}") from error
-        history.add(outcome, trace)
-        return outcome
+        # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
+        with seeded(generator.initial_seed()):
+            points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
+            outcome, trace = trial.finish(points), trial.trace()
+            if clean.draws > 1:
+                return self._upheld(outcome, trace, context, batch, history, pool)
+        return Step(outcome, trace, (), torch.zeros_like(history.taken_back))
 
     def _upheld(
         self, outcome: Outcome, trace: Trace, context: str, batch: Batch, history: History, pool: Pool | None
-    ) -> Outcome:
+    ) -> Step:
         """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
 
         What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
@@ -228,14 +382,13 @@ class Entrant:
         """
         run = History(batch, history.company)
         run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace)
-        taken = torch.zeros_like(history.taken_back)
+        taken, upheld = torch.zeros_like(history.taken_back), []
         for proof in self._proofs(context, batch, run, pool):
             holds = self.replay.clearly_breaks(proof).cpu()
             taken[proof.positions[~holds].to(taken.device)] = True
             if bool(holds.any()):
-                history.upheld.append(proof.only(holds))
-        history.taken_back = history.taken_back | taken
-        return outcome.taking_back(taken, batch.correct)
+                upheld.append(proof.only(holds))
+        return Step(outcome.taking_back(taken, batch.correct), trace, tuple(upheld), taken)
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from msa_eval.protocols import fields, metrics
+from msa_eval.protocols.differences import differences
 from msa_eval.protocols.spec import CONTEXTS
 
 from msa_eval.strangers import check_inside, told
@@ -41,14 +44,18 @@ CROSSCHECK = "crosscheck.csv"
 """What attacks of others broke of it (see `msa_eval.protocols.crosscheck`); made later, so it has no hash either."""
 FIGURES = "figures"
 """A folder of figures made from all this; no evidence either, and left to who made it."""
+UNFINISHED, LOCK = "unfinished", ".lock"
+"""What an evaluation keeps there while it is under way (see `msa_eval.protocols.units`)."""
+OURS = ("run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED)
+"""All that an evaluation or what is made from one leaves in its folder."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
 
-    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches. ``notes`` are its faults in words;
-    ``None`` for our own attacks.
+    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches. Where it failed, nothing is broken,
+    and margin and perturbation are NaN. ``notes`` are its faults in words; ``None`` for our own attacks.
     """
 
     name: str
@@ -67,6 +74,11 @@ class RunRecord:
     decisions: int
     seconds: float
     notes: tuple[str, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it failed on no batch, so that its shares mean something."""
+        return not bool(np.isnan(self.min_margin).any())
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class Results:
             OSError: when it can't be written.
         """
         folder = Path(folder)
-        claim_folder(folder, self.run["key"], force=force)
+        claim_folder(folder, self.run, force=force)
         before = (_read_run(folder) or {}).get("key", self.run["key"])
         if gallery is None and (folder / GALLERY).is_file():
             held = (folder / GALLERY).read_bytes()
@@ -248,12 +260,12 @@ def run_digest(run: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
+def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False) -> None:
     """Make a results folder, or check that the one there may be written.
 
     Args:
         folder: the folder.
-        key: what the results depend on; results of the same key are the same results and may be replaced.
+        about: what the results depend on, and its ``key``; results of the same key are the same and may be replaced.
         force: allow other results to be replaced.
 
     Raises:
@@ -262,14 +274,17 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder for the results")
     run = _read_run(folder)
-    if not force and run is not None and run.get("key") != key:
+    if not force and run is not None and run.get("key") != about["key"]:
+        told = differences(run, about)
         raise ValueError(
             f"{folder} holds the results of another evaluation ({run.get('protocol', {}).get('name')}, seed "
-            f"{run.get('seed')}); choose another folder, or replace them with --force"
+            f"{run.get('seed')}){f', which differs in {told}' if told else ''}; choose another folder, or start anew "
+            f"with --force"
         )
     try:
-        # An archive without a run.json is what an interrupted evaluation left behind.
-        ours = {ARCHIVE, f"{ARCHIVE}.part", NEW_ARCHIVE, f"{NEW_ARCHIVE}.part"}
+        # What an interrupted evaluation left behind, perhaps as it wrote its results.
+        names = {ARCHIVE, NEW_ARCHIVE, *((*OURS, LOCK) if (folder / UNFINISHED).is_dir() else (LOCK,))}
+        ours = names | {f"{name}.part" for name in names}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
             raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")
@@ -278,6 +293,33 @@ def claim_folder(folder: Path, key: str, *, force: bool = False) -> None:
             pass
     except OSError as error:
         raise ValueError(f"results can't be written to {folder}: {error.strerror}; choose another folder") from error
+
+
+def set_aside(folder: Path, key: str) -> Path | None:
+    """Move other results and an unfinished evaluation to a folder of a dated name beside; ``None`` if there are none.
+
+    Args:
+        folder: of the results.
+        key: of those that may stay.
+
+    Raises:
+        ValueError: when they can't be moved.
+    """
+    run = _read_run(folder)
+    if (run is None or run.get("key") == key) and not (folder / UNFINISHED).is_dir():
+        return None
+    place = folder.resolve()
+    dated = f"{place.name}-{time.strftime('%Y-%m-%dT%H%M%S')}"
+    names = (dated if i == 1 else f"{dated}-{i}" for i in itertools.count(1))
+    try:
+        moved = next(place.with_name(name) for name in names if not place.with_name(name).exists())
+        moved.mkdir()
+        for name in OURS:
+            if (folder / name).exists():
+                (folder / name).rename(moved / name)
+    except OSError as error:
+        raise ValueError(f"what {folder} holds can't be moved away: {error.strerror}; choose another folder") from error
+    return moved
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:
@@ -382,6 +424,11 @@ def _attacks(record: TargetRecord) -> pd.DataFrame:
     for run in record.runs:
         newly = standing & run.any_broken
         standing = standing & ~run.any_broken
+        shares = {
+            "surrogate_accuracy": float((~run.surrogate_fooled).mean()),
+            "final": float((record.correct & ~run.final_broken).mean()),
+            "any": float((record.correct & ~run.any_broken).mean()),
+        }
         rows.append(
             {
                 "target": record.target,
@@ -391,9 +438,7 @@ def _attacks(record: TargetRecord) -> pd.DataFrame:
                 "attack": run.attack,
                 "loss": run.loss,
                 "restart": run.restart,
-                "surrogate_accuracy": float((~run.surrogate_fooled).mean()),
-                "final": float((record.correct & ~run.final_broken).mean()),
-                "any": float((record.correct & ~run.any_broken).mean()),
+                **(shares if run.whole else dict.fromkeys(shares, np.nan)),
                 "newly_broken": int(newly.sum()),
                 "forwards": run.forwards,
                 "backwards": run.backwards,
@@ -426,7 +471,7 @@ def _samples(record: TargetRecord) -> pd.DataFrame:
             "robust": right & ~hit,
             "broken_by": broken_by.where(pd.Series(hit | ~right), None),
             "broken_at": _whole_or_missing(iterate, right & hit),
-            "min_margin": np.minimum(record.clean_margin, _stack(record, "min_margin").min(axis=0)),
+            "min_margin": np.fmin(record.clean_margin, np.fmin.reduce(_stack(record, "min_margin"), axis=0)),
             "committed_right": record.realised,
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -12,6 +13,7 @@ from msa_eval.protocols.trial import Batch
 from torch import Tensor, nn
 
 from msa_eval.defense import Defense, decide, modules_of
+from msa_eval.memory import plain
 
 
 class StateGuard:
@@ -31,6 +33,7 @@ class StateGuard:
         self._answers = self._ask()
         self._before = self._state()
         self._changes: tuple[str, ...] | None = None
+        self._remembered: tuple[str, ...] = ()
 
     def __enter__(self) -> StateGuard:
         return self
@@ -45,12 +48,24 @@ class StateGuard:
         names = [name for name in {**self._before, **now} if self._before.get(name) != now.get(name)]
         for defense, before, after in zip(self._defenses, self._answers, self._ask(), strict=True):
             if not change(before, after).drift <= SAME:
-                names.append(f"the answer of {type(defense).__name__} to a clean batch")
+                names.append(f"the answer of {type(plain(defense)).__name__} to a clean batch")
         return tuple(names)
+
+    def so_far(self) -> tuple[str, ...]:
+        """What has changed, with what is remembered; nothing where the defence gives no answer, which is told later."""
+        try:
+            return tuple(dict.fromkeys([*self._remembered, *self.changes()]))
+        except Exception:
+            return self._remembered
+
+    def remember(self, changes: Sequence[str]) -> None:
+        """Count what had changed in an earlier process, which this one goes on from."""
+        self._remembered = tuple(dict.fromkeys([*self._remembered, *changes]))
 
     def sign(self) -> Sign:
         """The sign `state_guard`: of the guarded block, or of all since the guard was made."""
-        return state_guard(self.changes() if self._changes is None else self._changes)
+        found = self.changes() if self._changes is None else self._changes
+        return state_guard(tuple(dict.fromkeys([*self._remembered, *found])))
 
     def _ask(self) -> list[Tensor]:
         batch = self._batch
@@ -60,7 +75,7 @@ class StateGuard:
         modules = [(defense, module) for defense in self._defenses for module in modules_of(defense)]
         state: dict[str, str] = {}
         for number, (defense, module) in enumerate(modules):
-            prefix = f"{type(defense).__name__} {number}: " if len(modules) > 1 else ""
+            prefix = f"{type(plain(defense)).__name__} {number}: " if len(modules) > 1 else ""
             state |= {prefix + name: value for name, value in _fingerprints(module).items()}
         return state
 

@@ -6,6 +6,8 @@ features, so it costs decisions and no passes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from msa_eval.protocols.composition import best_offer, descend
 from msa_eval.protocols.contexts import Company
@@ -72,9 +74,9 @@ class Mixer:
             self._sweep(self.standing(), aim)
         passed = 0
         for row in self.standing().tolist():
-            lead, aim = self.lead[row].min(dim=0)
+            lead, nearest = self.lead[row].min(dim=0)
             if self.stands(row) and lead <= 0:
-                self.trial.judge(self.mixture(row, int(aim)).x)
+                self.trial.judge(self.mixture(row, int(nearest)).x)
                 passed += 1
         return passed
 
@@ -101,8 +103,9 @@ class Mixer:
 
         A class that nobody is assigned to has another prototype than one with a few; no single exchange leads there.
         """
+        target: Any = self.trial.target
         with torch.no_grad():
-            assigned = torch.stack([self.trial.target.fc_logits(point.z).argmax(dim=1) for point in self.points])
+            assigned = torch.stack([target.fc_logits(point.z).argmax(dim=1) for point in self.points])
         for aim in range(self.aims.shape[1]):
             classes = torch.stack([self.y, self.aims[:, aim]])  # (2, B)
             outside = (assigned.unsqueeze(0) != classes.view(2, -1, 1, 1)).all(dim=0)  # (B, P, B)

@@ -15,6 +15,7 @@ from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 from msa_eval.defense import Defense
+from msa_eval.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -
     x = batch.x.detach().requires_grad_()
     try:
         logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         with torch.no_grad():  # a decision in NumPy, which a tensor with a gradient can't enter, answers here
             surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
         return None

@@ -13,6 +13,7 @@ import torch
 
 from msa_eval.checkpoint import weights_hash
 from msa_eval.defense import Defense, modules_of
+from msa_eval.memory import plain
 
 PACKAGES = ("msa-eval", "torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
 PEERS = ("torchattacks", "foolbox")
@@ -24,7 +25,7 @@ def defense_hash(defense: Defense) -> str:
 
     The weights alone decide where there is one module, so a wrapper or a moved file changes nothing.
     """
-    parts = [weights_hash(module) for module in modules_of(defense)] or [type(defense).__qualname__]
+    parts = [weights_hash(module) for module in modules_of(defense)] or [type(plain(defense)).__qualname__]
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

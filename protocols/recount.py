@@ -151,6 +151,10 @@ class _Count:
     def broken(self, run: str, column: str = "any_broken") -> Mask:
         return _mask(self.by_run[run][column])
 
+    def failed(self, run: str) -> Mask:
+        """Where a run failed: it measured nothing."""
+        return _mask(self.by_run[run]["min_margin"].isna() & self.by_run[run]["perturbation"].isna())
+
     def samples(self) -> Iterator[str]:
         """Each sample's row against its outcomes."""
         rows, right, ever = self.rows, self.right, self.ever
@@ -179,15 +183,19 @@ class _Count:
             kept = ~_mask(part["first_iterate"].isna())
             yield from self._named(f"{run}: final_broken, but not any_broken", self.broken(run, "final_broken") & ~ever)
             yield from self._named(f"{run}: any_broken and first_iterate disagree", kept != ever)
-            yield from self._named(f"{run}: min_margin contradicts any_broken", self._sign(part["min_margin"], ever))
-            outside = ~(part["perturbation"] <= eps * (1 + 1e-5) + 1e-6)
+            failed = self.failed(run)
+            yield from self._named(f"{run}: it failed, but broke the sample", failed & ever)
+            yield from self._named(
+                f"{run}: min_margin contradicts any_broken", self._sign(part["min_margin"], ever) & ~failed
+            )
+            outside = ~(part["perturbation"] <= eps * (1 + 1e-5) + 1e-6) & ~failed
             yield from self._named(f"{run}: the perturbation is larger than {eps:.6g}", outside)
 
     def attacks(self) -> Iterator[str]:
         """A run's shares against its outcomes."""
         standing = self.right
         for run, part in self.by_run.items():
-            ever = self.broken(run)
+            ever, failed = self.broken(run), bool(self.failed(run).any())
             expected = {
                 "surrogate_accuracy": 1 - _mask(part["surrogate_fooled"]).mean(),
                 "final": (self.right & ~self.broken(run, "final_broken")).mean(),
@@ -197,7 +205,10 @@ class _Count:
             standing = standing & ~ever
             for column, value in expected.items():
                 found = float(self.shown[run][column].iloc[0])
-                if not math.isclose(found, value, rel_tol=0, abs_tol=TOLERANCE):
+                agrees = math.isclose(found, value, rel_tol=0, abs_tol=TOLERANCE)
+                if failed and column != "newly_broken":
+                    agrees = math.isnan(found)
+                if not agrees:
                     yield f"attacks.csv: {column} of {run} is {found:.6g}, but the outcomes make {value:.6g}"
 
     def summary(self) -> Iterator[str]:

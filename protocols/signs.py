@@ -59,11 +59,11 @@ class Verdict:
     """Whether a figure can be believed.
 
     Attributes:
-        verdict: ``sound``, ``suspect`` or ``unreliable``.
-        reasons: of the signs that made it so, the gravest first.
+        verdict: ``sound``, ``suspect`` or ``unreliable``; of an evaluation in which something failed, ``incomplete``.
+        reasons: what failed, and the signs that made it so, the gravest first.
     """
 
-    verdict: Literal["sound", "suspect", "unreliable"]
+    verdict: Literal["sound", "suspect", "unreliable", "incomplete"]
     reasons: tuple[str, ...]
 
 

@@ -124,6 +124,13 @@ class Outcome:
     decisions: int
     faults: tuple[Fault, ...] = ()
 
+    @classmethod
+    def failed(cls, batch: Batch) -> Outcome:
+        """Of a run that came to no end: it broke nothing, and what it would have measured is NaN."""
+        nothing, unknown = torch.zeros_like(batch.correct), torch.full_like(batch.y, torch.nan, dtype=torch.float32)
+        first = torch.full_like(batch.y, -1)
+        return cls(nothing, nothing, nothing, first, unknown, unknown, batch.correct, 0, 0, 0)
+
     def taking_back(self, taken: Tensor, correct: Tensor) -> Outcome:
         """The same run with some of its breaks taken back: these samples count as right on every batch it showed.
 

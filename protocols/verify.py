@@ -33,6 +33,7 @@ from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.memory import in_parts
 from msa_eval.progress import Progress, silent
 from msa_eval.targets import resolve
 
@@ -189,7 +190,7 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
 def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
     defense = as_defense(target)
     plain = fc if fc is not None else getattr(defense, "fc_target", None)
-    targets = {"defense": defense} | ({} if plain is None else {"fc": as_defense(plain)})
+    targets = {"defense": in_parts(defense)} | ({} if plain is None else {"fc": in_parts(as_defense(plain))})
     for module in (module for entrant in targets.values() for module in modules_of(entrant)):
         module.to(device)
     return targets
@@ -545,6 +546,8 @@ def _check_data(stated: _Stated, samples: Samples) -> tuple[str, bool]:
 
 def _check_numbers(tables: Tables, protocol: Protocol, stated: _Stated) -> tuple[str, None]:
     _none_of(recount(tables, targets=list(stated.targets), contexts=protocol.contexts, eps=protocol.ball.eps))
+    if bool(tables.attacks["final"].isna().any()) and stated.run.get("verdict") != "incomplete":
+        raise ValueError("attacks.csv holds runs that failed, but run.json does not call the results incomplete")
     return "summary.csv, attacks.csv and samples.csv follow from outcomes.csv, and the order of the numbers holds", None
 
 

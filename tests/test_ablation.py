@@ -327,7 +327,8 @@ def test_other_settings_are_refused_by_name_or_replace_all(start: Checkpoint, tm
     with pytest.raises(ValueError, match=r"other settings \(classifier\)"):
         ablate(_moved(start), _data(40, 0), _data(24, 1), protocol=_protocol(), settings=SETTINGS, out=out)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    forced = _ablate(start, out, variants=few, settings=replace(SETTINGS, lr=0.1, epochs=3), force=True)
+    with pytest.warns(UserWarning, match="held is kept in"):
+        forced = _ablate(start, out, variants=few, settings=replace(SETTINGS, lr=0.1, epochs=3), force=True)
     again = _ablate(start, None, variants=few, settings=replace(SETTINGS, lr=0.1, epochs=3))
     pd.testing.assert_frame_equal(forced.table, again.table)
     assert forced.about["variants"]["full"]["sha256"] != first.about["variants"]["full"]["sha256"]

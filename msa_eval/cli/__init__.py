@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -28,21 +33,47 @@ from msa_eval.cli.verify import verify
 from msa_eval.protocols import AttackError
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM stop a command as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone is given signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Group(click.Group):
-    """Prints a user's mistake in one line: exit status 2 for bad input, 1 for a failure, 130 for Ctrl-C."""
+    """Prints a user's mistake in one line.
+
+    The exit status is 2 for bad input, 1 for a failure, 130 for Ctrl-C and 143 for SIGTERM.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except ValueError as error:
             self._stop(str(error), 2)
         except (AttackError, OSError, MemoryError) as error:
             self._stop(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt as stop:
-            self._stop(str(stop) or "interrupted; nothing was written, and no earlier results were changed", 130)
+            told = str(stop) or "interrupted; nothing was written, and no earlier results were changed"
+            self._stop(told, 143 if isinstance(stop, Terminated) else 130)
 
     @staticmethod
     def _stop(message: str, status: int) -> None:

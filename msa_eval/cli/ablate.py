@@ -36,7 +36,7 @@ from msa_eval.finetune import FinetuneSettings
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def ablate(
     target: options.Chosen,
@@ -87,9 +87,10 @@ def ablate(
             out=out,
             force=force,
             progress=options.bars(quiet),
+            notify=options.notes(quiet),
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
+    except KeyboardInterrupt as stop:
+        raise type(stop)(
             f"interrupted; what is finished is in {out}, and the same command goes on from there"
         ) from None
     click.echo(render_ablation(ablation))

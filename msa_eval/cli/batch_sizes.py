@@ -35,7 +35,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def batch_sizes(
     target: options.Chosen,
@@ -64,6 +64,7 @@ def batch_sizes(
         sizes=sizes,
         out=out,
         progress=options.bars(quiet),
+        notify=options.notes(quiet),
         **common,
     )
     click.echo(render_sizes(report.table))

@@ -32,8 +32,13 @@ from msa_eval.cli import options
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.seed
 @options.device
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    help="Pass at most so many images through the trunk at once; batches are decided whole all the same.",
+)
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def evaluate(
     target: options.Chosen,
@@ -66,6 +71,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     data_root: str = "data",
+    micro_batch: int | None = None,
     force: bool = False,
     quiet: bool,
     save_adversarial: bool = False,
@@ -90,13 +96,22 @@ def run(
         force=force,
         save_adversarial=save_adversarial,
         save_gallery=not no_gallery,
+        micro_batch=micro_batch,
         progress=options.bars(quiet),
+        notify=options.notes(quiet),
     )
     click.echo(render_table(results))
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
     write_report(out)
+    if failed := results.run.get("failed"):
+        click.echo(
+            f"Error: incomplete: {len(failed)} parts of the evaluation failed, which are named above; the same command "
+            f"tries these again, and keeps the others",
+            err=True,
+        )
+        sys.exit(options.INCOMPLETE)
     if strict and results.run["verdict"] != "sound":
         sys.exit(options.NOT_SOUND)
 

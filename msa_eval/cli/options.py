@@ -21,8 +21,8 @@ from msa_eval.progress import Progress, silent
 if TYPE_CHECKING:
     from msa_eval.targets import Target
 
-NOT_SOUND = 3
-"""Exit status of ``--strict`` where the verdict is anything but sound."""
+NOT_SOUND, INCOMPLETE = 3, 4
+"""Exit status of ``--strict`` where the verdict is anything but sound; and, always, where something failed."""
 
 
 class _Number(click.ParamType[float]):
@@ -77,6 +77,9 @@ data_root = click.option(
 )
 device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 force = click.option("--force", is_flag=True, help="Replace other results in the output folder.")
+anew = click.option(
+    "--force", is_flag=True, help="Start anew, and keep what the output folder holds under a dated name."
+)
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
@@ -202,6 +205,15 @@ def bars(quiet: bool) -> Progress:
         return tqdm(iterable, description, dynamic_ncols=True)
 
     return silent if quiet else bar
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """Notes on stderr, or none."""
+
+    def note(text: str) -> None:
+        click.echo(f"note: {text}", err=True)
+
+    return (lambda _: None) if quiet else note
 
 
 def drawn(samples: Samples, limit: int | None, *, seed: int) -> Samples:

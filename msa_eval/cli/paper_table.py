@@ -24,7 +24,7 @@ from msa_eval.cli import options
 @options.seed
 @options.device
 @options.data_root
-@options.force
+@options.anew
 @options.quiet
 def paper_table(
     dataset: str,
@@ -47,7 +47,7 @@ def paper_table(
     samples = load_samples(data or dataset, root=data_root)
     table = measure(
         dataset, samples, overrides=options.overrides(assignments, limit=limit), out=out,
-        progress=options.bars(quiet), **common,
+        progress=options.bars(quiet), notify=options.notes(quiet), **common,
     )  # fmt: skip
     click.echo(render_paper_table(table, dataset=dataset))
     click.echo(f"\npaper_table.csv and the results of every model in {out}")

@@ -72,7 +72,7 @@ def robustbench_entry(
         "clean_acc": _percent(numbers["clean"]["value"]),
         "external": _percent(worst["value"]),
         "footnote": " ".join(part for part in (about.get("footnote"), footnote) if part),
-        "unreliable": verdict == "unreliable",
+        "unreliable": verdict in ("unreliable", "incomplete"),
     }
     return entry
 

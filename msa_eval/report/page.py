@@ -42,6 +42,7 @@ VERDICTS = {
     "sound": "No sign was found that these numbers should not be believed.",
     "suspect": "There are signs that these numbers may be too high.",
     "unreliable": "These numbers should not be believed.",
+    "incomplete": "Something failed, so what was not broken is not known to be robust.",
 }
 SECTIONS = (
     ("verdict", "Verdict"), ("waterfall", "Waterfall"), ("transfer", "Surrogates"), ("spending", "Passes"),
@@ -252,7 +253,9 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
     told = VERDICTS.get(verdict, "Nobody looked for signs that these numbers should not be believed.")
     if len(results.audit):
         fired = results.audit[(results.audit["target"] == target) & results.audit["fired"].astype(bool)]
-        reasons = [f"{row['reason']} ({row['severity']})" for row in fired.to_dict(orient="records")] or reasons
+        told_by = [f"{row['reason']} ({row['severity']})" for row in fired.to_dict(orient="records")] or reasons
+        failed = reasons if verdict == "incomplete" else []
+        reasons = [reason for reason in failed if not any(one.startswith(reason) for one in told_by)] + told_by
     return {"verdict": verdict, "told": f"{NAMES[target].capitalize()}: {told}" if target == "defense" else
             f"{NAMES[target]}: {told}", "reasons": reasons}  # fmt: skip
 

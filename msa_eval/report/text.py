@@ -32,15 +32,27 @@ def render_table(results: Results) -> str:
 def _verdicts(results: Results, targets: list[str]) -> str:
     """The verdict on each target's numbers with its reasons, and what else the audit noticed."""
     if not len(results.audit):
-        return f"verdict: {results.run['verdict']}"
+        return "\n".join([f"verdict: {results.run['verdict']}", *_failures(results, targets)])
     lines = []
     for target in reversed(targets):
         lines.append(f"verdict on {target}: {results.run['verdicts'][target]['verdict']}")
+        lines += _failures(results, [target])
         fired = results.audit[(results.audit["target"] == target) & results.audit["fired"]]
         for row in fired.to_dict(orient="records"):
             told = f"{row['severity']}: {row['reason']} [{row['sign']}]"
             lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _failures(results: Results, targets: list[str]) -> list[str]:
+    """What failed on some targets, a line each."""
+    lines = []
+    for failed in results.run.get("failed", ()):
+        if failed["target"] in targets:
+            where = "" if failed["batch"] is None else f" on batch {failed['batch']}, {failed['context']}"
+            told = f"failed: {failed['target']}, {failed['run']}{where}: {failed['error']}"
+            lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")
+    return lines
 
 
 def _alarm(attacks: Mapping[tuple[str, str], Mapping[Hashable, Any]], targets: list[str]) -> str:
@@ -90,6 +102,8 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
         if (target, name) not in attacks:
             return "-"
         row = attacks[target, name]
+        if pd.isna(row["final"]):
+            return "failed"
         return f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
 
     rows = {"clean": [number(target, "clean") for target in targets]}

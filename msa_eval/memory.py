@@ -1,0 +1,155 @@
+"""Batches that do not fit into memory: the trunk takes them in parts, and the decision gets them whole."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from msa_eval.defense import Defense, WholeModel
+
+T = TypeVar("T")
+
+TOLD_BY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+"""Parts of what torch says, in small letters, when memory is short."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short.
+
+    >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in TOLD_BY)
+
+
+class InParts:
+    """A defence whose trunk takes a batch in parts, where the whole does not fit into memory.
+
+    The features of the parts are joined before anything is decided, so the batch that the decision sees never changes.
+    Their gradients are found part by part too: no activations are kept, and each part is passed once more. While a
+    batch fits, all is as it is without this. All else is the defence's own.
+
+    Args:
+        defense: the target; features come from their own image alone.
+        size: the largest part from the start, in images.
+
+    Attributes:
+        size: the largest part that fits, as far as was found out; ``None`` while all batches have fitted.
+    """
+
+    def __init__(self, defense: Defense, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"expected parts of at least 1 image, but got {size}")
+        self.whole, self.size = defense, size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
+        return fitting(self, len(x), lambda: self._features(x))
+
+    @property
+    def logits(self) -> Callable[..., Tensor]:
+        """The defence's own decision on a whole batch of features: surrogates look at what it takes."""
+        return self.whole.logits
+
+    def shrink(self, count: int) -> bool:
+        """Take half as many images at a time, of so many; whether that is possible."""
+        size = min(self.size or count, count)
+        if size <= 1:
+            return False
+        self.size = (size + 1) // 2
+        return True
+
+    def _features(self, x: Tensor) -> Tensor:
+        if self.size is None or len(x) <= self.size:
+            return self.whole.features(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            joined: Tensor = _Joined.apply(x, self)  # type: ignore[no-untyped-call]
+            return joined
+        return torch.cat([self.whole.features(part) for part in x.split(self.size)])
+
+
+class _Joined(torch.autograd.Function):
+    """The features of a batch, its parts passed one after another, and again for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trunk: InParts) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.trunk = trunk
+        return trunk._features(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        trunk: InParts = ctx.trunk
+        found = fitting(trunk, len(x), lambda: _gradient(trunk, x, gradients[0]))
+        return (None if found.numel() < x.numel() else found), None
+
+
+def _gradient(trunk: InParts, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of images ``(B, C, H, W)`` from that of their features; empty where none leads to them."""
+    found = []
+    for part, above in zip(x.split(trunk.size or len(x)), gradient.split(trunk.size or len(x)), strict=True):
+        with torch.enable_grad():
+            leaf = part.detach().requires_grad_()
+            z = trunk.whole.features(leaf)
+        (below,) = torch.autograd.grad(z, leaf, above, allow_unused=True) if z.requires_grad else (None,)
+        if below is None:
+            return x.new_empty(0)
+        found.append(below)
+    return torch.cat(found)
+
+
+def in_parts(defense: Defense, size: int | None = None) -> Defense:
+    """A defence that goes on in parts where memory is short.
+
+    A model without a trunk decides on the images themselves, and stays as it is: its batch can't be taken apart.
+
+    Raises:
+        ValueError: when a size of parts is asked of such a model.
+    """
+    if isinstance(defense, InParts):
+        return defense
+    if isinstance(defense, WholeModel):
+        if size is not None:
+            raise ValueError(
+                "a model without a trunk decides on whole batches of images, which can't be passed in parts; "
+                "use smaller batches"
+            )
+        return defense
+    return InParts(defense, size)
+
+
+def fitting(defense: Defense, count: int, make: Callable[[], T]) -> T:
+    """What ``make`` makes of a batch of so many images; where memory is short, again with a trunk in smaller parts.
+
+    Raises:
+        Exception: whatever ``make`` raises when not even a single image fits, or something else fails.
+    """
+    while True:
+        try:
+            return make()
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and isinstance(defense, InParts) and defense.shrink(count)):
+                raise
+        gc.collect()  # what the pass that failed still holds
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def plain(defense: Defense) -> Defense:
+    """The defence itself."""
+    return defense.whole if isinstance(defense, InParts) else defense
+
+
+def parts_of(defense: Defense) -> int | None:
+    """The largest part that a trunk takes at a time; ``None`` where it takes whole batches."""
+    return defense.size if isinstance(defense, InParts) else None

@@ -1,0 +1,328 @@
+"""The units of an evaluation: what is finished is kept on disk, so that another process can go on from there.
+
+A unit is a run on a batch; when all runs of a batch are made, they give way to one unit for the batch. While an
+evaluation is under way its folder holds ``unfinished/``, with a file a unit and ``evaluation.json``, which says what
+they belong to, and ``.lock``, which says who is at work. Both go when the results have been written in full.
+
+A file is a line with the SHA-256 of all that follows, a line of JSON that names the evaluation's key and the unit, and
+what `msa_eval.protocols.packing` makes of the unit. It is written beside its place, synced, and moved there, so that a
+unit is there whole or not at all; one that has been changed since is told of, and made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msa_eval.protocols.differences import differences
+from msa_eval.protocols.evidence import LOCK, UNFINISHED, claim_folder, set_aside
+from msa_eval.protocols.packing import pack, unpack
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+Notify = Callable[[str], None]
+"""Told of what a user should know: where an evaluation goes on, what was found damaged."""
+
+ABOUT = "evaluation.json"
+
+
+def warn(text: str) -> None:
+    """Tell it as a warning."""
+    warnings.warn(text, stacklevel=3)
+
+
+class Units:
+    """The finished units of one evaluation; without a folder, nothing is kept.
+
+    Args:
+        folder: of the units.
+        key: what they belong to.
+        device: where tensors that were not on the CPU return to.
+        notify: told of what is damaged or gone.
+        started: when the evaluation was begun, by `time.perf_counter`.
+
+    Attributes:
+        environments: where other processes worked on it, as far as that differs from where this one does.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        key: str = "",
+        *,
+        device: str = "cpu",
+        notify: Notify = warn,
+        started: float | None = None,
+    ) -> None:
+        self.folder, self._key, self._device, self.notify = folder, key, device, notify
+        self._started, self._before = time.perf_counter() if started is None else started, 0.0
+        self.environments: list[Mapping[str, Any]] = []
+        self._held = self.names()
+        self._told: set[str] = set()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, with that of the processes before, as far as their units tell."""
+        return self._before + time.perf_counter() - self._started
+
+    def names(self) -> set[str]:
+        """Of the units that are there."""
+        return set() if self.folder is None else {path.stem for path in self.folder.glob("*.unit")}
+
+    def read(self, name: str, kind: type[T]) -> T | None:
+        """A finished unit of a kind, or ``None`` where there is none; one that is damaged or gone is told of."""
+        if self.folder is None:
+            return None
+        path = self._path(name)
+        try:
+            value, seconds = self._decode(path.read_bytes(), name)
+            if not isinstance(value, kind):
+                raise ValueError("it holds something else than it should")
+        except FileNotFoundError:
+            self._miss(name)
+            return None
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            self._told.add(name.partition(".")[0])
+            self.notify(f"{path} is damaged ({error}): that unit is computed again")
+            return None
+        self._before = max(self._before, seconds)
+        return value
+
+    def _miss(self, name: str) -> None:
+        """Tell of a unit that is not there, once a batch, where later ones of its series are."""
+        batch, series = name.partition(".")[0], name.rpartition("-")[0]
+        later = [held for held in self._held if held.rpartition("-")[0] == series and held > name]
+        if batch not in self._told and any("." in name or not held.startswith(f"{batch}.") for held in later):
+            self._told.add(batch)
+            self.notify(f"unit {name} is not there, though later ones are; what is missing is computed again")
+
+    def write(self, name: str, value: Any) -> None:
+        """Keep a finished unit.
+
+        Args:
+            name: ``series-number`` for a batch, ``series-number.number`` for a run on it.
+            value: as `pack` takes it.
+
+        Raises:
+            OSError: when it can't be written.
+        """
+        if self.folder is None:
+            return
+        about = {"key": self._key, "unit": name, "seconds": round(self.seconds, 3)}
+        parts = (json.dumps(about).encode() + b"\n", *pack(value))
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        write_whole(self._path(name), digest.hexdigest().encode() + b"\n", *parts)
+
+    def drop(self, *names: str) -> None:
+        """Take units away that another one stands for."""
+        for name in names if self.folder is not None else ():
+            self._path(name).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Take all away: the results have been written."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.unit"
+
+    def _decode(self, content: bytes, name: str) -> tuple[Any, float]:
+        digest, _, body = content.partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise ValueError("its checksum does not match")
+        line, _, packed = body.partition(b"\n")
+        about = json.loads(line)
+        if about["key"] != self._key or about["unit"] != name:
+            raise ValueError("it is a unit of something else")
+        return unpack(packed, device=self._device), float(about["seconds"])
+
+
+@contextlib.contextmanager
+def opened(
+    out: Path | None,
+    about: Mapping[str, Any],
+    *,
+    options: Mapping[str, Any],
+    where: Mapping[str, Any],
+    force: bool,
+    device: str,
+    notify: Notify,
+    started: float | None = None,
+) -> Iterator[Units]:
+    """The units of an evaluation in a results folder, which no other process works in meanwhile.
+
+    Args:
+        out: the folder; where there is none, no unit is kept.
+        about: what the results depend on, and its ``key``.
+        options: what the units depend on besides.
+        where: packages and machine, which units should not depend on, but may.
+        force: start anew, and keep what the folder holds under a dated name.
+        device: where it is made.
+        notify: told what a user should know.
+        started: when it was begun, by `time.perf_counter`.
+
+    Raises:
+        ValueError: when the folder holds another evaluation or other files, is in use, or can't be written.
+    """
+    if out is None:
+        yield Units(notify=notify, started=started)
+        return
+    claim_folder(out, about, force=force)
+    with _locked(out, notify):
+        if force and (moved := set_aside(out, about["key"])):
+            notify(f"what {out} held is kept in {moved}")
+        claim_folder(out, about, force=force)  # another process may have finished meanwhile
+        stated = {**about, "options": dict(options), "where": [dict(where)]}
+        units = Units(*_begun(out / UNFINISHED, stated), device=device, notify=notify, started=started)
+        units.environments = stated["where"][1:]
+        if units.environments:
+            told = differences({"where": units.environments[0]}, {"where": dict(where)})
+            notify(f"it was begun elsewhere ({told}), so it may differ by rounding from one made in one place")
+        try:
+            yield units
+        finally:
+            if not units.names():
+                units.finish()
+
+
+def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:
+    """The folder of units, made if need be, and their key; where nothing tells whose they are, each of them will.
+
+    Where other processes worked elsewhere, that is added to ``where``.
+
+    Raises:
+        ValueError: when they belong to another evaluation.
+    """
+    key = hashlib.sha256(json.dumps([stated["key"], stated["options"]], sort_keys=True).encode()).hexdigest()
+    stated["key"] = key
+    try:
+        held = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        held = None
+    if isinstance(held, dict) and held.get("key") != key:
+        raise ValueError(
+            f"{folder.parent} holds another evaluation, unfinished, which differs in {differences(held, stated)}; "
+            f"choose another folder, or start anew with --force, which keeps it under a dated name"
+        )
+    others = held.get("where", []) if isinstance(held, dict) else []
+    stated["where"] += [place for place in others if place not in stated["where"]]
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / ABOUT, json.dumps(stated).encode())
+    return folder, key
+
+
+def write_whole(path: Path, *parts: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: when it can't be written.
+    """
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with partial.open("wb") as opened:
+            opened.writelines(parts)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(path)
+    except OSError as error:
+        hint = "; free some space" if error.errno == errno.ENOSPC else ""
+        raise OSError(
+            error.errno,
+            f"could not write {path}: {error.strerror}{hint}; the units finished before are kept, and the same command "
+            f"goes on from there",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, notify: Notify) -> Iterator[None]:
+    """Keep other processes out of a folder.
+
+    The operating system's own lock on the file decides, so that none outlives its process; where there is no such
+    lock, the process that the file names does.
+
+    Raises:
+        ValueError: when another process is at work there.
+    """
+    path = folder / LOCK
+    with _hold(path, notify) as opened:
+        try:
+            with contextlib.suppress(OSError):  # on a full disk it is held without a name
+                opened.truncate(0)
+                opened.write(json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _hold(path: Path, notify: Notify) -> FileIO:
+    while True:
+        try:
+            opened = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise ValueError(f"{path} can't be written: {error.strerror}; choose another folder") from error
+        opened.seek(0)
+        holder = _holder(opened.read())
+        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        if not _take(opened, holder):
+            opened.close()
+            raise ValueError(f"{path.parent} is in use by {told}; wait until it ends, or choose another folder")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(opened.fileno()), path.stat()):  # else its last holder just took it away
+                if holder:
+                    notify(f"took over the lock of {told}, which has ended")
+                return opened
+        opened.close()
+
+
+def _take(opened: FileIO, holder: Mapping[str, Any] | None) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return holder is None or (holder["host"] == platform.node() and not _alive(int(holder["pid"])))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _holder(content: bytes) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return None
+    return holder if isinstance(holder, dict) and {"pid", "host"} <= holder.keys() else None
