@@ -129,7 +129,7 @@ def _cell(column: str, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
         ("outcomes", lambda table: pd.concat([table, table]), "has two rows of the same target, context, run, index"),
         ("batches", _cell("index", 99), "has not every sample of batches.csv"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "change",
 )
 def test_a_table_that_was_changed_is_named(
     folder: Path, table: str, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
