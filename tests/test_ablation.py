@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -170,7 +171,7 @@ def test_plain_heads_are_attacked_by_their_own_gradient_down_to_what_is_exactly_
 
 
 @pytest.mark.parametrize("name", ["plain-l2", "plain-cosine"])
-def test_the_default_protocol_follows_a_plain_heads_own_gradient_and_in_two_runs_its_fc_heads(name: str) -> None:
+def test_the_default_protocol_follows_a_plain_heads_own_gradient_and_in_some_runs_its_fc_heads(name: str) -> None:
     classifier = make_classifier()
     hpm = finetune(classifier, make_samples(classifier, 40), settings=SETTINGS, variant=VARIANTS[name])
     few = {"samples.limit": 4, "threat.contexts": ["solo"], "attack.apgd.steps": 2, "attack.apgd.passes": 4,
@@ -178,7 +179,7 @@ def test_the_default_protocol_follows_a_plain_heads_own_gradient_and_in_two_runs
            "batches.size": 4}  # fmt: skip
     results = evaluate(hpm, make_samples(classifier, 40), protocol="msa", overrides=few, fc=False)
     runs = results.attacks[results.attacks["attack"] == "apgd"]["surrogate"].value_counts()
-    assert runs["fc-oracle"] == 2
+    assert runs["fc-oracle"] == 6
     assert runs.sum() == 22
     z = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     own, *others = (
@@ -346,7 +347,9 @@ def test_evidence_or_weights_that_are_not_what_was_noted_are_not_reused(start: C
     first = _ablate(start, out, variants=few)
     summary = out / "average" / "summary.csv"
     text = summary.read_text()
-    summary.write_text(text.replace("worst_case,0", "worst_case,1"))
+    changed = re.sub(r"worst_case,[\d.]+", "worst_case,0.0123", text)
+    assert changed != text
+    summary.write_text(changed)
     with pytest.raises(ValueError, match=r"does not hold the results that ablation.json notes; remove it"):
         _ablate(start, out, variants=few)
     summary.write_text(text)
