@@ -245,12 +245,18 @@ def plan_runs(
         label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
     if budget is not None and budget.overtime and (context in ("solo", "alone") or not batch_dependent):
-        attack = OvertimeAttack(budget.overtime, budget.steps)
-        loss = TARGETED if num_classes >= MIN_CLASSES[TARGETED] else "margin"
-        runs.append(Run(offers.exact, attack, "overtime", loss, 0, chained=True))
+        runs += _overtime_runs(budget, offers, num_classes)
     if context == "composed" and batch_dependent:
         runs = _composed_runs(runs, offers, num_classes, pursued=exchanges and budget is not None)
     return runs + _query_runs(protocol)
+
+
+def _overtime_runs(budget: ApgdBudget, offers: Offers, num_classes: int) -> list[Run]:
+    """The last passes, in equal parts: along the decision's own gradient, then along the FC head's, a smoother one."""
+    loss = TARGETED if num_classes >= MIN_CLASSES[TARGETED] else "margin"
+    searched = [offers.exact, *(s for s in offers.usable if s.name == "fc-oracle" and s is not offers.exact)]
+    attack = OvertimeAttack(budget.overtime // len(searched), budget.steps)
+    return [Run(surrogate, attack, "overtime", loss, 0, chained=True) for surrogate in searched]
 
 
 def _composed_runs(runs: list[Run], offers: Offers, num_classes: int, *, pursued: bool) -> list[Run]:

@@ -104,16 +104,20 @@ def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
 
 
 def test_overtime_is_for_samples_decided_apart_and_comes_before_the_queries() -> None:
+    both = ["frozen-assignment", "fc-oracle"]
     for defense, context, expected in (
-        (make_hpm(), "joint", []), (make_hpm(), "composed", []), (make_hpm(), "solo", ["frozen-assignment"]),
-        (make_hpm(), "alone", ["frozen-assignment"]), (make_classifier(), "joint", ["fc-oracle"]),
+        (make_hpm(), "joint", []), (make_hpm(), "composed", []), (make_classifier(), "joint", ["fc-oracle"]),
+        (make_hpm(), "solo", both), (make_hpm(), "alone", both),
     ):  # fmt: skip
         runs = _runs(defense, "msa", classes=10, context=context)
-        assert [run.surrogate_name for run in runs if run.label == "overtime"] == expected
+        overtime = [run for run in runs if run.label == "overtime"]
+        assert [run.surrogate_name for run in overtime] == expected
         if expected:
-            assert [run.label for run in runs[-3:]] == ["overtime", "square", "spsa"]
-            assert isinstance(runs[-3].attack, OvertimeAttack)
-            assert (runs[-3].attack.passes, runs[-3].attack.steps) == (80, 30)
+            assert runs[-2 - len(overtime) :] == [*overtime, *runs[-2:]]
+            assert [run.label for run in runs[-2:]] == ["square", "spsa"]
+            attacks = [run.attack for run in overtime if isinstance(run.attack, OvertimeAttack)]
+            assert [attack.steps for attack in attacks] == [30] * len(expected)
+            assert [attack.passes for attack in attacks] == [80 // len(expected)] * len(expected)
     assert not [r for r in _runs(make_classifier(), "msa", 10, attack__apgd__overtime=0) if r.label == "overtime"]
 
 
