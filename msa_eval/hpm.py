@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval.architectures import Classifier
+from msa_eval.exchange import Exchange
 
 Assignment = Literal["ste", "soft", "frozen"]
 """How features are assigned to classes: the hard forward with its straight-through gradient, the softmax in
@@ -289,6 +290,21 @@ class HPM(nn.Module):
         moved = self.mix(total / (count.gather(1, joined) + 1 + EPSILON).unsqueeze(2), joined)
         changed = self.compare(z.unsqueeze(2), moved.unsqueeze(2)).squeeze(2)
         return logits.scatter(2, joined.unsqueeze(2), changed)
+
+    def exchange(self) -> Exchange | None:
+        """The decision as mixtures of points need it; ``None`` where it looks at no batch."""
+        if self.variant.prototypes == "global":
+            return None
+        with torch.no_grad():
+            zero = torch.zeros_like(self.prototypes)
+            anchor = self.mix(zero).double()
+            unit = torch.eye(zero.shape[1], dtype=torch.float64, device=zero.device)
+            if self.variant.mixer == "average":
+                matrix = unit if self.variant.prototypes == "batch" else unit / 2
+            else:
+                dataset, batch = self.mixer.weight.double().chunk(2, dim=1)
+                matrix = dataset + batch if self.variant.prototypes == "batch" else batch
+        return Exchange(anchor, matrix, self.variant.similarity, EPSILON, self.fc_logits)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Map a batch of images to logits ``(B, k)``; in training mode labels also move the dataset prototypes.

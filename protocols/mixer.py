@@ -15,6 +15,8 @@ from msa_eval.protocols.history import capacity
 from msa_eval.protocols.trial import Point, Trial
 from torch import Tensor
 
+from msa_eval.exchange import Exchange, Mixtures
+
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
 
@@ -37,6 +39,9 @@ class Mixer:
         self.y = trial.batch.y
         self._capacity = capacity(trial.batch.x)
         self._closed_form = hasattr(trial.target, "logits_with")
+        target: Any = trial.target
+        self._exchange: Exchange | None = target.exchange() if hasattr(target, "exchange") else None
+        self._known = [] if self._exchange is None else [self._exchange.know(point.z) for point in points]
         with torch.no_grad():
             logits = torch.stack([trial.target.logits(point.z).float() for point in points])
         label = self.y.view(1, -1, 1).expand(len(points), -1, 1)
@@ -70,8 +75,13 @@ class Mixer:
 
     def recombine(self) -> int:
         """Mix the points anew against each sample that stands, and pass what seems to break it; passes made."""
-        for aim in range(self.aims.shape[1]):
-            self._sweep(self.standing(), aim)
+        rows = self.standing()
+        if len(rows) and len(self.y) > 1:
+            if self._exchange is not None:
+                self._exchanged(rows, self._exchange)
+            else:
+                for aim in range(self.aims.shape[1]):
+                    self._asked(rows, aim)
         passed = 0
         for row in self.standing().tolist():
             lead, nearest = self.lead[row].min(dim=0)
@@ -90,12 +100,15 @@ class Mixer:
     def add(self, point: Point) -> None:
         """Keep a point; where there is no more room, the oldest that serves in no mixture gives way."""
         self.points.append(point)
+        if self._exchange is not None:
+            self._known.append(self._exchange.know(point.z))
         used = torch.zeros(len(self.points), dtype=torch.bool)
         used[-1] = True
         used[self.chosen[self.standing()].flatten().cpu()] = True
         if len(self.points) > self._capacity and not bool(used.all()):
             oldest = int((~used).nonzero()[0])
             del self.points[oldest]
+            del self._known[oldest : oldest + 1]
             self.chosen = self.chosen - (self.chosen > oldest).to(self.chosen)
 
     def _clear(self) -> None:
@@ -114,11 +127,23 @@ class Mixer:
             moved = torch.where(now | ~outside.any(dim=1), chosen, outside.to(torch.uint8).argmax(dim=1))
             self.chosen[:, aim] = moved.diagonal_scatter(chosen.diagonal())
 
-    def _sweep(self, rows: Tensor, aim: int) -> None:
+    def _exchanged(self, rows: Tensor, exchange: Exchange) -> None:
+        """Do the same towards all classes at once, where the defence says how its leads come from products."""
+        aims, size = self.aims.shape[1], len(self.y)
+        table = exchange.table(self._known)
+        each = rows.repeat_interleave(aims)
+        mixtures = Mixtures(
+            exchange, table, self.chosen[rows].view(-1, size), each, self.y[each], self.aims[rows].flatten()
+        )  # fmt: skip
+        places: list[int] = torch.randperm(size - 1, generator=self.generator).tolist()
+        for place in [None, *places]:
+            mixtures.improve(place)
+        self.chosen[rows] = mixtures.chosen.view(-1, aims, size)
+        self.lead[rows] = mixtures.lead.view(-1, aims).to(self.lead)
+
+    def _asked(self, rows: Tensor, aim: int) -> None:
         """Give each row itself, and then each image of its batch in turn, the point that serves best against it."""
         size, n = len(self.y), len(rows)
-        if not n or size < 2:
-            return
         target, y, toward = self.trial.target, self.y[rows], self.aims[rows, aim]
         pool = torch.cat([point.z for point in self.points])  # point p of image j lies at p * size + j
         images = torch.arange(size, device=rows.device)

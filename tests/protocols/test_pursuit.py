@@ -85,6 +85,20 @@ def _recombined() -> tuple[HPM, Batch, Ball, Mixer]:
     return hpm, batch, ball, mixer
 
 
+def test_mixtures_by_products_of_features_are_those_found_by_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defence that can only be asked gets the same mixtures, one class after another."""
+    monkeypatch.setattr("msa_eval.protocols.mixer.AIMS", 1)
+    _, _, _, fast = _recombined()
+    monkeypatch.delattr(HPM, "exchange")
+    _, _, _, asked = _recombined()
+    rows = fast.standing()
+    assert len(rows) > 3
+    assert torch.equal(rows, asked.standing())
+    assert torch.allclose(fast.lead[rows], asked.lead[rows], atol=1e-4)
+    for row in rows.tolist():
+        assert torch.allclose(fast.mixture(row, 0).z[row], asked.mixture(row, 0).z[row])
+
+
 @pytest.mark.parametrize("stalled", [False, True])
 def test_a_pursuit_starts_at_random_where_the_last_one_gained_little(stalled: bool) -> None:
     """Else at the mixture, which it leaves as it is; from a random start, its last point is the next mixture."""
