@@ -96,10 +96,28 @@ def test_what_is_no_object_is_refused(folder: Path, text: str) -> None:
         Results.load(folder)
 
 
-def test_halves_of_letters_are_refused(folder: Path) -> None:
-    _change(folder, "data.name", "\ud800")
-    with pytest.raises(ValueError, match=r"the field data\.name must hold a text"):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "\ud800", r"the field data\.name is no valid text"),
+        ("python", ["3", {"x": "a\udfff"}], r"the field python\[1\]\.x is no valid text"),
+        ("machine", {"\ud800": 1}, "the name of a field in machine is no valid text"),
+    ],
+)
+def test_halves_of_letters_are_refused(folder: Path, field: str, value: object, message: str) -> None:
+    """Wherever they stand: a field that nothing relies on is shown all the same."""
+    _change(folder, field, value)
+    with pytest.raises(ValueError, match=message):
         Results.load(folder)
+
+
+def test_fields_may_be_nested_deep(folder: Path) -> None:
+    """As deep as JSON is read."""
+    deep: list[object] = []
+    for _ in range(300):
+        deep = [deep, {"x": "y"}]
+    _change(folder, "more", deep)
+    assert Results.load(folder).run["more"] == deep
 
 
 def _cell(column: str, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
