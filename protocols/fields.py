@@ -188,6 +188,9 @@ COLUMNS: Mapping[str, Mapping[str, Column]] = {
 }  # fmt: skip
 """The columns that readers rely on; others may stand beside them."""
 
+MOST = 64
+"""So many columns a table may have at the most: pandas is slow with very many, and says so in warnings of its own."""
+
 KEYS = {
     "summary": ["target", "context", "metric"],
     "attacks": ["target", "context", "run"],
@@ -219,6 +222,8 @@ def check_table(name: str, table: str, rows: pd.DataFrame) -> None:
     Raises:
         ValueError: when not; says in which column.
     """
+    if len(rows.columns) > MOST:
+        raise ValueError(f"{name} has {len(rows.columns)} columns, but {MOST} at the most are read")
     for held, column in COLUMNS[table].items():
         if held not in rows:
             raise ValueError(f"{name} has no column {held}")
