@@ -26,6 +26,7 @@ from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import Protocol, Results, evaluate, load_protocol
+from msa_eval.protocols.evidence import INCOMPLETE, WITHOUT_AUDIT
 from msa_eval.protocols.provenance import environment
 from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target
@@ -235,7 +236,7 @@ def _table(found: Mapping[str, Results]) -> pd.DataFrame:
     summary = found[FULL].summary
     parts = [summary[summary["target"] == "fc"].assign(variant="fc")]
     parts += [r.summary[r.summary["target"] == "defense"].assign(variant=name) for name, r in found.items()]
-    table = pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True).fillna(WITHOUT_AUDIT)
     full = summary[summary["target"] == "defense"].set_index(keys)["value"]
     there = pd.MultiIndex.from_frame(table[keys])
     table["difference"] = table["value"].to_numpy() - full.loc[there].to_numpy()
@@ -296,7 +297,8 @@ class _Record:
             ValueError: when the folder holds evidence that is not what was noted of it.
         """
         noted = self.about["variants"][name]
-        if self.folder is None or "key" not in noted or not (self.folder / name / "run.json").is_file():
+        incomplete = noted.get("verdict", INCOMPLETE) == INCOMPLETE  # what failed is tried again
+        if self.folder is None or incomplete or not (self.folder / name / "run.json").is_file():
             return None
         results = Results.load(self.folder / name)
         run = results.run

@@ -167,16 +167,11 @@ def check_own_files(path: SearchPath = None) -> Finding:
     return Finding("msa-eval", "ok", f"{found.version}, {differs}")
 
 
-def _import_torchattacks() -> None:
-    upstream.import_torchvision()  # which it imports
-    importlib.import_module("torchattacks")
-
-
 IMPORTS: Mapping[str, Callable[[], object]] = {
     "torchvision": upstream.import_torchvision,
     "timm": upstream.import_timm,
     "robustbench": upstream.import_robustbench,
-    "torchattacks": _import_torchattacks,
+    "torchattacks": lambda: importlib.import_module("torchattacks"),
     "foolbox": lambda: importlib.import_module("foolbox"),
 }
 """How packages are imported of which we take models or attacks."""

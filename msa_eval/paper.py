@@ -17,6 +17,7 @@ from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import AttackError, Results, evaluate, load_protocol
+from msa_eval.protocols.evidence import INCOMPLETE
 from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target, load_target
 from msa_eval.targets.zoos import full_name
@@ -103,7 +104,7 @@ def paper_table(
     Returns:
         a row a model and head (``fc``, ``hpm``): ``reported_clean``, ``reported_robust`` and the measured ``clean``,
         ``paper`` and ``worst_case`` with their 95 % intervals, all in percent, ``n``, ``verdict`` and a ``note`` that
-        says why a row could not run.
+        says why a row could not run. The verdict is ``incomplete`` where something failed, which the note names.
 
     Raises:
         ValueError: when there is no such table, or the protocol's overrides are wrong.
@@ -131,7 +132,8 @@ def paper_table(
             )  # fmt: skip
         except (ValueError, AttackError, MemoryError, RuntimeError, OSError) as error:  # out of memory is one of them
             reason = " ".join(str(error).split()) or type(error).__name__
-            rows += [_row(model, head, note=reason) for head in ("fc", "hpm")]
+            verdict = "" if isinstance(error, ValueError) else INCOMPLETE
+            rows += [_row(model, head, note=reason, verdict=verdict) for head in ("fc", "hpm")]
         else:
             note = "random weights" if target.about.get("random_weights") else ""
             rows.append(_row(model, "fc", results, "fc" if standing else "defense", note))
@@ -152,14 +154,17 @@ def _check_made_from(checkpoint: Path, target: Target, word: str) -> None:
 
 
 def _row(
-    model: PaperModel, head: str, results: Results | None = None, target: str = "", note: str = ""
+    model: PaperModel, head: str, results: Results | None = None, target: str = "", note: str = "", verdict: str = ""
 ) -> dict[str, Any]:
     reported: Reported = getattr(model, head)
     row: dict[str, Any] = {
         "model": model.name, "head": head, "reported_clean": reported.clean, "reported_robust": reported.robust
     }  # fmt: skip
     row |= dict(_measured(results, target))
-    return row | {"verdict": "" if results is None else _verdict(results, target), "note": note}
+    if results is not None:
+        verdict, reasons = _verdict(results, target)
+        note = "; ".join([note] * bool(note) + reasons * (verdict == INCOMPLETE))
+    return row | {"verdict": verdict, "note": note}
 
 
 def _measured(results: Results | None, target: str) -> Iterator[tuple[str, float]]:
@@ -174,6 +179,8 @@ def _measured(results: Results | None, target: str) -> Iterator[tuple[str, float
     yield "n", found["clean"]["n"] if found else 0
 
 
-def _verdict(results: Results, target: str) -> str:
+def _verdict(results: Results, target: str) -> tuple[str, list[str]]:
+    """The verdict on a target's numbers, and the reasons for it."""
     verdicts = results.run.get("verdicts", {})
-    return str(verdicts[target]["verdict"] if target in verdicts else results.run["verdict"])
+    found = verdicts[target] if target in verdicts else {"verdict": results.run["verdict"], "reasons": ()}
+    return str(found["verdict"]), [str(reason) for reason in found["reasons"]]

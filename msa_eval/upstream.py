@@ -25,10 +25,8 @@ PINS = {
 """The extra ``[robustbench]``, and why each pin stands."""
 
 EXCUSED = {
-    (
-        "torchattacks",
-        "requests",
-    ): "only its old copy of robustbench imports it",
+    ("torchattacks", "requests"): "only its old copy of robustbench imports it",
+    ("torchattacks", "torchvision"): "likewise",
 }
 """Pairs of a package and one that it says it needs, and why it does without."""
 

@@ -23,6 +23,7 @@ from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.entrant import Entrant, Evaluated, Failure, Work
 from msa_eval.protocols.evidence import (
     ARCHIVE,
+    INCOMPLETE,
     NEW_ARCHIVE,
     SCHEMA_VERSION,
     UNFINISHED,
@@ -295,7 +296,7 @@ def _incomplete(results: Results, failures: Sequence[Failure]) -> Results:
     for target in dict.fromkeys(failure.target for failure in failures):
         told = tuple(f"{failure.text}." for failure in failures if failure.target == target)
         verdicts[target] = {
-            "verdict": "incomplete",
+            "verdict": INCOMPLETE,
             "reasons": told + tuple(verdicts.get(target, {}).get("reasons", ())),
         }
     for target in results.summary["target"].unique():
@@ -306,7 +307,7 @@ def _incomplete(results: Results, failures: Sequence[Failure]) -> Results:
         reasons=["; ".join(verdicts[target]["reasons"]) for target in named],
     )
     failed = [failure._asdict() for failure in failures]
-    run = dict(results.run) | {"verdict": "incomplete", "verdicts": verdicts, "failed": failed}
+    run = dict(results.run) | {"verdict": INCOMPLETE, "verdicts": verdicts, "failed": failed}
     return dataclasses.replace(results, summary=summary, run=run)
 
 

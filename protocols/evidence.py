@@ -31,6 +31,11 @@ TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 TRIMMED = ("attacks", "outcomes", "batches")
 """Tables without which results can still be shown, in part."""
 
+INCOMPLETE = "incomplete"
+"""The verdict where something failed, so that what was not broken is not known to be robust."""
+WITHOUT_AUDIT = {"verdict": "not audited", "reasons": ""}
+"""What stands in a table for results without an audit, beside others that have a verdict."""
+
 ARCHIVE = "adversarial.safetensors"
 """The adversarial batches beside the tables, where they are kept; ``run.json`` names it under ``adversarial``."""
 NEW_ARCHIVE = f"new-{ARCHIVE}"

@@ -68,6 +68,7 @@ def check_run(name: str, run: Any) -> None:
         ValueError: when a field is missing or of another type; says which.
     """
     _check_field(name, "", run, RUN)
+    _check_texts(name, run)
     try:
         protocol = tomllib.loads(run["protocol"]["text"])
     except (ValueError, RecursionError) as error:
@@ -94,8 +95,6 @@ def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mappin
             raise ValueError(f"{name}: the field {told(inside + key)} is missing")
     known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}
     for key, part in value.items():
-        if not _encodable(key):
-            raise ValueError(f"{name}: the name of a field in {told(field or 'it')} is no valid text")
         _check_field(name, f"{inside}{key}", part, known.get(key, kinds.get("*", object)))
 
 
@@ -107,8 +106,6 @@ def _is(value: Any, kind: Any) -> bool:
         return kind is object or value is None
     if isinstance(kind, dict | list):
         return isinstance(value, type(kind))
-    if kind is str:
-        return isinstance(value, str) and _encodable(value)
     if kind in (int, float):
         return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -121,9 +118,29 @@ def _value(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _encodable(text: str) -> bool:
-    """JSON can hold halves of letters, which no file can."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def _check_texts(name: str, run: Mapping[str, Any]) -> None:
+    """No text of a ``run.json``, known or not, holds half a letter: JSON can, but no page and no terminal.
+
+    Raises:
+        ValueError: when one does; says which. Lists may be nested too deep to be walked by recursion.
+    """
+    ahead: list[tuple[str, Any]] = [("", run)]
+    while ahead:
+        field, value = ahead.pop()
+        inside = f"{field}." if field else ""
+        if isinstance(value, dict):
+            if any(map(_is_cut, value)):
+                raise ValueError(f"{name}: the name of a field in {told(field or 'it')} is no valid text")
+            ahead += [(f"{inside}{key}", part) for key, part in value.items()]
+        elif isinstance(value, list):
+            ahead += [(f"{field}[{place}]", part) for place, part in enumerate(value)]
+        elif isinstance(value, str) and _is_cut(value):
+            raise ValueError(f"{name}: the field {told(field)} is no valid text")
+
+
+def _is_cut(text: str) -> bool:
+    """Whether there is half a letter in it."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _told(kind: Any) -> str:
@@ -171,6 +188,9 @@ COLUMNS: Mapping[str, Mapping[str, Column]] = {
 }  # fmt: skip
 """The columns that readers rely on; others may stand beside them."""
 
+MOST = 64
+"""So many columns a table may have at the most: pandas is slow with very many, and says so in warnings of its own."""
+
 KEYS = {
     "summary": ["target", "context", "metric"],
     "attacks": ["target", "context", "run"],
@@ -202,6 +222,8 @@ def check_table(name: str, table: str, rows: pd.DataFrame) -> None:
     Raises:
         ValueError: when not; says in which column.
     """
+    if len(rows.columns) > MOST:
+        raise ValueError(f"{name} has {len(rows.columns)} columns, but {MOST} at the most are read")
     for held, column in COLUMNS[table].items():
         if held not in rows:
             raise ValueError(f"{name} has no column {held}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from msa_eval.protocols.engine import evaluate
-from msa_eval.protocols.evidence import Results
+from msa_eval.protocols.evidence import WITHOUT_AUDIT, Results
 from msa_eval.protocols.plan import select
 from msa_eval.protocols.spec import Protocol, load_protocol, make_protocol
 
@@ -77,7 +77,7 @@ def batch_size_report(
         results[size] = evaluate(target, samples, protocol=sized, fc=False, out=folder, **options)
     table = pd.concat(
         [result.summary.assign(batch_size=size) for size, result in results.items()], ignore_index=True
-    )  # fmt: skip
+    ).fillna(WITHOUT_AUDIT)  # fmt: skip
     table.insert(0, "batch_size", table.pop("batch_size"))
     if out is not None:
         table.to_csv(Path(out) / "batch_sizes.csv", index=False, lineterminator="\n")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,24 @@ def digits_hpm() -> HPM:
     model = load_checkpoint(reference_path("digits")).model
     assert isinstance(model, HPM)
     return model
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo of the README as its own process, and the folder of its results."""
+
+    ended: subprocess.CompletedProcess[str]
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Run in an empty folder and without a network to speak of; it takes minutes."""
+    folder = tmp_path_factory.mktemp("demo")
+    environment = {**os.environ, "http_proxy": "http://localhost:9", "https_proxy": "http://localhost:9"}
+    command = [sys.executable, "-m", "msa_eval", "demo", "--quiet"]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Demo(ended, folder / "results" / "demo")
 
 
 @pytest.fixture(scope="session")

@@ -189,10 +189,10 @@ def test_a_package_that_no_extra_of_ours_asks_for(tmp_path: Path) -> None:
     assert text(found.mends) == ["python -m pip install torchvision torch<=2.13.0"]
 
 
-def test_the_pin_of_torchattacks_on_requests_is_excused_and_no_other(tmp_path: Path) -> None:
+def test_what_torchattacks_says_it_needs_for_its_old_robustbench_is_excused_and_no_other(tmp_path: Path) -> None:
     path = [str(tmp_path)]
     install(tmp_path, "msa-eval", requires=('torchattacks; extra == "torchattacks"',), extras=("torchattacks",))
-    install(tmp_path, "torchattacks", "3.5.1", requires=("requests~=2.25.1", "scipy>=0.14"))
+    install(tmp_path, "torchattacks", "3.5.1", requires=("requests~=2.25.1", "torchvision>=0.8", "scipy>=0.14"))
     install(tmp_path, "requests", "2.34.2")
     (found,) = doctor.check_requirements("msa-eval", path)
     assert found.said == "torchattacks 3.5.1 needs scipy>=0.14, which is not installed"

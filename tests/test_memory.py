@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from msa_eval.protocols import make_protocol
@@ -212,6 +213,18 @@ def test_a_batch_of_256_is_evaluated_where_16_fit() -> None:
     assert "micro_batch" not in expected.run
     assert found.run["targets"]["defense"]["type"] == "HPM"
     assert found.run["targets"]["defense"]["runs"] == expected.run["targets"]["defense"]["runs"]
+
+
+def test_a_card_that_is_full_is_no_other_than_a_machine_that_is() -> None:
+    """Simulated: a trunk on the CPU raises what torch raises on CUDA."""
+    assert torch.cuda.OutOfMemoryError is torch.OutOfMemoryError
+    samples = _samples(64)
+    card, machine = (_evaluate(Cramped(ROOM, ERRORS[name]), samples) for name in ("cuda", "cpu"))
+    for found in (card, machine):
+        assert "failed" not in found.run
+        assert found.run["micro_batch"] == {"defense": 16, "fc": 16}
+    pd.testing.assert_frame_equal(card.outcomes, machine.outcomes)
+    pd.testing.assert_frame_equal(card.samples, machine.samples)
 
 
 def test_memory_that_runs_short_in_a_backward_pass_makes_the_run_again() -> None:

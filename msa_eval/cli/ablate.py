@@ -95,6 +95,7 @@ def ablate(
         ) from None
     click.echo(render_ablation(ablation))
     click.echo(f"\nablation.csv, ablation.json, and each variant's evidence and checkpoint in {out}")
+    options.check_complete(ablation.table, "variant")
 
 
 def _changed(settings: FinetuneSettings, given: dict[str, Any]) -> FinetuneSettings:

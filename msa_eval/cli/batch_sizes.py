@@ -69,3 +69,4 @@ def batch_sizes(
     )
     click.echo(render_sizes(report.table))
     click.echo(f"\nbatch_sizes.csv and the results of every size in {out}")
+    options.check_complete(report.table, "batch_size")

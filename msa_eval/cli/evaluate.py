@@ -105,13 +105,7 @@ def run(
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
     write_report(out)
-    if failed := results.run.get("failed"):
-        click.echo(
-            f"Error: incomplete: {len(failed)} parts of the evaluation failed, which are named above; the same command "
-            f"tries these again, and keeps the others",
-            err=True,
-        )
-        sys.exit(options.INCOMPLETE)
+    options.check_complete(results.summary, "target")
     if strict and results.run["verdict"] != "sound":
         sys.exit(options.NOT_SOUND)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from msa_eval.checkpoint import Checkpoint, load_bare_classifier
 from msa_eval.data import Samples
 from msa_eval.progress import Progress, silent
+from msa_eval.protocols import evidence
 
 if TYPE_CHECKING:
     from msa_eval.targets import Target
@@ -214,6 +217,23 @@ def notes(quiet: bool) -> Callable[[str], None]:
         click.echo(f"note: {text}", err=True)
 
     return (lambda _: None) if quiet else note
+
+
+def check_complete(table: pd.DataFrame, of: str) -> None:
+    """End with status 4 where something failed; the table that was printed names each part.
+
+    Args:
+        table: of results, with a ``verdict`` a row where they have any.
+        of: the column that says what a row stands for.
+    """
+    incomplete = table[table["verdict"] == evidence.INCOMPLETE][of].unique() if "verdict" in table else []
+    if len(incomplete):
+        click.echo(
+            f"Error: incomplete: parts of the evaluation of {', '.join(map(str, incomplete))} failed, which are named "
+            f"above; the same command tries these again",
+            err=True,
+        )
+        sys.exit(INCOMPLETE)
 
 
 def drawn(samples: Samples, limit: int | None, *, seed: int) -> Samples:

@@ -38,7 +38,7 @@ def paper_table(
 ) -> None:
     """Run the paper's protocol over the paper's models, and print its numbers next to the measured ones.
 
-    Rows whose weights are not to be had say so.
+    Rows whose weights are not to be had say so. What fails otherwise is named, and the exit status is then 4.
     """
     from msa_eval.data import load_samples
     from msa_eval.paper import paper_table as measure
@@ -51,3 +51,4 @@ def paper_table(
     )  # fmt: skip
     click.echo(render_paper_table(table, dataset=dataset))
     click.echo(f"\npaper_table.csv and the results of every model in {out}")
+    options.check_complete(table, "model")

@@ -180,7 +180,8 @@ def render_sizes(table: pd.DataFrame) -> str:
     wide = table.assign(cell=cells).pivot_table(
         index=["context", "batch_size"], columns="metric", values="cell", aggfunc="first", sort=False
     )  # fmt: skip
-    return "accuracy in % by batch size, with 95 % intervals\n" + wide[list(METRICS)].to_string()
+    heading = "accuracy in % by batch size, with 95 % intervals"
+    return "\n".join([heading, wide[list(METRICS)].to_string(), *_verdicts_by(table, "batch_size", "batch size ")])
 
 
 def render_ablation(ablation: Ablation) -> str:
@@ -204,19 +205,19 @@ def render_ablation(ablation: Ablation) -> str:
         wide = wide[list(METRICS)].rename_axis(index=None, columns=None)
         wide.insert(0, "parts", parts)
         lines += ["", f"{context}: accuracy in %, in parentheses the difference to full", wide.to_string()]
-    return "\n".join([*lines, *_on_variants(table)])
+    return "\n".join([*lines, *_verdicts_by(table, "variant")])
 
 
-def _on_variants(table: pd.DataFrame) -> list[str]:
-    """The verdict on each variant's numbers with its reasons, or one line where all are sound."""
+def _verdicts_by(table: pd.DataFrame, of: str, word: str = "") -> list[str]:
+    """The verdict on the numbers of each value of a column with its reasons, or one line where all are sound."""
     if "verdict" not in table:
         return []
     if set(table["verdict"]) == {"sound"}:
         return ["", "verdict on all: sound"]
     lines = [""]
-    for row in table.drop_duplicates("variant").to_dict(orient="records"):
+    for row in table.drop_duplicates(of).to_dict(orient="records"):
         because = f": {row['reasons']}" if row["reasons"] else ""
-        lines += textwrap.wrap(f"verdict on {row['variant']}: {row['verdict']}{because}", 110, subsequent_indent="  ")
+        lines += textwrap.wrap(f"verdict on {word}{row[of]}: {row['verdict']}{because}", 110, subsequent_indent="  ")
     return lines
 
 

@@ -153,20 +153,14 @@ def test_batch_sizes(tmp_path: Path) -> None:
     assert "is not a list of whole numbers" in refused.stderr
 
 
-def test_demo_in_a_new_folder(tmp_path: Path) -> None:
-    """The whole demo, as its own process, in an empty folder and without a network to speak of."""
-    environment = {**os.environ, "http_proxy": "http://localhost:9", "https_proxy": "http://localhost:9"}
-    result = subprocess.run(
-        [sys.executable, "-m", "msa_eval", "demo", "--quiet"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    summary = pd.read_csv(tmp_path / "results/demo/summary.csv").set_index(["target", "metric"])
+def test_demo_in_a_new_folder(demo: Any) -> None:
+    assert demo.ended.returncode == 0, demo.ended.stderr
+    assert demo.ended.stderr == ""
+    summary = pd.read_csv(demo.out / "summary.csv").set_index(["target", "metric"])
     assert (summary["n"] == 600).all()
     assert 0.4 < summary.loc[("fc", "worst_case"), "value"] < 0.8
     assert summary.loc[("defense", "worst_case"), "value"] < summary.loc[("defense", "paper"), "value"]
-    assert "worst_case" in result.stdout
+    assert "worst_case" in demo.ended.stdout
 
 
 def test_finetune_then_evaluate(tmp_path: Path) -> None:

@@ -205,6 +205,43 @@ def test_a_full_disk_stops_it_and_loses_nothing(whole: Path, tmp_path: Path) -> 
         _check_same(whole, out)
 
 
+@contextlib.contextmanager
+def _read_only(folder: Path) -> Iterator[None]:
+    """A folder of a disk that has become read-only, as disks do on errors: a view of itself lies over it.
+
+    The disk itself can't be, while a process holds a file of it open for writing.
+    """
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_becomes_read_only_stops_it_and_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with _tmpfs(disk, "size=20m"):
+        out = disk / "r"
+        process = _start(out)
+        _wait(process, lambda: len(_units(out)) > 2)
+        process.send_signal(signal.SIGSTOP)
+        before = _units(out)
+        with _read_only(out):
+            process.send_signal(signal.SIGCONT)
+            status, told = _finish(process)
+        assert status == 1
+        assert re.fullmatch(
+            rf"Error: \[Errno 30\] could not write {out}/unfinished/[\w.-]+: Read-only file system; the units finished "
+            r"before are kept, and the same command goes on from there\n", told,
+        ), told  # fmt: skip
+        assert _units(out) == before
+        status, told = _finish(_start(out))
+        assert status == 0
+        assert re.search(rf"note: going on in {out}: \d+ of \d+ runs on a batch are finished\n", told), told
+        _check_same(whole, out)
+
+
 def test_a_read_only_folder_is_refused_at_once(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with _tmpfs(disk, "size=1m"):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from msa_eval.protocols.evidence import TABLES, TRIMMED, Results
-from msa_eval.protocols.fields import COLUMNS, RUN, check_run
+from msa_eval.protocols.fields import COLUMNS, MOST, RUN, check_run
 from records import make_results
 
 from msa_eval.cli import main
@@ -96,10 +96,28 @@ def test_what_is_no_object_is_refused(folder: Path, text: str) -> None:
         Results.load(folder)
 
 
-def test_halves_of_letters_are_refused(folder: Path) -> None:
-    _change(folder, "data.name", "\ud800")
-    with pytest.raises(ValueError, match=r"the field data\.name must hold a text"):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "\ud800", r"the field data\.name is no valid text"),
+        ("python", ["3", {"x": "a\udfff"}], r"the field python\[1\]\.x is no valid text"),
+        ("machine", {"\ud800": 1}, "the name of a field in machine is no valid text"),
+    ],
+)
+def test_halves_of_letters_are_refused(folder: Path, field: str, value: object, message: str) -> None:
+    """Wherever they stand: a field that nothing relies on is shown all the same."""
+    _change(folder, field, value)
+    with pytest.raises(ValueError, match=message):
         Results.load(folder)
+
+
+def test_fields_may_be_nested_deep(folder: Path) -> None:
+    """As deep as JSON is read."""
+    deep: list[object] = []
+    for _ in range(300):
+        deep = [deep, {"x": "y"}]
+    _change(folder, "more", deep)
+    assert Results.load(folder).run["more"] == deep
 
 
 def _cell(column: str, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -156,6 +174,18 @@ def test_what_is_no_table_is_refused(folder: Path, table: str, content: bytes) -
     (folder / f"{table}.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{table}\.csv (is no readable table|has no column)"):
         Results.load(folder)
+
+
+@pytest.mark.parametrize(("more", "read"), [(10, True), (MOST, False)])
+def test_a_table_may_have_some_columns_more_and_no_hundreds(folder: Path, more: int, read: bool) -> None:
+    path = folder / "attacks.csv"
+    held = pd.read_csv(path)
+    pd.concat([held, pd.DataFrame(0, held.index, [f"x{i}" for i in range(more)])], axis=1).to_csv(path, index=False)
+    if read:
+        assert len(Results.load(folder).attacks.columns) >= len(held.columns) + more
+    else:
+        with pytest.raises(ValueError, match=rf"attacks\.csv has \d+ columns, but {MOST} at the most are read"):
+            Results.load(folder)
 
 
 def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
