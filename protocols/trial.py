@@ -159,6 +159,7 @@ class Setting:
     Attributes:
         start: the points that later steps may start from, and that samples not searched for stay at.
         counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
+            Without it all are, but where rows are decided apart only those that are right on the clean batch.
         known: the samples broken before ``(B,)``, of which no finding is due.
         view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
         draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by a clear one
@@ -204,7 +205,6 @@ class Trial:
         self.batch = batch
         self.ball = ball
         self.start = setting.start or Point(batch.x, batch.z)
-        self.counted = torch.ones_like(batch.correct) if setting.counted is None else setting.counted
         self.faults: tuple[Fault, ...] = ()
         self.eot = setting.eot
         self._setting = setting
@@ -213,9 +213,11 @@ class Trial:
         self._surrogate = surrogate
         self._mixes_rows = mixes_rows
         self._forwards = self._backwards = self._decisions = 0
-        # Rows decided apart from each other need no pass unless they are searched for.
+        # Rows decided apart from each other need no pass unless they are searched for, and none if they are wrong already.
         self._apart = not mixes_rows or isinstance(self._attacked, OneAtATime)
-        self._moving = self.counted.nonzero().flatten() if self._apart and setting.counted is not None else None
+        everyone = batch.correct if self._apart else torch.ones_like(batch.correct)
+        self.counted = everyone if setting.counted is None else setting.counted
+        self._moving = None if bool(self.counted.all()) or not self._apart else self.counted.nonzero().flatten()
 
         unbroken = torch.zeros_like(batch.y, dtype=torch.bool)
         self._calls = 0
