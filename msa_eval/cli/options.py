@@ -226,8 +226,8 @@ def check_complete(table: pd.DataFrame, of: str) -> None:
         table: of results, with a ``verdict`` a row where they have any.
         of: the column that says what a row stands for.
     """
-    incomplete = table[table["verdict"] == evidence.INCOMPLETE][of].unique() if "verdict" in table else []
-    if len(incomplete):
+    incomplete = list(table[table["verdict"] == evidence.INCOMPLETE][of].unique()) if "verdict" in table else []
+    if incomplete:
         click.echo(
             f"Error: incomplete: parts of the evaluation of {', '.join(map(str, incomplete))} failed, which are named "
             f"above; the same command tries these again",
