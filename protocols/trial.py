@@ -213,7 +213,7 @@ class Trial:
         self._surrogate = surrogate
         self._mixes_rows = mixes_rows
         self._forwards = self._backwards = self._decisions = 0
-        # Rows decided apart from each other need no pass unless they are searched for, and none if they are wrong already.
+        # Rows decided apart need no pass unless they are searched for, and none if they are wrong already.
         self._apart = not mixes_rows or isinstance(self._attacked, OneAtATime)
         everyone = batch.correct if self._apart else torch.ones_like(batch.correct)
         self.counted = everyone if setting.counted is None else setting.counted
