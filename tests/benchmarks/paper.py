@@ -1,0 +1,125 @@
+"""The paper's whole protocol on HPM: ours, and the same composed of pyautoattack's attacks.
+
+    python -m tests.benchmarks paper cifar10-wrn10-2 --samples 512 --steps 40 --queries 1000
+
+Composed means: APGD with ``best_loss=True`` through each surrogate with each loss, its points carried over to the hard
+target in their batch, and Square with as many queries on the hard target. Square leaves out images that it has broken,
+and HPM's answers depend on who is there. So it is run in two ways: *seated*, each image answered in its whole batch,
+which costs a pass of the batch; and *shrinking*, as it comes, its points judged in the whole batch at the end.
+
+Contenders attack the data piece by piece in turns; all times are sums over the pieces. In ours they hold the clean
+pass, the tables and all else that an evaluation does, but for the audit's probes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from msa_eval.protocols import Protocol, make_protocol
+from msa_eval.protocols.spec import load_protocol
+from torch import Tensor
+
+from msa_eval import HPM, Results, Samples, evaluate
+from msa_eval.attacks import Ball
+
+from . import rivals
+from .sheet import Sheet
+from .subjects import batches, subject
+from .tally import Tally
+
+OURS, THEIRS = "msa-eval", "pyautoattack"
+SQUARES = {"seated": rivals.square_seated, "shrinking": rivals.square}
+
+
+def protocol(ball: Ball, *, steps: int, queries: int, batch: int) -> Protocol:
+    """``paper-cifar10`` at another size, on all samples, without the audit's probes."""
+    values = {**load_protocol("paper-cifar10").values, "threat.eps": ball.eps, "audit.samples": 0, "batches.size": batch}
+    values |= {"attack.apgd.steps": steps, "attack.square.queries": queries}
+    values.pop("samples.fraction")
+    return make_protocol(values)
+
+
+def enter(tally: Tally, results: Results, target: str = "defense") -> None:
+    """Add the counts and accuracies that our tables tell: of each run, and of all together."""
+    rows = results.summary[results.summary["target"] == target].set_index("metric")
+    for metric in ("clean", "realised", "worst_case"):
+        tally.add(OURS, **{metric: float(rows.loc[metric, "value"]) * float(rows.loc[metric, "n"])})
+    count = float(rows.loc["clean", "n"])
+    for run in results.attacks[results.attacks["target"] == target].to_dict(orient="records"):
+        told = {"told forwards": run["forwards"], "told backwards": run["backwards"], "decisions": run["decisions"]}
+        tally.add(OURS, **told)
+        tally.add(f"{OURS}: {run['run']}", wall=run["seconds"], final=run["final"] * count, **told)
+
+
+def compose(hpm: HPM, data: Samples, ball: Ball, tally: Tally, *, steps: int, queries: int, batch: int) -> None:
+    """Attack a piece of the data with pyautoattack, and add what each of its attacks took and left."""
+    searches = {
+        f"{surrogate}:apgd-{loss}": partial(
+            rivals.best_loss, rivals.through(hpm, surrogate), ball=ball, steps=steps, loss=loss
+        )
+        for surrogate in ("fc-oracle", "soft-hybrid")
+        for loss in ("ce", "dlr")
+    } | {f"square, {way}": partial(square, hpm, ball=ball, queries=queries) for way, square in SQUARES.items()}
+    for x, y in batches(data, batch):
+        clean = right(hpm, x, y)
+        left = dict.fromkeys(SQUARES, clean)
+        for run, search in searches.items():
+            part = f"{THEIRS}: {run}"
+            final = clean & tally.measure(part, lambda search=search: right(hpm, search(x, y), y))  # type: ignore[misc]
+            tally.add(part, final=int(final.sum()), decisions=len(y))
+            left = {way: still & final if runs_in(run, way) else still for way, still in left.items()}
+        for way, still in left.items():
+            tally.add(f"standing, {way}", clean=int(clean.sum()), worst_case=int(still.sum()))
+
+
+def right(model: rivals.Model, points: Tensor, y: Tensor) -> Tensor:
+    """Which images of a batch ``(B,)`` a model gets right."""
+    with torch.no_grad():
+        return model(points).argmax(dim=1) == y
+
+
+def runs_in(run: str, way: str) -> bool:
+    """Whether a run is part of the protocol composed with Square in one of the two ways."""
+    return not run.endswith(tuple(other for other in SQUARES if other != way))
+
+
+def run(name: str, *, samples: int, batch: int, steps: int, queries: int, chunk: int, out: Path) -> None:
+    """Let all attack the data in turns, and write ``paper.csv`` after every piece."""
+    it = subject(name, samples)
+    assert it.hpm is not None
+    hpm, ours = it.hpm, protocol(it.ball, steps=steps, queries=queries, batch=batch)
+    tally, done = Tally(hpm.trunk), 0
+    for turn, piece in enumerate(it.chunks(chunk)):
+
+        def attack(piece: Samples = piece) -> None:
+            enter(tally, evaluate(hpm, piece, protocol=ours, fc=False))
+
+        def composed(piece: Samples = piece) -> None:
+            compose(hpm, piece, it.ball, tally, steps=steps, queries=queries, batch=batch)
+
+        turns = (lambda: tally.measure(OURS, attack), composed)
+        for one in turns[:: -1 if turn % 2 else 1]:
+            one()
+        done += len(piece)
+        tell(Sheet(out / "paper.csv", model=name, batch=batch, steps=steps, queries=queries), tally, done)
+
+
+def tell(sheet: Sheet, tally: Tally, samples: int) -> None:
+    """Write each run, and each contender as a whole beside what ours takes of its time."""
+    whole = {OURS: (tally.parts(f"{OURS}:"), tally.figures(samples, OURS))}
+    for way in SQUARES:
+        parts = [part for part in tally.parts(f"{THEIRS}:") if runs_in(part, way)]
+        whole[f"{THEIRS}, Square {way}"] = (parts, tally.figures(samples, *parts, f"standing, {way}"))
+    ours = whole[OURS][1]
+    for contender, (parts, figures) in whole.items():
+        figures.pop("final", None)
+        figures["paper"] = min(tally.figures(samples, part)["final"] for part in parts)
+        for clock in ("wall", "cpu"):
+            figures[f"{clock}, ours over it"] = ours[clock] / figures[clock]
+        sheet.add({"samples": samples, **figures}, contender=contender, run="all")
+    for part in tally.parts():
+        contender, _, run = part.partition(": ")
+        if run:
+            sheet.add(tally.figures(samples, part), contender=contender, run=run)
