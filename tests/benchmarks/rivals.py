@@ -14,6 +14,8 @@ from msa_eval.attacks import Ball
 from msa_eval.peers import Seat, find, meet
 
 Model = Callable[[Tensor], Tensor]
+Search = Callable[[Tensor, Tensor], Tensor]
+"""``(x, y) -> points``, all of a batch."""
 
 
 @contextmanager
