@@ -29,7 +29,7 @@ class Sheet:
             self._rows.append({**self.setting, **about, "figure": figure, "value": value})
         told = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in figures.items())  # fmt: skip
-        print(*[value for value in about.values()], told, sep="  ", flush=True)
+        print(*self.setting.values(), *about.values(), told, sep="  ", flush=True)
         self._write()
 
     def _others(self) -> pd.DataFrame:
