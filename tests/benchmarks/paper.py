@@ -35,8 +35,8 @@ SQUARES = {"seated": rivals.square_seated, "shrinking": rivals.square}
 
 def protocol(ball: Ball, *, steps: int, queries: int, batch: int) -> Protocol:
     """``paper-cifar10`` at another size, on all samples, without the audit's probes."""
-    values = {**load_protocol("paper-cifar10").values, "threat.eps": ball.eps, "audit.samples": 0, "batches.size": batch}
-    values |= {"attack.apgd.steps": steps, "attack.square.queries": queries}
+    values = {**load_protocol("paper-cifar10").values, "threat.eps": ball.eps, "audit.samples": 0}
+    values |= {"attack.apgd.steps": steps, "attack.square.queries": queries, "batches.size": batch}
     values.pop("samples.fraction")
     return make_protocol(values)
 
@@ -50,7 +50,8 @@ def enter(tally: Tally, results: Results, target: str = "defense") -> None:
     for run in results.attacks[results.attacks["target"] == target].to_dict(orient="records"):
         told = {"told forwards": run["forwards"], "told backwards": run["backwards"], "decisions": run["decisions"]}
         tally.add(OURS, **told)
-        tally.add(f"{OURS}: {run['run']}", wall=run["seconds"], final=run["final"] * count, **told)
+        newly = {"final": run["final"] * count, "newly_broken": run["newly_broken"]}
+        tally.add(f"{OURS}: {run['run']}", wall=run["seconds"], **newly, **told)
 
 
 def compose(hpm: HPM, data: Samples, ball: Ball, tally: Tally, *, steps: int, queries: int, batch: int) -> None:
@@ -67,11 +68,16 @@ def compose(hpm: HPM, data: Samples, ball: Ball, tally: Tally, *, steps: int, qu
         left = dict.fromkeys(SQUARES, clean)
         for run, search in searches.items():
             part = f"{THEIRS}: {run}"
-            final = clean & tally.measure(part, lambda search=search: right(hpm, search(x, y), y))  # type: ignore[misc]
+            final = clean & tally.measure(part, partial(transfer, hpm, search, x, y))
             tally.add(part, final=int(final.sum()), decisions=len(y))
             left = {way: still & final if runs_in(run, way) else still for way, still in left.items()}
         for way, still in left.items():
             tally.add(f"standing, {way}", clean=int(clean.sum()), worst_case=int(still.sum()))
+
+
+def transfer(model: rivals.Model, search: rivals.Search, x: Tensor, y: Tensor) -> Tensor:
+    """Which images of a batch ``(B,)`` a model still gets right after a search."""
+    return right(model, search(x, y), y)
 
 
 def right(model: rivals.Model, points: Tensor, y: Tensor) -> Tensor:
@@ -103,7 +109,8 @@ def run(name: str, *, samples: int, batch: int, steps: int, queries: int, chunk:
         for one in turns[:: -1 if turn % 2 else 1]:
             one()
         done += len(piece)
-        tell(Sheet(out / "paper.csv", model=name, batch=batch, steps=steps, queries=queries), tally, done)
+        setting = {"model": name, "of": samples, "batch": batch, "steps": steps, "queries": queries}
+        tell(Sheet(out / "paper.csv", **setting), tally, done)
 
 
 def tell(sheet: Sheet, tally: Tally, samples: int) -> None:

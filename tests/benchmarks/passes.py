@@ -27,13 +27,15 @@ class Passes:
     calls: int = 0
     _entered: list[float] = field(default_factory=list)
 
-    def _enter(self, trunk: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def _enter(self, trunk: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (x,) = given
         self.forwards += len(x)
         self.calls += 1
         if x.requires_grad:
+            x = x.view_as(x)  # the same images may be passed again, and a hook on them would stay
             x.register_hook(self._left_back)
         self._entered.append(time.process_time())
+        return (x,)
 
     def _leave(self, trunk: nn.Module, given: tuple[Tensor, ...], z: Tensor) -> None:
         self.inside += time.process_time() - self._entered.pop()

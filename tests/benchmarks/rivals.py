@@ -50,7 +50,7 @@ def square(model: Model, x: Tensor, y: Tensor, *, ball: Ball, queries: int) -> T
     """pyautoattack's Square, in batches that shrink as it leaves out what it has broken."""
     from pyautoattack.square import SquareAttack
 
-    attack = SquareAttack(model, n_queries=queries, norm=ball.norm, eps=ball.eps, device=x.device, resc_schedule=True)
+    attack = SquareAttack(model, n_queries=queries, norm=ball.norm, eps=ball.eps, device=x.device, resc_schedule=False)
     with seeded(), torch.no_grad():
         found: Tensor = attack.perturb(x, y)
     return found

@@ -4,11 +4,14 @@
 
 On HPM in ``joint``, where pyautoattack attacks the model as it stands; and on its FC head, which is static.
 pyautoattack's points are judged by the hard target in the batches of the plan; its own count, in batches that change as
-it drops samples, stands beside that.
+it drops samples, stands beside that. As our runs follow each other, it is also told what part of them had to be made
+until no more samples stood than pyautoattack leaves by that verdict.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -63,4 +66,33 @@ def tell(sheet: Sheet, tally: Tally, samples: int) -> None:
         figures = tally.figures(samples, contender)
         for clock in ("wall", "cpu"):
             figures[f"{clock}, ours over it"] = mine[clock] / figures[clock]
+        if contender == THEIRS:
+            runs = [tally.figures(samples, run) for run in tally.parts(f"{OURS}: ")]
+            share = until(runs, mine["clean"], figures["worst_case"], of="wall")
+            figures["cpu, ours until there over it"] = share * mine["cpu"] / figures["cpu"]
+            passes = until(runs, mine["clean"], figures["worst_case"], of="told forwards")
+            figures["forwards, ours until there"] = passes * sum(run["told forwards"] for run in runs)
         sheet.add({"samples": samples, **figures}, contender=contender)
+
+
+def until(runs: Sequence[Mapping[str, float]], clean: float, goal: float, *, of: str) -> float:
+    """What share of a cost our runs, one after the other, take until no more samples stand than a rival leaves.
+
+    Args:
+        runs: with what each ``newly_broken``, and its costs.
+        clean: the share that stands before.
+        goal: what the rival leaves.
+        of: the cost.
+
+    Returns:
+        1 where it takes all of them, and NaN where they don't get there.
+
+    >>> until([{"wall": 1, "newly_broken": 0.5}, {"wall": 3, "newly_broken": 0.2}], 1.0, 0.5, of="wall")
+    0.25
+    """
+    standing, spent = clean, 0.0
+    for run in runs:
+        standing, spent = standing - run["newly_broken"], spent + run[of]
+        if standing <= goal + 1e-9:
+            return spent / sum(run[of] for run in runs)
+    return math.nan

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from msa_eval.protocols import Protocol, make_protocol
 from torch import Tensor
 
