@@ -20,24 +20,27 @@ def parser() -> argparse.ArgumentParser:
     made.epilog = f"Also: {', '.join(SCRIPTS)}, each with its own --help."
     items = made.add_subparsers(dest="item", required=True, metavar="NAME")
 
-    def item(name: str, told: str, models: tuple[str, ...], **defaults: int) -> None:
+    def item(name: str, told: str, models: tuple[str, ...], **defaults: int) -> argparse.ArgumentParser:
         one = items.add_parser(name, help=told)
         if models:
             one.add_argument("model", choices=models)
         for option, default in defaults.items():
             one.add_argument(f"--{option}", type=int, default=default)
         one.add_argument("--out", type=Path, default=OUT)
+        return one
 
     both, hpm = ("cifar10-wrn10-2", "resnet18", "digits"), ("cifar10-wrn10-2", "digits")
     item("overhead", "APGD over a bare loop of as many passes", both, batch=64, steps=10, repeats=7)
-    item("paper", "the paper's protocol, ours and composed of pyautoattack", hpm,
-         samples=512, batch=64, steps=40, queries=1000, chunk=128)  # fmt: skip
+    one = item("paper", "the paper's protocol, ours and composed of pyautoattack", hpm,
+               samples=512, batch=64, steps=40, queries=1000, chunk=128)  # fmt: skip
+    one.add_argument("--msa", action="store_true", help="let our default protocol take part")
     item("standard", "msa and pyautoattack's standard", hpm, samples=128, batch=64, chunk=64)
     item("static", "a static classifier, ours and peers at equal steps", both,
          samples=512, batch=64, steps=20, chunk=128)  # fmt: skip
     item("growth", "time and memory against samples, classes, features, batch and context", (), steps=5, repeats=1)
     item("limit", "multiply-adds of the passes over what the trunk's convolutions reach", both,
          batch=64, steps=10, repeats=5)  # fmt: skip
+    item("tables", "put the files' figures into docs/speed.md", ())
     return made
 
 

@@ -7,6 +7,9 @@ target in their batch, and Square with as many queries on the hard target. Squar
 and HPM's answers depend on who is there. So it is run in two ways: *seated*, each image answered in its whole batch,
 which costs a pass of the batch; and *shrinking*, as it comes, its points judged in the whole batch at the end.
 
+With ``--msa`` our default protocol takes part too. It looks for more and in other ways, so it is also told what part of
+its runs, in their order, it takes until no more samples stand than pyautoattack leaves.
+
 Contenders attack the data piece by piece in turns; all times are sums over the pieces. In ours they hold the clean
 pass, the tables and all else that an evaluation does, but for the audit's probes.
 """
@@ -27,9 +30,9 @@ from msa_eval.attacks import Ball
 from . import rivals
 from .sheet import Sheet
 from .subjects import batches, subject
-from .tally import Tally
+from .tally import Tally, until
 
-OURS, THEIRS = "msa-eval", "pyautoattack"
+OURS, THEIRS, MSA = "msa-eval", "pyautoattack", "msa-eval, protocol msa"
 SQUARES = {"seated": rivals.square_seated, "shrinking": rivals.square}
 
 
@@ -41,17 +44,23 @@ def protocol(ball: Ball, *, steps: int, queries: int, batch: int) -> Protocol:
     return make_protocol(values)
 
 
-def enter(tally: Tally, results: Results, target: str = "defense") -> None:
+def default(ball: Ball, batch: int) -> Protocol:
+    """``msa`` in ``joint`` alone, without the audit's probes."""
+    overrides = {"threat.eps": ball.eps, "threat.contexts": ["joint"], "audit.samples": 0, "batches.size": batch}
+    return load_protocol("msa", overrides=overrides)
+
+
+def enter(tally: Tally, contender: str, results: Results) -> None:
     """Add the counts and accuracies that our tables tell: of each run, and of all together."""
-    rows = results.summary[results.summary["target"] == target].set_index("metric")
+    rows = results.summary.set_index("metric")
     for metric in ("clean", "realised", "worst_case"):
-        tally.add(OURS, **{metric: float(rows.loc[metric, "value"]) * float(rows.loc[metric, "n"])})
+        tally.add(contender, **{metric: float(rows.loc[metric, "value"]) * float(rows.loc[metric, "n"])})
     count = float(rows.loc["clean", "n"])
-    for run in results.attacks[results.attacks["target"] == target].to_dict(orient="records"):
+    for run in results.attacks.to_dict(orient="records"):
         told = {"told forwards": run["forwards"], "told backwards": run["backwards"], "decisions": run["decisions"]}
-        tally.add(OURS, **told)
+        tally.add(contender, **told)
         newly = {"final": run["final"] * count, "newly_broken": run["newly_broken"]}
-        tally.add(f"{OURS}: {run['run']}", wall=run["seconds"], **newly, **told)
+        tally.add(f"{contender}: {run['run']}", wall=run["seconds"], **newly, **told)
 
 
 def compose(hpm: HPM, data: Samples, ball: Ball, tally: Tally, *, steps: int, queries: int, batch: int) -> None:
@@ -91,23 +100,36 @@ def runs_in(run: str, way: str) -> bool:
     return not run.endswith(tuple(other for other in SQUARES if other != way))
 
 
-def run(name: str, *, samples: int, batch: int, steps: int, queries: int, chunk: int, out: Path) -> None:
-    """Let all attack the data in turns, and write ``paper.csv`` after every piece."""
+def run(name: str, *, samples: int, batch: int, steps: int, queries: int, chunk: int, msa: bool, out: Path) -> None:
+    """Let all attack the data in turns, and write ``paper.csv`` after every piece.
+
+    Args:
+        name: of the model.
+        samples: how many images.
+        batch: images a batch.
+        steps: of each APGD run.
+        queries: of Square.
+        chunk: images a piece.
+        msa: whether our default protocol, which looks for more with other runs, takes part.
+        out: the folder.
+    """
     it = subject(name, samples)
     assert it.hpm is not None
-    hpm, ours = it.hpm, protocol(it.ball, steps=steps, queries=queries, batch=batch)
+    hpm = it.hpm
+    ours = {OURS: protocol(it.ball, steps=steps, queries=queries, batch=batch)}
+    ours |= {MSA: default(it.ball, batch)} if msa else {}
     tally, done = Tally(hpm.trunk), 0
-    for turn, piece in enumerate(it.chunks(chunk)):
 
-        def attack(piece: Samples = piece) -> None:
-            enter(tally, evaluate(hpm, piece, protocol=ours, fc=False))
-
-        def composed(piece: Samples = piece) -> None:
+    def attack(contender: str, piece: Samples) -> None:
+        if contender == THEIRS:
             compose(hpm, piece, it.ball, tally, steps=steps, queries=queries, batch=batch)
+            return
+        search = partial(evaluate, hpm, piece, protocol=ours[contender], fc=False)
+        enter(tally, contender, tally.measure(contender, search))
 
-        turns = (lambda: tally.measure(OURS, attack), composed)
-        for one in turns[:: -1 if turn % 2 else 1]:
-            one()
+    for turn, piece in enumerate(it.chunks(chunk)):
+        for contender in [*ours, THEIRS][:: -1 if turn % 2 else 1]:
+            attack(contender, piece)
         done += len(piece)
         setting = {"model": name, "of": samples, "batch": batch, "steps": steps, "queries": queries}
         tell(Sheet(out / "paper.csv", **setting), tally, done)
@@ -115,16 +137,21 @@ def run(name: str, *, samples: int, batch: int, steps: int, queries: int, chunk:
 
 def tell(sheet: Sheet, tally: Tally, samples: int) -> None:
     """Write each run, and each contender as a whole beside what ours takes of its time."""
-    whole = {OURS: (tally.parts(f"{OURS}:"), tally.figures(samples, OURS))}
+    runs = {contender: tally.parts(f"{contender}: ") for contender in (OURS, MSA) if tally.parts(f"{contender}: ")}
+    whole = {contender: tally.figures(samples, contender) for contender in runs}
     for way in SQUARES:
-        parts = [part for part in tally.parts(f"{THEIRS}:") if runs_in(part, way)]
-        whole[f"{THEIRS}, Square {way}"] = (parts, tally.figures(samples, *parts, f"standing, {way}"))
-    ours = whole[OURS][1]
-    for contender, (parts, figures) in whole.items():
-        figures.pop("final", None)
-        figures["paper"] = min(tally.figures(samples, part)["final"] for part in parts)
+        contender = f"{THEIRS}, Square {way}"
+        runs[contender] = [part for part in tally.parts(f"{THEIRS}: ") if runs_in(part, way)]
+        whole[contender] = tally.figures(samples, *runs[contender], f"standing, {way}")
+        del whole[contender]["final"]
+    for contender, figures in whole.items():
+        figures["paper"] = min(tally.figures(samples, part)["final"] for part in runs[contender])
         for clock in ("wall", "cpu"):
-            figures[f"{clock}, ours over it"] = ours[clock] / figures[clock]
+            figures[f"{clock}, ours over it"] = whole[OURS][clock] / figures[clock]
+        if MSA in whole and contender.startswith(THEIRS):
+            parts = [tally.figures(samples, part) for part in runs[MSA]]
+            share = until(parts, whole[MSA]["clean"], figures["worst_case"], of="wall")
+            figures["cpu, msa until there over it"] = share * whole[MSA]["cpu"] / figures["cpu"]
         sheet.add({"samples": samples, **figures}, contender=contender, run="all")
     for part in tally.parts():
         contender, _, run = part.partition(": ")

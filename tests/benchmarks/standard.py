@@ -10,8 +10,6 @@ until no more samples stood than pyautoattack leaves by that verdict.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from msa_eval.protocols.spec import load_protocol
 from msa_eval import Samples, evaluate
 
 from .budget import autoattack
-from .paper import OURS, enter
+from .paper import OURS, default, enter
 from .sheet import Sheet
 from .subjects import Subject, subject
-from .tally import Tally
+from .tally import Tally, until
 
 THEIRS = "pyautoattack"
 
@@ -32,7 +30,7 @@ def run(name: str, *, samples: int, batch: int, chunk: int, out: Path) -> None:
     """Let both attack the data in turns, and write ``standard.csv`` after every piece."""
     it = subject(name, samples)
     assert it.hpm is not None
-    for target, model in (("fc", it.fc), ("defense", it.hpm)):
+    for target, model in (("defense", it.hpm), ("fc", it.fc)):
         tally, done = Tally(it.fc.trunk), 0
         for turn, piece in enumerate(it.chunks(chunk)):
             turns = (partial(ours, model, it, piece, tally, batch), partial(theirs, model, it, piece, tally, batch))
@@ -44,9 +42,8 @@ def run(name: str, *, samples: int, batch: int, chunk: int, out: Path) -> None:
 
 def ours(model: object, it: Subject, piece: Samples, tally: Tally, batch: int) -> None:
     """``msa`` in joint alone, without the audit's probes."""
-    overrides = {"threat.eps": it.ball.eps, "threat.contexts": ["joint"], "audit.samples": 0, "batches.size": batch}
-    protocol = load_protocol("msa", overrides=overrides)
-    enter(tally, tally.measure(OURS, partial(evaluate, model, piece, protocol=protocol, fc=False)))
+    search = partial(evaluate, model, piece, protocol=default(it.ball, batch), fc=False)
+    enter(tally, OURS, tally.measure(OURS, search))
 
 
 def theirs(model: object, it: Subject, piece: Samples, tally: Tally, batch: int) -> None:
@@ -73,26 +70,3 @@ def tell(sheet: Sheet, tally: Tally, samples: int) -> None:
             passes = until(runs, mine["clean"], figures["worst_case"], of="told forwards")
             figures["forwards, ours until there"] = passes * sum(run["told forwards"] for run in runs)
         sheet.add({"samples": samples, **figures}, contender=contender)
-
-
-def until(runs: Sequence[Mapping[str, float]], clean: float, goal: float, *, of: str) -> float:
-    """What share of a cost our runs, one after the other, take until no more samples stand than a rival leaves.
-
-    Args:
-        runs: with what each ``newly_broken``, and its costs.
-        clean: the share that stands before.
-        goal: what the rival leaves.
-        of: the cost.
-
-    Returns:
-        1 where it takes all of them, and NaN where they don't get there.
-
-    >>> until([{"wall": 1, "newly_broken": 0.5}, {"wall": 3, "newly_broken": 0.2}], 1.0, 0.5, of="wall")
-    0.25
-    """
-    standing, spent = clean, 0.0
-    for run in runs:
-        standing, spent = standing - run["newly_broken"], spent + run[of]
-        if standing <= goal + 1e-9:
-            return spent / sum(run[of] for run in runs)
-    return math.nan

@@ -75,7 +75,7 @@ def run(name: str, *, samples: int, batch: int, steps: int, chunk: int, out: Pat
         order = [OURS, *others]
         for contender in order[:: -1 if turn % 2 else 1]:
             if contender == OURS:
-                enter(tally, tally.measure(OURS, partial(evaluate, it.fc, piece, protocol=ours, fc=False)))
+                enter(tally, OURS, tally.measure(OURS, partial(evaluate, it.fc, piece, protocol=ours, fc=False)))
             else:
                 attack(it, contender, others[contender], piece, tally, batch)
         done += len(piece)

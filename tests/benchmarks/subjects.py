@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from msa_eval import HPM, Classifier, Samples, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
 from msa_eval.references import reference_path
+from msa_eval.sensitivity import autoattack_resnet18
 
 
 class Subject(NamedTuple):
@@ -55,23 +56,11 @@ def subject(name: str, samples: int) -> Subject:
     data = Samples(found.x[:samples], found.y[:samples], found.name)
     ball = Ball("Linf", 0.15 if digits else 8 / 255)
     if name == "resnet18":
-        return Subject(None, resnet18(), data, ball)
+        return Subject(None, autoattack_resnet18(), data, ball)
     hpm = load_checkpoint(reference_path(name)).model
     assert isinstance(hpm, HPM)
     hpm = hpm.eval().requires_grad_(False)
     return Subject(hpm, hpm.fc_target, data, ball)
-
-
-def resnet18() -> Classifier:
-    """AutoAttack's example, a naturally trained ResNet-18, as a trunk and a head."""
-    from pyautoattack.examples import resnet
-
-    net = resnet.ResNet18()
-    weights = torch.load(Path(resnet.__file__).with_name("model_test.pt"), map_location="cpu", weights_only=True)
-    net.load_state_dict(weights)
-    fc = net.linear
-    net.linear = nn.Identity()
-    return Classifier(net, fc).eval().requires_grad_(False)
 
 
 class ToyTrunk(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -53,3 +54,26 @@ class Tally:
             for name, value in self._sums[part].items():
                 total[name] += value
         return {name: value if name in SECONDS else value / samples for name, value in total.items()}
+
+
+def until(runs: Sequence[Mapping[str, float]], clean: float, goal: float, *, of: str) -> float:
+    """What share of a cost our runs, one after the other, take until no more samples stand than a rival leaves.
+
+    Args:
+        runs: with what each ``newly_broken``, and its costs.
+        clean: the share that stands before.
+        goal: what the rival leaves.
+        of: the cost.
+
+    Returns:
+        1 where it takes all of them, and NaN where they don't get there.
+
+    >>> until([{"wall": 1, "newly_broken": 0.5}, {"wall": 3, "newly_broken": 0.2}], 1.0, 0.5, of="wall")
+    0.25
+    """
+    standing, spent = clean, 0.0
+    for run in runs:
+        standing, spent = standing - run["newly_broken"], spent + run[of]
+        if standing <= goal + 1e-9:
+            return spent / sum(run[of] for run in runs)
+    return math.nan

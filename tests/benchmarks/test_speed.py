@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from benchmarks import growth, limit, machine, overhead, paper, rivals, standard, static
+from benchmarks import growth, limit, machine, overhead, paper, rivals, static, tables
 from benchmarks.clock import against, in_turns
 from benchmarks.passes import counted
 from benchmarks.sheet import Sheet
 from benchmarks.subjects import batches, subject, toy
-from benchmarks.tally import Tally
+from benchmarks.tally import Tally, until
 from torch import nn
 
 from msa_eval import evaluate
@@ -79,9 +79,9 @@ def test_the_machine_is_described_without_names_of_people_or_folders() -> None:
 
 def test_the_part_of_our_runs_until_a_rivals_number() -> None:
     runs = [{"wall": 1.0, "newly_broken": 0.5}, {"wall": 3.0, "newly_broken": 0.2}]
-    assert standard.until(runs, 1.0, 0.5, of="wall") == 0.25
-    assert standard.until(runs, 1.0, 0.3, of="wall") == 1
-    assert math.isnan(standard.until(runs, 1.0, 0.2, of="wall"))
+    assert until(runs, 1.0, 0.5, of="wall") == 0.25
+    assert until(runs, 1.0, 0.3, of="wall") == 1
+    assert math.isnan(until(runs, 1.0, 0.2, of="wall"))
 
 
 def test_square_in_one_way_is_no_part_of_the_other() -> None:
@@ -163,6 +163,15 @@ def test_static_and_growth_give_figures_of_all_that_is_installed(tmp_path: Path)
     figures = growth.measure(growth.Case(samples=16, dim=16, batch=8), steps=2)
     assert figures["more MiB"] >= 0
     assert figures["forwards"] >= 2 * 4 + 2
+
+
+def test_figures_become_tables_between_their_marks(tmp_path: Path) -> None:
+    Sheet(tmp_path / "limit.csv", model="m", steps=1, repeat=0).add({"of the limit": 0.8, "inside the trunk": 0.9})
+    page = tables.fill("a <!-- limit -->old<!-- /limit --> b <!-- paper -->kept<!-- /paper -->", tmp_path)
+    assert "| m | 1 | 0 | 0.80 | 0.900 |  |  |" in page
+    assert "old" not in page
+    assert "kept" in page
+    assert tables.fill(page, tmp_path) == page
 
 
 def test_a_reference_is_named_or_refused() -> None:
