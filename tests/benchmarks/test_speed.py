@@ -18,6 +18,8 @@ from torch import nn
 
 from msa_eval import evaluate
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_ratios_are_taken_within_a_round_and_paced_by_the_trunk() -> None:
     table = pd.DataFrame({
@@ -172,6 +174,12 @@ def test_figures_become_tables_between_their_marks(tmp_path: Path) -> None:
     assert "old" not in page
     assert "kept" in page
     assert tables.fill(page, tmp_path) == page
+
+
+def test_the_page_shows_the_committed_files() -> None:
+    page = (ROOT / tables.PAGE).read_text(encoding="utf-8")
+    assert tables.fill(page, ROOT / "results/benchmarks") == page
+    assert page.count("| --- |") >= len(tables.TABLES)
 
 
 def test_a_reference_is_named_or_refused() -> None:
