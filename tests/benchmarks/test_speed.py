@@ -97,9 +97,12 @@ def test_multiplications_of_layers_are_those_of_their_formulas() -> None:
     conv, linear = limit.layers(trunk, torch.rand(2, 3, 8, 8))
     assert conv.multiplications == 2 * 8 * 4 * 4 * 3 * 9
     assert linear.multiplications == 2 * 5 * 8 * 16
-    forth, back = limit.alone([conv, linear], 1)
-    assert forth > 0
-    assert back > 0
+    reached = limit.Reached([conv, linear])
+    reached.again(1)
+    before = reached.forth, reached.back
+    reached.again(3)
+    assert 0 < reached.forth <= before[0]
+    assert 0 < reached.back <= before[1]
 
 
 @pytest.mark.parametrize("place", [0, 1])
