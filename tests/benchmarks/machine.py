@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in told.get("flags", told.get("Features", "")).split()],
         "memory_gib": _memory(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
