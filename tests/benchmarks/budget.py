@@ -1,6 +1,6 @@
 """Worst case against passes: msa, the paper's protocol, single surrogates, and pyautoattack on the naive target.
 
-    python tests/benchmarks/budget.py digits --samples 256 --out results/benchmarks
+    python -m tests.benchmarks budget digits --samples 256 --out results/benchmarks
 
 writes ``budget-digits.csv`` (contender, target, context, passes a sample, worst_case, seconds) and a chart. CIFAR-10
 needs the data in MSA_EVAL_SHARED. Everything is judged on the same samples in the same batches by the hard target; of

@@ -1,6 +1,6 @@
 """What a context costs: the same APGD run on the same batch in joint and in solo, in turns.
 
-    python tests/benchmarks/contexts.py cifar10-wrn10-2
+    python -m tests.benchmarks contexts cifar10-wrn10-2
 
 prints the median time of each and of their ratio over pairs of runs that follow each other directly, so that a machine
 that drifts slows both. CIFAR-10 needs the data in MSA_EVAL_SHARED.

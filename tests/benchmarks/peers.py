@@ -1,6 +1,6 @@
 """What peers break that our protocol calls robust: pyautoattack, torchattacks and foolbox, at equal passes.
 
-    python tests/benchmarks/peers.py digits --samples 192 --peers foolbox torchattacks pyautoattack
+    python -m tests.benchmarks peers digits --samples 192 --peers foolbox torchattacks pyautoattack
 
 evaluates a packaged reference under ``digits`` or ``msa``, runs every attack of the peers that are installed on the
 same samples in the same batches, against HPM and against its FC head, and writes ``peers-<reference>.csv``. CIFAR-10
