@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, check_trunk, decide, describe, looks_batch_dependent
+from msa_eval.memory import plain
 
 
 @contextmanager
@@ -38,7 +39,7 @@ class Pool(NamedTuple):
 class CleanBatches:
     """The clean batches of a plan, each passed through the target once.
 
-    Features smaller than the images are kept; others (a target without a trunk has the images themselves) are made
+    Features no larger than the images are kept; others (a target without a trunk has the images themselves) are made
     again when a batch is asked for.
 
     Args:
@@ -185,7 +186,7 @@ class CleanBatches:
             raise ValueError(f"the model can't take a float32 batch of images of shape {shape}: {error}") from error
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"the model's logits on clean batch {number} are not finite")
-        if z[0].numel() < x[0].numel():
+        if z[0].numel() <= x[0].numel() and not isinstance(plain(self._defense), WholeModel):
             self._features[number] = z
         self._logits[number] = logits
 

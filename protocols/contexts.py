@@ -100,6 +100,10 @@ class AmongOthers:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._defense, name)
 
+    def beside(self, own: Tensor) -> AmongOthers:
+        """The same target with other features of the rows that stay."""
+        return AmongOthers(self._defense, own)
+
     def features(self, x: Tensor) -> Tensor:
         """The defence's features."""
         return self._defense.features(x)

@@ -20,6 +20,8 @@ WORDS = {
     "options.save_adversarial": "--save-adversarial",
     "options.gallery": "whether a gallery is kept",
     "options.micro_batch": "--micro-batch",
+    "options.precision": "--precision",
+    "options.deterministic": "--deterministic",
 }
 """What the fields of a ``run.json`` that make up its key are called; those of a protocol go by their own keys."""
 

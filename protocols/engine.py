@@ -19,7 +19,7 @@ import torch
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
-from msa_eval.protocols.clean import CleanBatches
+from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.entrant import Entrant, Evaluated, Failure, Work
 from msa_eval.protocols.evidence import (
     ARCHIVE,
@@ -34,6 +34,7 @@ from msa_eval.protocols.evidence import (
 from msa_eval.protocols.gallery import Exhibit
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment
+from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
@@ -41,6 +42,7 @@ from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
 import msa_eval
+from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
@@ -65,6 +67,8 @@ def evaluate(
     save_adversarial: bool = False,
     save_gallery: bool = True,
     micro_batch: int | None = None,
+    precision: str = "auto",
+    deterministic: bool = False,
     progress: Progress = silent,
     notify: Notify = warn,
 ) -> Results:
@@ -91,6 +95,10 @@ def evaluate(
         save_gallery: keep there a few broken samples as pictures, for the page.
         micro_batch: pass at most so many images through the trunk at once. Without it, a pass that runs out of memory
             is made again in halves, and in halves of these. The batch that is decided is the same.
+        precision: that a search passes its points in: ``fp32``, ``bf16``, or the faster of them on this machine
+            (``auto``, by a short trial). Verdicts are float32 always: what a search in bf16 seems to break counts once
+            it was passed again.
+        deterministic: use deterministic algorithms alone, on GPUs too.
         progress: shows how far each run has come.
         notify: told of what a user should know: where it goes on, what was damaged and is made again.
 
@@ -114,7 +122,12 @@ def evaluate(
     device = check_device(device)
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+        exact(deterministic=deterministic),
+    ):
         targets = _targets(target, fc, device, micro_batch)
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
@@ -130,6 +143,8 @@ def evaluate(
             keep=save_adversarial,
             show=save_gallery and out is not None,
             micro_batch=micro_batch,
+            precision=precision,
+            deterministic=deterministic,
             progress=progress,
             notify=notify,
         )
@@ -149,6 +164,8 @@ def _evaluate(
     keep: bool,
     show: bool,
     micro_batch: int | None,
+    precision: str,
+    deterministic: bool,
     progress: Progress,
     notify: Notify,
 ) -> Results:
@@ -168,9 +185,15 @@ def _evaluate(
             for name, model in targets.items()
         ]  # fmt: skip
         about = _identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
-        options = {"save_adversarial": keep, "gallery": show, "micro_batch": micro_batch}
-        where = environment(device)
+        options = {
+            "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
+            "deterministic": deterministic,
+        }  # fmt: skip
+        search = _search(precision, entrants[0])
+        entrants = [dataclasses.replace(entrant, search=search) for entrant in entrants]
+        where = environment(device) | {"search": search.about(), "deterministic": deterministic}
         place = {name: where[name] for name in ("packages", "python", "platform", "device", "threads")}
+        place["search"] = where["search"]["precision"]
         with opened(
             out, about, options=options, where=place, force=force, device=device, notify=notify, started=started
         ) as units:
@@ -179,6 +202,12 @@ def _evaluate(
                 return _carried_out(entrants, about | where, work, out=out, show=show, force=force)
             except KeyboardInterrupt as stop:
                 raise type(stop)(_stopped(entrants, work, out, force=force)) from None
+
+
+def _search(precision: str, entrant: Entrant) -> Search:
+    """How points are passed, by trial on the first batch's images."""
+    with seeded(0):
+        return choose(precision, entrant.defense, next(iter(entrant.clean)).x)
 
 
 def _carried_out(

@@ -25,6 +25,7 @@ from msa_eval.protocols.peering import peer_runs
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import OWN, Attack, Run, plan_runs
+from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.spec import Protocol
 from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
 from msa_eval.protocols.units import Units
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import Defense, WholeModel
-from msa_eval.memory import fitting
+from msa_eval.memory import fitting, plain
 from msa_eval.peers import told
 from msa_eval.progress import Progress, ticking
 
@@ -147,6 +148,7 @@ class Entrant:
     offers: Offers
     protocol: Protocol
     seed: int
+    search: Search = EXACT
 
     @classmethod
     def enter(
@@ -357,7 +359,11 @@ class Entrant:
         setting = run.setting(target, history, victim=self._victim(batch))
         keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
         trail = context == "joint" and run.attack is not None and any(o.label == "pursuit" for o in self.runs[context])
-        setting = dataclasses.replace(setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail)
+        # Attacks of others are shown the target's own features; without a trunk a search has no others.
+        search = EXACT if run.loss == OWN or isinstance(plain(self.defense), WholeModel) else self.search
+        setting = dataclasses.replace(
+            setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
+        )  # fmt: skip
         trial = Trial(
             target, run.surrogate, batch, self.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )

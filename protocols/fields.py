@@ -40,6 +40,8 @@ RUN: Mapping[str, Any] = {
     "msa_eval?": str,
     "draws?": {"*": int},
     "taken_back?": {"*": {"*": int}},
+    "search?": {"asked?": str, "precision?": str, "gain?": float, "*": object},
+    "deterministic?": bool,
     "packages?": {"*": str},
     "git?": ({"commit": str, "dirty": bool, "*": object}, None),
     "command?": [str],

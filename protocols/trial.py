@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime
+from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.surrogates import STE, Ensemble, Surrogate
 from torch import Tensor
@@ -167,6 +168,7 @@ class Setting:
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
         keep: whether findings are kept.
         trail: whether the points of every iterate are kept, for a pursuit to mix.
+        search: how the search passes its points; what it seems to break is passed again, as the target is.
     """
 
     start: Point | None = None
@@ -177,6 +179,7 @@ class Setting:
     eot: int = 1
     keep: bool = False
     trail: bool = False
+    search: Search = EXACT
 
 
 class Trial:
@@ -212,6 +215,8 @@ class Trial:
         self._attacked = setting.view or defense
         self._surrogate = surrogate
         self._mixes_rows = mixes_rows
+        # Whether iterates come with features of the search's own; without a gradient they are passed as the target is.
+        self._rough = setting.search.rough and not (surrogate is not None and surrogate.on_images)
         self._forwards = self._backwards = self._decisions = 0
         # Rows decided apart need no pass unless they are searched for, and none if they are wrong already.
         self._apart = not mixes_rows or isinstance(self._attacked, OneAtATime)
@@ -249,8 +254,8 @@ class Trial:
 
     @property
     def lead(self) -> Tensor:
-        """The lowest lead of each label so far ``(B,)``, the clean batch's included."""
-        return self._lead
+        """The lowest lead of each label so far ``(B,)``, the clean batch's included, as the search sees it."""
+        return torch.minimum(self._lead, self._best_lead) if self._rough else self._lead
 
     @property
     def ensemble(self) -> bool:
@@ -355,6 +360,9 @@ class Trial:
         assert isinstance(self._defense, OneAtATime)
         self._defense = self._attacked = self._defense.beside(company)
         self._iterate += 1
+        if self._rough:
+            self._judge_rough(self.start)
+            return self._decide(self._defense, self.start.z)
         logits = self._decide(self._defense, self.start.z)
         self._judge(self.start, logits)
         return logits
@@ -430,7 +438,8 @@ class Trial:
         if self._surrogate is not None and self._surrogate.on_images:
             with torch.no_grad():
                 return self._features(x)
-        return self._watched(self._features(x))
+        self._forwards += len(x)
+        return self._watched(self._setting.search.features(self._defense, x))
 
     def _watched(self, values: Tensor) -> Tensor:
         """Count the images that a gradient passes back through."""
@@ -486,8 +495,7 @@ class Trial:
         else:
             logits = self._decide_some(point.z, rows, self._kept.logits)
         if not confirmed and self._claims(logits):
-            with torch.no_grad():
-                point = Point(point.x, self._features(point.x))
+            point = self._exact(point)
             logits = self._decide(self._defense, point.z)
         self._judge(point, logits)
         return _Answered(point, logits)
@@ -510,6 +518,9 @@ class Trial:
         self.latest = point
         if setting.trail:
             self._trail.append(point)
+        if self._rough:
+            self._judge_rough(point)
+            return
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
         is_verdict = self._surrogate is STE and setting.view is None and setting.draws == 1 and self._moving is None
         if is_verdict:
@@ -524,6 +535,35 @@ class Trial:
         if setting.view is not None:
             self._judge_apart(point, self._decide(setting.view, point.z))
 
+    def _judge_rough(self, point: Point) -> None:
+        """Judge a batch by features of the search's own: what it seems to break counts once it was passed again."""
+        view = self._setting.view
+        logits = self._decide(self._defense, point.z)
+        if self._claims(logits):
+            point = self._exact(point)
+            self._judge(point, self._decide(self._defense, point.z))
+        else:
+            self._hold(point)
+            self._prefer(point, logits, rough=True)
+        if view is None:
+            return
+        apart = self._decide(view, point.z)
+        if bool((self.batch.correct & (apart.argmax(dim=1) != self.batch.y) & ~self._broken).any()):
+            point, self.start = self._exact(point), self._exact(self.start)
+            exact = view.beside(self.start.z)
+            self._judge_apart(point, self._decide(exact, point.z))
+        elif not self.among_others:
+            self._prefer(point, apart, rough=True)
+
+    def _exact(self, point: Point) -> Point:
+        """The same points with the target's own features."""
+        with torch.no_grad():
+            return Point(point.x, self._features(point.x))
+
+    def _hold(self, point: Point) -> None:
+        """Hold a batch to the ball and the box."""
+        self._excess = torch.maximum(self._excess, self.ball.excess(point.x, self.batch.x).amax())
+
     def _judge(self, point: Point, logits: Tensor) -> None:
         """Enter the verdict on a batch."""
         correct = self.batch.correct
@@ -531,7 +571,7 @@ class Trial:
         self._prefer(point, logits)
         fewer = (~wrong & correct).sum() < self._committed.sum()
         self._committed = torch.where(fewer, ~wrong & correct, self._committed)
-        self._excess = torch.maximum(self._excess, self.ball.excess(point.x, self.batch.x).amax())
+        self._hold(point)
 
     def _judge_apart(self, point: Point, logits: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once."""
@@ -560,10 +600,12 @@ class Trial:
         self._findings = [old for old in self._findings if bool((old.breaks & ~finding.breaks).any())]
         self._findings.append(finding)
 
-    def _prefer(self, point: Point, logits: Tensor) -> None:
-        """Keep each sample's own point of the lowest lead."""
+    def _prefer(self, point: Point, logits: Tensor, *, rough: bool = False) -> None:
+        """Keep each sample's own point of the lowest lead; of a broken one, only a point that was seen to break it."""
         lead = -margin(logits, self.batch.y)
         lower = lead < self._best_lead
+        if rough:
+            lower = lower & (lead > 0)
         best = self._best
         self._best = Point(
             torch.where(_per_image(lower, point.x), point.x, best.x),

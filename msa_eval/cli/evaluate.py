@@ -37,6 +37,8 @@ from msa_eval.cli import options
     type=click.IntRange(min=1),
     help="Pass at most so many images through the trunk at once; batches are decided whole all the same.",
 )
+@options.precision
+@options.deterministic
 @options.data_root
 @options.anew
 @options.quiet
@@ -72,6 +74,8 @@ def run(
     device: str = "cpu",
     data_root: str = "data",
     micro_batch: int | None = None,
+    precision: str = "auto",
+    deterministic: bool = False,
     force: bool = False,
     quiet: bool,
     save_adversarial: bool = False,
@@ -97,6 +101,8 @@ def run(
         save_adversarial=save_adversarial,
         save_gallery=not no_gallery,
         micro_batch=micro_batch,
+        precision=precision,
+        deterministic=deterministic,
         progress=options.bars(quiet),
         notify=options.notes(quiet),
     )

@@ -79,6 +79,14 @@ data_root = click.option(
     "--data-root", default="data", show_default=True, help="Folder of torchvision's data sets (cifar10, cifar100)."
 )
 device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="That a search passes its points in; auto tries what is faster here. Verdicts are float32 always.",
+)
+deterministic = click.option("--deterministic", is_flag=True, help="Use deterministic algorithms alone, on GPUs too.")
 force = click.option("--force", is_flag=True, help="Replace other results in the output folder.")
 anew = click.option(
     "--force", is_flag=True, help="Start anew, and keep what the output folder holds under a dated name."

@@ -339,10 +339,20 @@ def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Versions": ", ".join(f"{name} {version}" for name, version in run.get("packages", {}).items()),
         "Python": run.get("python"),
         "Machine": f"{run.get('device')}, {run.get('platform')}, {run.get('threads')} threads, {run.get('precision')}",
+        "Search": _search(run.get("search"), deterministic=bool(run.get("deterministic"))),
         "Commit": f"{git['commit']}{', with changes' if git['dirty'] else ''}" if git else "not in a repository",
         "Time": f"{run['seconds']:.0f} s" if run.get("seconds") is not None else "",
     }  # fmt: skip
     return [(name, str(value)) for name, value in rows.items() if value not in ("", None)]
+
+
+def _search(search: Mapping[str, Any] | None, *, deterministic: bool) -> str:
+    """How points were passed, where that is known."""
+    if search is None:
+        return ""
+    gain = f"; bf16 was {search['gain']:.2g} times as fast" if "gain" in search else ""
+    how = f"in {search.get('precision')} (asked for: {search.get('asked')}{gain})"
+    return f"{how}, deterministic" if deterministic else how
 
 
 def _files(run: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msa_eval.protocols import AttackError, load_protocol, make_protocol
+from msa_eval.protocols.clean import CleanBatches
+from msa_eval.protocols.plan import plan_batches
 from msa_eval.surrogates import Surrogate
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
@@ -586,3 +588,15 @@ def test_companions_moved_for_one_break_it_where_its_own_image_is_clean() -> Non
     assert bool(
         (broken & torch.tensor(results.samples.set_index("index").loc[order, "clean_correct"].to_numpy())).any()
     )
+
+
+def test_clean_features_as_large_as_the_images_are_made_once() -> None:
+    """The packaged digits have 64 features for 64 pixels."""
+    classifier = make_classifier(inputs=12, dim=12)
+    samples = make_samples(classifier, 24)
+    trunk: Any = classifier.trunk
+    seats = plan_batches(24, size=8, seed=0)
+    clean = CleanBatches(classifier, samples, torch.arange(24), seats, device="cpu")
+    trunk.images = 0
+    assert all(torch.equal(batch.z, classifier.features(batch.x)) for batch in clean)
+    assert trunk.images == 24  # those of the line above

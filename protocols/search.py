@@ -1,0 +1,115 @@
+"""The trunk that a search passes its points through, where that is another than the one that verdicts are given by.
+
+Verdicts are float32, by the target as it is. A search may pass its points in bfloat16, where the hardware gains by it:
+what such features seem to break is passed once more in float32, in its batch, before it counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_eval.defense import Defense, WholeModel
+from msa_eval.memory import plain
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+WORTH = 1.5
+"""Passes in bfloat16 have to be so many times as fast, because what they seem to break costs a second pass."""
+
+PROBED, ROUNDS = 16, 3
+"""So many images are passed, in turns so often, to find that out."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a search passes its points.
+
+    Attributes:
+        asked: for which precision, of `PRECISIONS`.
+        rough: whether it passes them in bfloat16.
+        gain: how many times as fast that was found to be; ``None`` where nothing was tried.
+    """
+
+    asked: str = "fp32"
+    rough: bool = False
+    gain: float | None = None
+
+    def about(self) -> dict[str, Any]:
+        """For ``run.json``."""
+        said = {"asked": self.asked, "precision": "bf16" if self.rough else "fp32"}
+        return said if self.gain is None else {**said, "gain": round(self.gain, 2)}
+
+    def features(self, defense: Defense, x: Tensor) -> Tensor:
+        """Features ``(B, ...)`` of images ``(B, C, H, W)`` as the search sees them, in float32."""
+        if not self.rough:
+            return defense.features(x)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return defense.features(x).float()
+
+
+EXACT = Search()
+"""Points are passed as the target is."""
+
+
+def choose(asked: str, defense: Defense, x: Tensor) -> Search:
+    """Choose how to pass points; for ``auto`` by trying on a few images, in turns.
+
+    A target without a trunk, whose passes are its verdicts, is passed in float32 always.
+
+    Args:
+        asked: one of `PRECISIONS`.
+        defense: the target.
+        x: images ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: when the precision is unknown, or bf16 is asked for and the trunk can't be passed so.
+    """
+    if asked not in PRECISIONS:
+        raise ValueError(f"unknown precision {asked!r}; choose one of {', '.join(PRECISIONS)}")
+    if asked == "fp32" or isinstance(plain(defense), WholeModel):
+        return Search(asked)
+    rough = Search(asked, rough=True)
+    try:
+        before, after = _seconds(Search(), defense, x[:PROBED]), _seconds(rough, defense, x[:PROBED])
+        if asked == "bf16":
+            return rough
+        pairs = [(before, after)]
+        while after < before and len(pairs) <= ROUNDS:
+            pairs.append((_seconds(Search(), defense, x[:PROBED]), _seconds(rough, defense, x[:PROBED])))
+        gain = statistics.median(first / second for first, second in pairs[1:] or pairs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if asked == "bf16":
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use --precision fp32") from error
+        return Search(asked)
+    return Search(asked, rough=gain >= WORTH, gain=gain)
+
+
+def _seconds(search: Search, defense: Defense, x: Tensor) -> float:
+    """How long a pass forth and back takes.
+
+    Raises:
+        ValueError: when it makes what is not finite.
+    """
+    x = x.detach().requires_grad_()
+    _wait(x)
+    started = time.perf_counter()
+    z = search.features(defense, x)
+    if z.requires_grad:
+        torch.autograd.grad(z.sum(), x, allow_unused=True)
+    _wait(x)
+    seconds = time.perf_counter() - started
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("its features are not finite")
+    return seconds
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

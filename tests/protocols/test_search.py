@@ -1,0 +1,182 @@
+"""A search whose features are its own: nothing counts that the target did not say in float32, in its batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols import search as module
+from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.runs import ApgdAttack
+from msa_eval.protocols.search import Search, choose
+from msa_eval.protocols.trial import Batch, Outcome, Setting, Trial
+from msa_eval.protocols.verify import verify
+from msa_eval.surrogates import get
+from torch import Tensor, nn
+from toys import make_batch, make_hpm, make_samples
+
+from msa_eval import HPM, WholeModel, evaluate
+from msa_eval.attacks import Ball
+from msa_eval.attacks.losses import margin
+
+BALL = Ball("Linf", 0.2)
+
+
+class Distorted(Search):
+    """A rough search whose features are off by a given share, always the same way for the same image."""
+
+    share = 0.0
+
+    def features(self, defense: Any, x: Tensor) -> Tensor:
+        z: Tensor = defense.features(x)
+        return z + self.share * torch.sin(1000 * z.detach()) * z.detach().std()
+
+
+def _distorted(share: float) -> Search:
+    search = Distorted(rough=True)
+    object.__setattr__(search, "share", share)
+    return search
+
+
+class Watched(HPM):
+    """Keeps the images whose features it was asked for."""
+
+    asked: list[Tensor]
+
+    def features(self, x: Tensor) -> Tensor:
+        self.asked.append(x.detach().clone())
+        return super().features(x)
+
+
+def _searched(search: Search, kind: str, surrogate: str) -> tuple[Watched, Batch, list[Tensor], Outcome, Trial]:
+    """One APGD run; with the points that the attack asked about."""
+    hpm: Any = make_hpm().requires_grad_(False)
+    hpm.__class__ = Watched
+    hpm.asked = []
+    batch = make_batch(hpm, 16, seed=1)
+    hpm.asked.clear()
+    target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
+    views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
+    setting = Setting(view=views.get(kind), keep=True, search=search)
+    trial = Trial(target, get(surrogate), batch, BALL, setting=setting)
+    asked: list[Tensor] = []
+    call = trial._judge_point
+
+    def watched(point: Any, logits: Tensor) -> None:
+        asked.append(point.x)
+        call(point, logits)
+
+    trial._judge_point = watched  # type: ignore[method-assign]
+    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
+    return hpm, batch, [*asked, trial._final.x], outcome, trial
+
+
+def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
+    """Every lead that a point shows, by fresh decisions."""
+    with torch.no_grad():
+        z = HPM.features(hpm, x)
+        together = hpm.logits(z)
+        apart = OneAtATime(hpm, batch.z).logits(z)
+        among = AmongOthers(hpm, batch.z).logits(z)
+    shown = {"joint": [together], "solo": [apart], "image": [together, apart], "companions": [together, among]}[kind]
+    return torch.stack([-margin(logits, batch.y) for logits in shown]).amin(dim=0)
+
+
+@pytest.mark.parametrize("kind", ["joint", "solo", "image", "companions"])
+@pytest.mark.parametrize("surrogate", ["soft-hybrid", "ste"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 3.0])
+def test_only_what_the_target_says_counts(kind: str, surrogate: str, share: float) -> None:
+    """Whatever the search's features say; and where they are the target's own, all that the target says does."""
+    hpm, batch, asked, outcome, trial = _searched(_distorted(share), kind, surrogate)
+    leads = torch.stack([_leads(hpm, batch, x, kind) for x in asked])
+    really = (leads.amin(dim=0) < 0) & batch.correct
+    broken = outcome.any_broken & batch.correct
+    assert bool((really | ~broken).all())
+    assert bool((outcome.min_margin >= torch.minimum(leads.amin(dim=0), -margin(batch.logits, batch.y)) - 1e-5).all())
+    assert torch.equal(outcome.min_margin < 0, outcome.any_broken | ~batch.correct)
+    assert outcome.forwards == sum(map(len, hpm.asked))
+    best = trial.trace().best
+    with torch.no_grad():
+        of_best = OneAtATime(hpm, batch.z).logits(HPM.features(hpm, best.x))
+    if kind == "solo":  # the proofs of this context
+        assert bool((of_best.argmax(dim=1) != batch.y)[broken].all())
+    if share == 0:
+        assert torch.equal(broken, really)
+        assert bool(broken.any())
+    for finding in trial.trace().findings:
+        if finding.own is None and kind != "solo":
+            with torch.no_grad():
+                assert torch.equal(finding.breaks, (hpm(finding.x).argmax(dim=1) != batch.y) & batch.correct)
+
+
+def test_false_claims_cost_passes_and_nothing_else() -> None:
+    """Features far off claim much that is not so, and each claim is passed again."""
+    _, batch, asked, outcome, _ = _searched(_distorted(3.0), "joint", "soft-hybrid")
+    assert outcome.forwards > len(batch.y) * len(asked)
+    _, _, asked, exact, _ = _searched(Search(), "joint", "soft-hybrid")
+    assert exact.forwards == len(batch.y) * len(asked)
+
+
+@pytest.mark.parametrize("contexts", [["joint"], ["solo", "alone"], ["composed"]])
+def test_what_is_found_in_bf16_is_proved_in_float32(contexts: list[str], tmp_path: Path) -> None:
+    hpm = make_hpm()
+    samples = make_samples(hpm, 16)
+    apgd = {"combine": "cascade", "surrogates": ["fc-oracle", "soft-hybrid"], "losses": ["margin"], "steps": 5}
+    small = {"threat": {"norm": "Linf", "eps": 0.1, "contexts": contexts}, "batches": {"size": 8}}
+    attack = {"apgd": apgd, "square": {"queries": 8}, "recombination": {"sweeps": 1, "passes": 24}}
+    about = {"schema": 1, "name": "small", "version": 1, "description": "A test.", "audit": {"samples": 0}}
+    protocol = make_protocol({**about, **small, "attack": attack})
+    results = evaluate(
+        hpm, samples, protocol=protocol, precision="bf16", out=tmp_path, save_adversarial=True, save_gallery=False
+    )
+    assert results.run["search"] == {"asked": "bf16", "precision": "bf16"}
+    assert results.run["precision"] == "float32"
+    assert int((~results.samples["robust"] & results.samples["clean_correct"]).sum()) > 0
+    assert verify(tmp_path, hpm, samples).passed
+
+
+def test_bf16_features_are_float32_tensors_of_rounded_passes() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    x = make_batch(hpm, 8).x.requires_grad_()
+    exact, rough = hpm.features(x), Search("bf16", rough=True).features(hpm, x)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    assert torch.equal(rough, rough.bfloat16().float())
+    torch.testing.assert_close(exact, rough, rtol=0.05, atol=0.05)
+    slope, about = (torch.autograd.grad(z.sum(), x)[0] for z in (exact, rough))
+    assert float((slope.sign() == about.sign()).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(("gain", "rough"), [(0.1, False), (1.4, False), (1.6, True)])
+def test_auto_takes_what_a_trial_finds_faster(gain: float, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hpm = make_hpm().requires_grad_(False)
+    monkeypatch.setattr(module, "_seconds", lambda search, defense, x: 1 / gain if search.rough else 1.0)
+    found = choose("auto", hpm, make_batch(hpm, 8).x)
+    assert found.rough == rough
+    assert found.about() == {"asked": "auto", "precision": "bf16" if rough else "fp32", "gain": gain}
+
+
+class Picky(nn.Module):
+    """Takes float32 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1) @ torch.ones(12, 6)
+        if z.dtype != torch.float32:
+            raise RuntimeError("float32 only")
+        return z
+
+
+def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    x = make_batch(hpm, 8).x
+    hpm.trunk = Picky()
+    assert not choose("auto", hpm, x).rough
+    with pytest.raises(ValueError, match=r"can't be passed in bfloat16 \(float32 only\); use --precision fp32"):
+        choose("bf16", hpm, x)
+    assert not choose("bf16", WholeModel(hpm), x).rough
+    assert choose("fp32", hpm, x) == Search("fp32")
+    with pytest.raises(ValueError, match="unknown precision 'fp16'"):
+        choose("fp16", hpm, x)
