@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from msa_eval.cli import options
+
+if TYPE_CHECKING:
+    from msa_eval.protocols.engines import Engine
 
 
 @click.command()
@@ -37,6 +40,7 @@ from msa_eval.cli import options
     type=click.IntRange(min=1),
     help="Pass at most so many images through the trunk at once; batches are decided whole all the same.",
 )
+@options.engine
 @options.data_root
 @options.anew
 @options.quiet
@@ -76,6 +80,7 @@ def run(
     quiet: bool,
     save_adversarial: bool = False,
     no_gallery: bool = False,
+    engine: Engine | None = None,
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
@@ -97,6 +102,7 @@ def run(
         save_adversarial=save_adversarial,
         save_gallery=not no_gallery,
         micro_batch=micro_batch,
+        engine=engine or "local",
         progress=options.bars(quiet),
         notify=options.notes(quiet),
     )
