@@ -125,7 +125,8 @@ class RayEngine:
                         flying[self._start(ray, series, flight)] = flight
                     if not flying:
                         return
-                    for stream in ray.wait(list(flying), num_returns=1)[0]:
+                    streams: list[Any] = list(flying)
+                    for stream in ray.wait(streams, num_returns=1)[0]:
                         flight = flying[stream]
                         try:
                             over = self._take(ray.get(next(stream)), flight, work, tick)
@@ -210,7 +211,7 @@ def _import_ray() -> ModuleType:
             import ray.util
     except ImportError as error:
         raise ValueError(f"--engine ray needs Ray, which can't be imported ({error}); {INSTALL}") from error
-    return ray  # type: ignore[no-any-return]
+    return ray
 
 
 def _connect(ray: ModuleType, address: str) -> None:

@@ -157,11 +157,10 @@ class Series:
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
-        if self.entrant.protocol.apgd is None or self.entrant.protocol.apgd.victim is None:
+        budget = self.entrant.protocol.apgd
+        if budget is None or budget.victim is None:
             return None
-        return (self.clean.chosen[self.clean.seats[batch.number]] == self.entrant.protocol.apgd.victim).to(
-            batch.y.device
-        )
+        return (self.clean.chosen[self.clean.seats[batch.number]] == budget.victim).to(batch.y.device)
 
     def _choice(self, run: Run, batch: Batch, history: History) -> Attack:
         """An attack that chooses from what is cached."""
