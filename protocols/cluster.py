@@ -125,8 +125,8 @@ class RayEngine:
                         flying[self._start(ray, series, flight)] = flight
                     if not flying:
                         return
-                    streams: list[Any] = list(flying)
-                    for stream in ray.wait(streams, num_returns=1)[0]:
+                    ready: Any = ray.wait(list(flying), num_returns=1)[0]
+                    for stream in ready:
                         flight = flying[stream]
                         try:
                             over = self._take(ray.get(next(stream)), flight, work, tick)
