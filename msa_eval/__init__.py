@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 from msa_eval.ablation import Ablation, ablate
 from msa_eval.protocols import Results, evaluate
 from msa_eval.protocols.audit import audit
+from msa_eval.protocols.cluster import RayEngine
 from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.protocols.verify import verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "Classifier",
     "Defense",
     "FinetuneSettings",
+    "RayEngine",
     "Results",
     "Samples",
     "Target",

@@ -51,6 +51,9 @@ class InParts:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # else unpickling would ask for attributes before there are any
+        return InParts, (self.whole, self.size)
+
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
         return fitting(self, len(x), lambda: self._features(x))
@@ -59,6 +62,10 @@ class InParts:
     def logits(self) -> Callable[..., Tensor]:
         """The defence's own decision on a whole batch of features: surrogates look at what it takes."""
         return self.whole.logits
+
+    def keep_to(self, size: int | None) -> None:
+        """Take no larger parts than fitted elsewhere."""
+        self.size = min((each for each in (self.size, size) if each is not None), default=None)
 
     def shrink(self, count: int) -> bool:
         """Take half as many images at a time, of so many; whether that is possible."""

@@ -100,11 +100,14 @@ class CleanBatches:
         return len(self.seats)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, seat in enumerate(self.seats):
-            x = self._images(number)
-            z = self._features[number] if number in self._features else self._trunk(x)
-            y = self.samples.y[self.chosen[seat]].to(self.device)
-            yield Batch(number, x, y, z, self._logits[number])
+        return (self.batch(number) for number in range(len(self)))
+
+    def batch(self, number: int) -> Batch:
+        """One of them."""
+        x = self._images(number)
+        z = self._features[number] if number in self._features else self._trunk(x)
+        y = self.samples.y[self.chosen[self.seats[number]]].to(self.device)
+        return Batch(number, x, y, z, self._logits[number])
 
     def seen_in(self, context: str) -> CleanBatches:
         """The same batches with the target's verdicts in another context."""

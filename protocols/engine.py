@@ -20,7 +20,8 @@ from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.clean import CleanBatches, seeded
-from msa_eval.protocols.entrant import Entrant, Evaluated, Failure, Work
+from msa_eval.protocols.engines import Engine, engine_of
+from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.evidence import (
     ARCHIVE,
     INCOMPLETE,
@@ -32,12 +33,14 @@ from msa_eval.protocols.evidence import (
     tabulate,
 )
 from msa_eval.protocols.gallery import Exhibit
+from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.plan import batch_of, plan_batches, select
-from msa_eval.protocols.provenance import defense_hash, environment
+from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
+from msa_eval.protocols.work import Failure, Work
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
@@ -69,6 +72,7 @@ def evaluate(
     micro_batch: int | None = None,
     precision: str = "auto",
     deterministic: bool = False,
+    engine: str | Engine = "local",
     progress: Progress = silent,
     notify: Notify = warn,
 ) -> Results:
@@ -99,6 +103,8 @@ def evaluate(
             (``auto``, by a short trial). Verdicts are float32 always: what a search in bf16 seems to break counts once
             it was passed again.
         deterministic: use deterministic algorithms alone, on GPUs too.
+        engine: where the runs are made: ``"local"``, in this process; ``"ray"``, on the Ray cluster that this machine
+            is part of; or an engine such as `msa_eval.RayEngine`. The evidence is the same.
         progress: shows how far each run has come.
         notify: told of what a user should know: where it goes on, what was damaged and is made again.
 
@@ -127,6 +133,7 @@ def evaluate(
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
         exact(deterministic=deterministic),
+        engine_of(engine, device) as maker,
     ):
         targets = _targets(target, fc, device, micro_batch)
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
@@ -145,6 +152,7 @@ def evaluate(
             micro_batch=micro_batch,
             precision=precision,
             deterministic=deterministic,
+            engine=maker,
             progress=progress,
             notify=notify,
         )
@@ -166,6 +174,7 @@ def _evaluate(
     micro_batch: int | None,
     precision: str,
     deterministic: bool,
+    engine: Engine,
     progress: Progress,
     notify: Notify,
 ) -> Results:
@@ -192,14 +201,13 @@ def _evaluate(
         search = _search(precision, entrants[0])
         entrants = [dataclasses.replace(entrant, search=search) for entrant in entrants]
         where = environment(device) | {"search": search.about(), "deterministic": deterministic}
-        place = {name: where[name] for name in ("packages", "python", "platform", "device", "threads")}
-        place["search"] = where["search"]["precision"]
+        here = place(device) | {"search": where["search"]["precision"]}
         with opened(
-            out, about, options=options, where=place, force=force, device=device, notify=notify, started=started
+            out, about, options=options, where=here, force=force, device=device, notify=notify, started=started
         ) as units:
             work = Work(progress, units, keep)
             try:
-                return _carried_out(entrants, about | where, work, out=out, show=show, force=force)
+                return _carried_out(entrants, about | where, work, engine, out=out, show=show, force=force)
             except KeyboardInterrupt as stop:
                 raise type(stop)(_stopped(entrants, work, out, force=force)) from None
 
@@ -214,6 +222,7 @@ def _carried_out(
     entrants: Sequence[Entrant],
     about: Mapping[str, Any],
     work: Work,
+    engine: Engine,
     *,
     out: Path | None,
     show: bool,
@@ -223,14 +232,20 @@ def _carried_out(
     if finished := _finished(entrants, work.units):
         work.units.notify(f"going on in {out}: {finished} of {_due(entrants)} runs on a batch are finished")
     signs: dict[str, list[Sign]] = {}
-    done: list[Evaluated] = []
+    ledgers: dict[str, list[Ledger]] = {}
     for entrant in entrants:
         guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
         signs[entrant.name] = _probe(entrant, work) if entrant.protocol.audited else []
-        done += entrant.evaluate(work, guard, show=show and entrant.name == "defense")
+        first, *others = entrant.series()
+        shown = Ledger(first, work, guard, show=show and entrant.name == "defense")
+        ledgers[entrant.name] = [shown, *(Ledger(series, work, guard) for series in others)]
+    engine.make([ledger for each in ledgers.values() for ledger in each], work)
+    done: list[Evaluated] = []
+    for entrant in entrants:
+        done += entrant.evaluated(ledgers[entrant.name])
         _check_any(entrant, work)
         try:
-            signs[entrant.name].append(guard.sign())
+            signs[entrant.name].append(ledgers[entrant.name][0].guard.sign())
         except Exception as error:
             work.fail(entrant.name, "the state guard", error)
     records = [one.record for one in done]
@@ -335,7 +350,7 @@ def _incomplete(results: Results, failures: Sequence[Failure]) -> Results:
         verdict=[verdicts[target]["verdict"] for target in named],
         reasons=["; ".join(verdicts[target]["reasons"]) for target in named],
     )
-    failed = [failure._asdict() for failure in failures]
+    failed = [dataclasses.asdict(failure) for failure in failures]
     run = dict(results.run) | {"verdict": INCOMPLETE, "verdicts": verdicts, "failed": failed}
     return dataclasses.replace(results, summary=summary, run=run)
 

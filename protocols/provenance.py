@@ -29,8 +29,8 @@ def defense_hash(defense: Defense) -> str:
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Versions, machine, git state of the working directory, and command line."""
+def place(device: str) -> dict[str, Any]:
+    """Versions and machine: what results should not depend on, but may."""
     return {
         "packages": {name: _version(name) for name in PACKAGES}
         | {name: version for name in PEERS if (version := _version(name)) is not None},
@@ -38,6 +38,13 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where it is made, git state of the working directory, and command line."""
+    return {
+        **place(device),
         "precision": "float32",
         "git": _git(),
         "command": [_basename(sys.argv[0]), *sys.argv[1:]],

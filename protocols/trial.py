@@ -312,7 +312,7 @@ class Trial:
         self._iterate += 1
         if self._surrogate is None:
             self._decisions += len(x)
-        if whole and (self._surrogate is None or self._surrogate is STE) and self._setting.draws == 1:
+        if whole and (self._surrogate is None or self._surrogate == STE) and self._setting.draws == 1:
             self._judge(point, logits.detach().float())
         elif bool(kept.any()):
             self._believed(point, kept, confirmed=whole)
@@ -522,7 +522,7 @@ class Trial:
             self._judge_rough(point)
             return
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
-        is_verdict = self._surrogate is STE and setting.view is None and setting.draws == 1 and self._moving is None
+        is_verdict = self._surrogate == STE and setting.view is None and setting.draws == 1 and self._moving is None
         if is_verdict:
             verdict = logits.float()
         elif self._moving is not None and not self._mixes_rows:

@@ -81,6 +81,17 @@ class Units:
         """Wall time so far, with that of the processes before, as far as their units tell."""
         return self._before + time.perf_counter() - self._started
 
+    def made_at(self, where: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        """Note a place where units are made, beside the one where this process runs; told of once."""
+        if where == here or where in self.environments:
+            return
+        self.environments.append(where)
+        self.notify(f"some of it is made elsewhere ({differences({'where': here}, {'where': where})}), so it may "
+                    f"differ by rounding from one made in one place")  # fmt: skip
+        if self.folder is not None:
+            stated = json.loads((self.folder / ABOUT).read_bytes())
+            write_whole(self.folder / ABOUT, json.dumps(stated | {"where": [*stated["where"], where]}).encode())
+
     def names(self) -> set[str]:
         """Of the units that are there."""
         return set() if self.folder is None else {path.stem for path in self.folder.glob("*.unit")}

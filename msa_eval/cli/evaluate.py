@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from msa_eval.cli import options
+
+if TYPE_CHECKING:
+    from msa_eval.protocols.engines import Engine
 
 
 @click.command()
@@ -39,6 +42,7 @@ from msa_eval.cli import options
 )
 @options.precision
 @options.deterministic
+@options.engine
 @options.data_root
 @options.anew
 @options.quiet
@@ -80,6 +84,7 @@ def run(
     quiet: bool,
     save_adversarial: bool = False,
     no_gallery: bool = False,
+    engine: Engine | None = None,
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
@@ -103,6 +108,7 @@ def run(
         micro_batch=micro_batch,
         precision=precision,
         deterministic=deterministic,
+        engine=engine or "local",
         progress=options.bars(quiet),
         notify=options.notes(quiet),
     )

@@ -22,6 +22,7 @@ from msa_eval.progress import Progress, silent
 from msa_eval.protocols import evidence
 
 if TYPE_CHECKING:
+    from msa_eval.protocols.engines import Engine
     from msa_eval.targets import Target
 
 NOT_SOUND, INCOMPLETE = 3, 4
@@ -151,6 +152,50 @@ LOADING = {
     ),
     "trunk": click.option("--trunk", help="Your own code that a checkpoint was made from; it is imported."),
 }  # fmt: skip
+
+
+_ENGINE = {
+    "engine": click.option(
+        "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+        help="Where the runs are made: here, or on a Ray cluster.",
+    ),
+    "address": click.option(
+        "--address", metavar="ADDRESS", help="Of the Ray cluster: auto (the default), or HOST:PORT."
+    ),
+    "cpus": click.option(
+        "--cpus-per-worker", "cpus", type=click.IntRange(min=1),
+        help="CPUs of each Ray worker, and threads of every pass; by default as many as torch takes here.",
+    ),
+    "gpus": click.option("--gpus-per-worker", "gpus", type=click.FloatRange(min=0), help="Likewise GPUs."),
+}  # fmt: skip
+
+
+def engine(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where runs are made, as one parameter ``engine``."""
+
+    @functools.wraps(command)
+    def gathered(**given: Any) -> None:
+        named = {name: given.pop(name) for name in _ENGINE}
+        command(engine=_engine(**named), **given)
+
+    for option in reversed(_ENGINE.values()):
+        gathered = option(gathered)
+    return gathered
+
+
+def _engine(engine: str, address: str | None, cpus: int | None, gpus: float | None) -> Engine | None:
+    """The engine that was asked for; ``None`` is this process.
+
+    Raises:
+        ValueError: when a cluster is described that is not used.
+    """
+    if engine == "ray":
+        from msa_eval.protocols.cluster import RayEngine
+
+        return RayEngine(address or "auto", cpus=cpus, gpus=gpus or 0)
+    if address is not None or cpus is not None or gpus is not None:
+        raise ValueError("--address, --cpus-per-worker and --gpus-per-worker describe a Ray cluster; give --engine ray")
+    return None
 
 
 _BARE = (

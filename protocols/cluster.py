@@ -1,0 +1,361 @@
+"""The runs of an evaluation on an existing Ray cluster (the extra ``[ray]``).
+
+A task is a batch with all the runs that are due on it. It streams each run back when it is made, so the driver writes
+the same units as a local evaluation would, in the same folder: either goes on from the other. A worker that is lost
+costs the run it was at. Models and data go into the object store once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.ledger import Ledger, Tick
+from msa_eval.protocols.packing import pack, unpack
+from msa_eval.protocols.provenance import place
+from msa_eval.protocols.series import Series
+from msa_eval.protocols.work import Job, Searched, Work
+
+import msa_eval
+from msa_eval.arithmetic import exact
+from msa_eval.data import Samples
+from msa_eval.memory import InParts, parts_of
+from msa_eval.progress import ticking
+
+INSTALL = "pip install 'msa-eval[ray]'"
+
+AHEAD = 2
+"""So many tasks are asked for at a time, for each that the cluster has room for."""
+
+PATIENCE = 10.0
+"""Seconds in which the cluster's address has to answer."""
+
+
+@dataclass
+class _Flight:
+    """A job on its way."""
+
+    place: int
+    ledger: Ledger
+    job: Job
+
+
+class RayEngine:
+    """Makes the runs as tasks on an existing Ray cluster.
+
+    Args:
+        address: ``auto`` for the cluster that this machine is part of, or ``host:port`` of its head. A connection that
+            the caller has made is used as it is.
+        cpus: CPUs of a worker, and threads of every pass, here and there, since the number of threads decides how sums
+            are rounded; by default as many as torch takes here.
+        gpus: GPUs of a worker.
+        retries: how often a batch whose worker was lost is given to another, before its runs count as failed.
+
+    Raises:
+        ValueError: when CPUs, GPUs or retries are no such numbers.
+    """
+
+    def __init__(
+        self, address: str = "auto", *, cpus: int | None = None, gpus: float = 0, retries: int = 3
+    ) -> None:  # fmt: skip
+        if cpus is not None and cpus < 1:
+            raise ValueError(f"expected at least 1 CPU a worker, but got {cpus}")
+        if not 0 <= gpus < math.inf or retries < 0:
+            raise ValueError(f"expected GPUs and retries of at least 0, but got {gpus} and {retries}")
+        self._address, self._gpus, self._retries = address, gpus, retries
+        self.cpus = torch.get_num_threads() if cpus is None else cpus
+        self._device = "cpu"
+        self._leave = contextlib.ExitStack()
+
+    def check(self, device: str) -> None:
+        """Check that workers can compute on a device.
+
+        Raises:
+            ValueError: when they can't.
+        """
+        if device.startswith("cuda") and (device != "cuda" or not self._gpus):
+            raise ValueError("on a Ray cluster a GPU is asked for as --device cuda --gpus-per-worker 1")
+        self._device = device
+
+    def __enter__(self) -> RayEngine:
+        with contextlib.ExitStack() as stack:
+            ray = _import_ray()
+            if not ray.is_initialized():
+                _connect(ray, self._address)
+                stack.callback(ray.shutdown)
+            self._check_room(ray)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.cpus)
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._leave.close()
+
+    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+        """Make every job that is due, with one progress bar; a job whose worker is lost is given to another.
+
+        Raises:
+            ValueError: when the workers can't load the target, or have another release of msa-eval.
+        """
+        import ray
+
+        series = _put(ray, [ledger.series for ledger in ledgers])
+        flying: dict[Any, _Flight] = {}
+        lost: dict[tuple[int, int], int] = {}
+        with ticking(work.progress, sum(ledger.total for ledger in ledgers), "runs on a batch") as tick:
+            due = (_Flight(at, ledger, job) for at, ledger in enumerate(ledgers) for job in ledger.jobs(tick))
+            try:
+                while True:
+                    while len(flying) < AHEAD * self._room(ray) and (flight := next(due, None)) is not None:
+                        flying[self._start(ray, series, flight)] = flight
+                    if not flying:
+                        return
+                    ready: Any = ray.wait(list(flying), num_returns=1)[0]
+                    for stream in ready:
+                        flight = flying[stream]
+                        try:
+                            over = self._take(ray.get(next(stream)), flight, work, tick)
+                        except ray.exceptions.RayTaskError as error:
+                            raise _told(error) from error
+                        except (ray.exceptions.RayError, StopIteration) as error:
+                            del flying[stream]
+                            key = flight.place, flight.job.number
+                            lost[key] = lost.get(key, 0) + 1
+                            if (again := self._again(flight, error, lost[key], work, tick)) is not None:
+                                flying[self._start(ray, series, again)] = again
+                            continue
+                        if over:
+                            del flying[stream]
+            finally:
+                for stream in flying:
+                    ray.cancel(stream, force=True)
+
+    def _start(self, ray: ModuleType, series: Any, flight: _Flight) -> Any:
+        task = ray.remote(_search).options(
+            num_cpus=self.cpus, num_gpus=self._gpus, max_retries=0, num_returns="streaming", name="msa-eval"
+        )
+        held = {at: b"".join(pack(step)) for at, step in flight.job.held.items()}
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return task.remote(
+            [series], flight.place, flight.job.number, flight.job.keep, held, self._device, self.cpus, deterministic
+        )
+
+    def _take(self, message: Any, flight: _Flight, work: Work, tick: Tick) -> bool:
+        """Note what a worker sent; whether that was the last of its batch."""
+        if isinstance(message, dict):
+            if message["packages"]["msa-eval"] != (own := msa_eval.__version__):
+                raise ValueError(
+                    f"a worker has msa-eval {message['packages']['msa-eval']}, but {own} runs here; install the same "
+                    f"release on every node"
+                )
+            work.units.made_at(message, place(self._device))
+            return False
+        size, content = message
+        made = unpack(content, device=self._device)
+        defense = flight.ledger.series.entrant.defense
+        if isinstance(defense, InParts):
+            defense.keep_to(size)
+        flight.ledger.take(flight.job.number, made, tick)
+        return isinstance(made, Searched)
+
+    def _again(self, flight: _Flight, error: Exception, count: int, work: Work, tick: Tick) -> _Flight | None:
+        """What is left of a job whose worker was lost; nothing where that happened too often, and its runs failed."""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        told = f"a worker was lost ({type(error).__name__}: {reason})"
+        job = flight.ledger.job(flight.job.number)
+        if count <= self._retries:
+            work.units.notify(
+                f"{told}: what it had not finished of batch {job.number}, {flight.ledger.series.title}, is made again"
+            )
+            return _Flight(flight.place, flight.ledger, job)
+        given_up = Job(job.number, job.keep, job.held, lost=f"{told}, for the {count}th time")
+        for made in flight.ledger.series.search(given_up):
+            flight.ledger.take(job.number, made, tick)
+        return None
+
+    def _room(self, ray: ModuleType) -> int:
+        """How many tasks the cluster has room for at once."""
+        return max(1, sum(self._fits(node) for node in _nodes(ray)))
+
+    def _fits(self, node: dict[str, float]) -> int:
+        of_gpus = node.get("GPU", 0) / self._gpus if self._gpus else math.inf
+        return int(min(node.get("CPU", 0) / self.cpus, of_gpus))
+
+    def _check_room(self, ray: ModuleType) -> None:
+        if not any(self._fits(node) for node in _nodes(ray)):
+            has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in _nodes(ray))
+            raise ValueError(
+                f"no node of the cluster has room for a worker of {self.cpus} CPUs and {self._gpus:g} GPUs (there are "
+                f"{has or 'no nodes'}); ask for less with --cpus-per-worker and --gpus-per-worker, or add a node"
+            )
+
+
+def _import_ray() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ray
+            import ray.exceptions
+            import ray.util
+    except ImportError as error:
+        raise ValueError(f"--engine ray needs Ray, which can't be imported ({error}); {INSTALL}") from error
+    return ray
+
+
+def _connect(ray: ModuleType, address: str) -> None:
+    """Connect to a cluster that runs; the caller's own handling of SIGTERM stays in place.
+
+    Raises:
+        ValueError: when there is none, or it does not let this process in.
+    """
+    how = "start one with 'ray start --head', or name its head as --address HOST:PORT"
+    if "://" in address:
+        raise ValueError(f"--address {address} goes through Ray's client, which can't stream; run this on a node of "
+                         f"the cluster, for example by 'ray job submit', with --address auto")  # fmt: skip
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--address {address} is not auto or HOST:PORT; {how}")
+        try:
+            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"nothing answers at --address {address} ({error}); {how}") from error
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"no Ray cluster can be reached at --address {address} ({reason}); {how}") from error
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _nodes(ray: ModuleType) -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
+    return [node.get("Resources", {}) for node in ray.nodes() if node["Alive"]]
+
+
+def _put(ray: ModuleType, series: list[Series]) -> Any:
+    """Put targets and data into the object store: code of the user's own by value, images for workers to share.
+
+    Raises:
+        ValueError: when the target can't be pickled.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in _not_installed():
+            ray.cloudpickle.register_pickle_by_value(module)
+            stack.callback(ray.cloudpickle.unregister_pickle_by_value, module)
+        ray.util.register_serializer(Samples, serializer=_flat, deserializer=_shared)
+        stack.callback(ray.util.deregister_serializer, Samples)
+        try:
+            return ray.put(series)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the target can't be sent to workers, for it can't be pickled: {reason}") from error
+
+
+def _not_installed() -> list[ModuleType]:
+    """Modules of files that are no installed package's, so that workers can't be expected to have them."""
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(module, ModuleType) or file is None or name.split(".")[0] in ("__main__", "msa_eval"):
+            continue
+        path = Path(file).resolve()
+        if module.__name__ == name and not {"site-packages", "dist-packages"} & set(path.parts):
+            found += [] if path.is_relative_to(standard) else [module]
+    return found
+
+
+def _flat(samples: Samples) -> tuple[npt.NDArray[Any], npt.NDArray[Any], str]:
+    return samples.x.numpy(), samples.y.numpy(), samples.name
+
+
+def _shared(flat: tuple[npt.NDArray[Any], npt.NDArray[Any], str]) -> Samples:
+    """The samples again, on the store's own memory, which can't be written to; they have been checked before."""
+    samples: Samples = object.__new__(Samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x, y = (torch.from_numpy(np.asarray(part)) for part in flat[:2])
+    for name, value in (("x", x), ("y", y), ("name", flat[2])):
+        object.__setattr__(samples, name, value)
+    return samples
+
+
+def _told(error: Any) -> BaseException:
+    """What a task raised, as the caller would have met it here."""
+    cause: BaseException = error.cause
+    if isinstance(cause, ValueError | MemoryError | OSError):
+        return cause
+    return RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}")
+
+
+_HELD: dict[str, Sequence[Series]] = {}
+_GUARDS: dict[str, StateGuard] = {}
+"""In a worker, what it was sent last, and the guards over the targets since then."""
+
+
+def _search(
+    sent: list[Any],
+    at: int,
+    number: int,
+    keep: bool,
+    held: dict[int, bytes],
+    device: str,
+    threads: int,
+    deterministic: bool,
+) -> Iterator[dict[str, Any] | tuple[int | None, bytes]]:
+    """In a worker: make the runs on a batch, and send where, and each when it is made, with the size of parts."""
+    torch.set_num_threads(threads)
+    yield place(device)
+    with exact(deterministic=deterministic):
+        one, guard = _received(sent[0], at)
+        job = Job(number, keep, {step: unpack(content, device=device) for step, content in held.items()})
+        for made in one.search(job, guard):
+            yield parts_of(one.entrant.defense), b"".join(pack(made))
+
+
+def _received(sent: Any, at: int) -> tuple[Series, StateGuard]:
+    """The series, and the guard over its target since it came here; fetched once in a process.
+
+    Raises:
+        ValueError: when it can't be loaded.
+    """
+    import ray
+
+    if sent.hex() not in _HELD:
+        _HELD.clear()
+        _GUARDS.clear()
+        try:
+            _HELD[sent.hex()] = ray.get(sent)
+        except Exception as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise ValueError(
+                f"a worker can't load the target ({reason}); install what it needs on every node"
+            ) from error
+    one = _HELD[sent.hex()][at]
+    entrant = one.entrant
+    if entrant.name not in _GUARDS:
+        _GUARDS[entrant.name] = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
+    return one, _GUARDS[entrant.name]

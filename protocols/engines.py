@@ -1,0 +1,83 @@
+"""Engines: where the runs are made, in this process or elsewhere. The evidence is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol as Interface
+from typing import runtime_checkable
+
+from msa_eval.protocols.ledger import Ledger
+from msa_eval.protocols.work import Work
+
+from msa_eval.progress import ticking
+
+ENGINES = ("local", "ray")
+
+
+@runtime_checkable
+class Engine(Interface):
+    """Makes the runs of an evaluation, which it is entered and left with."""
+
+    def check(self, device: str) -> None:
+        """Check that runs can be made on a device.
+
+        Raises:
+            ValueError: when they can't.
+        """
+        ...
+
+    def __enter__(self) -> Engine:
+        """Get ready, before anything is computed."""
+        ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Leave."""
+        ...
+
+    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+        """Make every job of the ledgers, and give them what came of it: of each batch in order, the batches in any."""
+        ...
+
+
+class Local:
+    """Makes them in this process, one after another."""
+
+    def check(self, device: str) -> None:
+        """Any will do that `msa_eval.device` lets pass."""
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+        """Make them, with a progress bar for each target in each context."""
+        for ledger in ledgers:
+            guard = ledger.guard if work.units.folder is not None else None
+            with ticking(work.progress, ledger.total, ledger.series.title) as tick:
+                for job in ledger.jobs(tick):
+                    for made in ledger.series.search(job, guard):
+                        ledger.take(job.number, made, tick)
+
+
+def engine_of(engine: str | Engine, device: str) -> Engine:
+    """The engine of a name, or one that was given.
+
+    Raises:
+        ValueError: when there is none of that name, or it can't compute on the device.
+
+    >>> type(engine_of("local", "cpu")).__name__
+    'Local'
+    """
+    if engine == "local":
+        engine = Local()
+    elif engine == "ray":
+        from msa_eval.protocols.cluster import RayEngine
+
+        engine = RayEngine()
+    if not isinstance(engine, Engine):
+        raise ValueError(f"there is no engine {engine!r}; expected {' or '.join(ENGINES)}, or an engine")
+    engine.check(device)
+    return engine

@@ -1,0 +1,212 @@
+"""What was made of a target in one context: read from the units of earlier processes, noted, and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.evidence import RunRecord, TargetRecord
+from msa_eval.protocols.gallery import POOL, Candidate, Exhibit
+from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.runs import OWN, Run
+from msa_eval.protocols.series import Series
+from msa_eval.protocols.trial import Batch, Outcome
+from msa_eval.protocols.work import Failure, Job, Made, Searched, Step, Work
+from torch import Tensor
+
+from msa_eval.attacks.losses import margin
+from msa_eval.peers import told
+
+Tick = Callable[[], None]
+"""Called once for each run on a batch that is made."""
+
+
+class Evaluated(NamedTuple):
+    """A target in one context, all runs made.
+
+    Attributes:
+        record: what the tables are made of.
+        proofs: an adversarial batch for every broken sample, where these are kept; of a target that ignores companions,
+            in its first context only.
+        exhibits: a few broken samples to be looked at, where these are asked for.
+    """
+
+    record: TargetRecord
+    proofs: list[Proof]
+    exhibits: list[Exhibit]
+
+
+class _Open:
+    """A batch under way: the places of the runs that are still due, and what failed."""
+
+    def __init__(self, due: Iterator[int]) -> None:
+        self.due, self.failures = due, list[Failure]()
+
+
+class Ledger:
+    """What was made of a series, whoever made it and in whichever order.
+
+    Args:
+        series: the target in a context.
+        work: the evaluation that it is part of.
+        guard: over the target.
+        show: whether to make exhibits.
+    """
+
+    def __init__(self, series: Series, work: Work, guard: StateGuard, *, show: bool = False) -> None:
+        self.series, self.guard = series, guard
+        self._work, self._show = work, show
+        self._open: dict[int, _Open] = {}
+        self._done: dict[int, Searched] = {}
+        self._failures: dict[int, list[Failure]] = {}
+        self._told: dict[int, int] = {}
+        self._candidates: list[Candidate] = []
+        self._looked = 0
+
+    @property
+    def total(self) -> int:
+        """How many runs on a batch there are."""
+        return len(self.series.clean) * len(self.series.runs)
+
+    def jobs(self, tick: Tick) -> Iterator[Job]:
+        """The batches that are not finished; one is looked up when it is asked for, no sooner."""
+        for number in range(len(self.series.clean)):
+            found = self._work.units.read(self._name(number), Searched)
+            if found is None:
+                yield self.job(number)
+            else:
+                self._finish(number, found, tick)
+
+    def job(self, number: int) -> Job:
+        """What is left to do on a batch."""
+        places = range(len(self.series.runs))
+        found = {place: self._work.units.read(self._part(number, place), Step) for place in places}
+        held = {place: step for place, step in found.items() if step is not None}
+        self._open[number] = _Open(place for place in places if place not in held)
+        return Job(number, self._work.keep or self._looking, held)
+
+    def take(self, number: int, made: Made, tick: Tick) -> None:
+        """Note what came of a batch.
+
+        What follows a run that failed is not kept as a unit, and neither is the batch: when the evaluation is
+        repeated, it is tried again.
+        """
+        batch, units = self._open[number], self._work.units
+        if isinstance(made, Searched):
+            if not batch.failures:
+                units.write(self._name(number), made)
+                units.drop(*(self._part(number, place) for place in range(len(self.series.runs))))
+            self._failures[number] = batch.failures
+            self._finish(number, made, tick)
+            return
+        place = next(batch.due)
+        if isinstance(made, Failure):
+            batch.failures.append(made)
+        elif not batch.failures:
+            units.write(self._part(number, place), made)
+        self._tell(number, place + 1, tick)
+
+    def evaluated(self) -> Evaluated:
+        """All of it, when every batch is finished; what failed is noted in the work, batch after batch."""
+        self._work.failures += [one for _, failed in sorted(self._failures.items()) for one in failed]
+        clean, runs = self.series.clean, self.series.runs
+        seats, chosen, samples = clean.seats, clean.chosen, clean.samples
+        done = [self._done[number] for number in range(len(clean))]
+
+        def placed(values: Sequence[Tensor]) -> Any:
+            return _place(values, seats)
+
+        record = TargetRecord(
+            target=self.series.entrant.name,
+            context=self.series.context,
+            index=chosen.numpy(),
+            label=samples.y[chosen].numpy(),
+            batch=placed([torch.full((len(seat),), number) for number, seat in enumerate(seats)]),
+            position=placed([torch.arange(len(seat)) for seat in seats]),
+            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
+            clean_margin=placed([-margin(batch.logits, batch.y) for batch in clean]),
+            committed=placed([searched.committed for searched in done]),
+            taken_back=sum(searched.taken_back for searched in done),
+            runs=[
+                _record(run, [one.outcomes[i] for one in done], seats, sum(one.seconds[i] for one in done))
+                for i, run in enumerate(runs)
+            ],
+        )
+        proofs = [proof for searched in done for proof in searched.proofs] if self._work.keep else []
+        return Evaluated(record, proofs, self.series.entrant.exhibits(self._candidates))
+
+    @property
+    def _looking(self) -> bool:
+        """Whether there are too few broken samples to choose exhibits from, in the first batches that are finished."""
+        return self._show and len(self._candidates) < POOL
+
+    def _finish(self, number: int, searched: Searched, tick: Tick) -> None:
+        self._open.pop(number, None)
+        self._tell(number, len(self.series.runs), tick)
+        self.guard.remember(searched.changes)
+        self._done[number] = searched
+        while (found := self._done.get(self._looked)) is not None:  # in the order of the batches, so always the same
+            if self._looking:
+                made = {run.name: outcome for run, outcome in zip(self.series.runs, found.outcomes, strict=True)}
+                self._candidates += _candidates(found.proofs, self.series.clean.batch(self._looked), made)
+            self._looked += 1
+
+    def _tell(self, number: int, count: int, tick: Tick) -> None:
+        """Show that so many runs are made on a batch; those of a batch that is begun again have been shown."""
+        for _ in range(self._told.get(number, 0), count):
+            tick()
+        self._told[number] = max(count, self._told.get(number, 0))
+
+    def _name(self, number: int) -> str:
+        return f"{self.series.entrant.name}-{self.series.context}-{number:06d}"
+
+    def _part(self, number: int, place: int) -> str:
+        return f"{self._name(number)}.{place:03d}"
+
+
+def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Outcome]) -> list[Candidate]:
+    """The samples of a batch that are broken, in batch order, each with the first run that broke it."""
+    first: dict[int, str] = {}
+    for run, outcome in reversed(list(outcomes.items())):
+        first |= dict.fromkeys(outcome.any_broken.nonzero().flatten().tolist(), run)
+    single = {int(at): proof.only(proof.positions == at) for proof in proofs for at in proof.positions}
+    return [
+        Candidate(proof, int(batch.y[at]), first[at], batch.x[at], batch.logits[at])
+        for at, proof in sorted(single.items())
+        if at in first
+    ]
+
+
+def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:
+    def joined(get: Callable[[Outcome], Tensor]) -> Any:
+        return _place([get(outcome) for outcome in outcomes], seats)
+
+    return RunRecord(
+        name=run.name,
+        surrogate=run.surrogate_name,
+        attack=run.attack_name,
+        loss=run.loss,
+        restart=run.restart,
+        surrogate_fooled=joined(lambda outcome: outcome.surrogate_fooled),
+        final_broken=joined(lambda outcome: outcome.final_broken),
+        any_broken=joined(lambda outcome: outcome.any_broken),
+        first_iterate=joined(lambda outcome: outcome.first_iterate),
+        min_margin=joined(lambda outcome: outcome.min_margin),
+        perturbation=joined(lambda outcome: outcome.perturbation),
+        forwards=sum(outcome.forwards for outcome in outcomes),
+        backwards=sum(outcome.backwards for outcome in outcomes),
+        decisions=sum(outcome.decisions for outcome in outcomes),
+        seconds=seconds,
+        notes=told(fault for outcome in outcomes for fault in outcome.faults) if run.loss == OWN else None,
+    )
+
+
+def _place(values: Sequence[Tensor], seats: Sequence[Tensor]) -> Any:
+    """Join values a batch into one array ``(N,)``, in the order of the samples."""
+    joined = torch.cat([value.cpu() for value in values]).numpy()
+    placed = np.empty_like(joined)
+    placed[torch.cat(list(seats)).numpy()] = joined
+    return placed

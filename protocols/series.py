@@ -1,0 +1,184 @@
+"""A target in one context: its runs on a batch, each going on from what the earlier ones found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.clean import CleanBatches, Pool, seeded
+from msa_eval.protocols.composition import CompositionAttack
+from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.history import History
+from msa_eval.protocols.pursuit import PursuitAttack
+from msa_eval.protocols.runs import OWN, Attack, Run
+from msa_eval.protocols.search import EXACT
+from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
+from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
+from torch import Tensor
+
+from msa_eval.defense import WholeModel
+from msa_eval.memory import fitting, plain
+
+if TYPE_CHECKING:
+    from msa_eval.protocols.entrant import Entrant
+
+
+@dataclass(frozen=True)
+class Series:
+    """A target in one context. It only makes runs: any process that is given it makes the same of a batch.
+
+    Attributes:
+        entrant: the target.
+        context: what the attacker controls.
+        clean: the batches, with the target's verdicts in that context.
+        pool: clean images to choose company from, where the attacker chooses.
+    """
+
+    entrant: Entrant
+    context: str
+    clean: CleanBatches
+    pool: Pool | None
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """The runs, in the order they are made."""
+        return self.entrant.runs[self.context]
+
+    @property
+    def title(self) -> str:
+        """The target and the context."""
+        return f"{self.entrant.name} {self.context}"
+
+    def search(self, job: Job, guard: StateGuard | None = None) -> Iterator[Made]:
+        """Make every run on a batch that is not made yet; a run may go on from what earlier ones found.
+
+        A run that fails leaves nothing to the later ones.
+
+        Args:
+            job: the batch, and what is made of it already.
+            guard: over the target, where it is to be noted what changed in it.
+        """
+        batch = self.clean.batch(job.number)
+        history = History(batch, None if self.pool is None else self.clean.own_company(batch, self.pool))
+        outcomes, seconds = [], []
+        for place, run in enumerate(self.runs):
+            step, started = job.held.get(place), time.perf_counter()
+            if step is None:
+                try:
+                    step = self._made(run, batch, history, job)
+                except AttackError as error:
+                    yield Failure.of(
+                        self.entrant.name, run.name, error.__cause__ or error,
+                        context=self.context, batch=batch.number,
+                    )  # fmt: skip
+                    outcomes.append(Outcome.failed(batch))
+                    seconds.append(time.perf_counter() - started)
+                    continue
+                yield step
+            history.add(step.outcome, step.trace)
+            history.upheld += step.upheld
+            history.taken_back = history.taken_back | step.taken_back
+            outcomes.append(step.outcome)
+            seconds.append(step.seconds)
+        yield Searched(
+            tuple(outcomes),
+            tuple(seconds),
+            history.committed,
+            int((history.taken_back & ~history.broken).sum()),
+            tuple(self._proofs(batch, history)) if job.keep else (),
+            () if guard is None else guard.so_far(),
+        )
+
+    def _made(self, run: Run, batch: Batch, history: History, job: Job) -> Step:
+        if job.lost is not None:
+            raise AttackError(job.lost)
+        started = time.perf_counter()
+        step = self._attempt(run, batch, history, keep=job.keep)
+        return dataclasses.replace(step, seconds=time.perf_counter() - started)
+
+    def _proofs(self, batch: Batch, history: History) -> list[Proof]:
+        own = self.clean.chosen[self.clean.seats[batch.number]]
+        return history.proofs(
+            self.entrant.name, self.context, batch.number, rows_interact=self.clean.batch_dependent,
+            pool=own if self.pool is None else torch.cat([own, self.pool.indices]),
+        )  # fmt: skip
+
+    def _attempt(self, run: Run, batch: Batch, history: History, *, keep: bool) -> Step:
+        """Make one run on one batch; where memory is short, again and again with a trunk that takes smaller parts.
+
+        Raises:
+            AttackError: when it fails.
+        """
+        try:
+            return fitting(self.entrant.defense, len(batch.x), lambda: self._step(run, batch, history, keep=keep))
+        except Exception as error:
+            raise AttackError(f"{self.entrant.name}, run {run.name}, batch {batch.number}: {error}") from error
+
+    def _step(self, run: Run, batch: Batch, history: History, *, keep: bool) -> Step:
+        clean, context = self.clean, self.context
+        target = clean.view(context, batch, history.company)
+        setting = run.setting(target, history, victim=self._victim(batch))
+        keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
+        trail = context == "joint" and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
+        # Attacks of others are shown the target's own features; without a trunk a search has no others.
+        whole = isinstance(plain(self.entrant.defense), WholeModel)
+        search = EXACT if run.loss == OWN or whole else self.entrant.search
+        setting = dataclasses.replace(
+            setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
+        )  # fmt: skip
+        trial = Trial(
+            target, run.surrogate, batch, self.entrant.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
+        )
+        generator = run.generator(self.entrant.seed, self.entrant.name, context, batch.number)
+        attack = run.attack or self._choice(run, batch, history)
+        # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
+        with seeded(generator.initial_seed()):
+            points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
+            outcome, trace = trial.finish(points), trial.trace()
+            if clean.draws > 1:
+                return self._upheld(outcome, trace, batch, history)
+        return Step(outcome, trace, (), torch.zeros_like(history.taken_back))
+
+    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: History) -> Step:
+        """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
+
+        What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
+        find a better batch. No second batch of the same run is tried, for each is one more chance to pass by luck. A
+        sample that a proof has broken needs no other, so what later runs say of it stays as it is.
+        """
+        run = History(batch, history.company)
+        run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace)
+        taken, upheld = torch.zeros_like(history.taken_back), []
+        for proof in self._proofs(batch, run):
+            holds = self.entrant.replay.clearly_breaks(proof).cpu()
+            taken[proof.positions[~holds].to(taken.device)] = True
+            if bool(holds.any()):
+                upheld.append(proof.only(holds))
+        return Step(outcome.taking_back(taken, batch.correct), trace, tuple(upheld), taken)
+
+    def _victim(self, batch: Batch) -> Tensor | None:
+        """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
+        budget = self.entrant.protocol.apgd
+        if budget is None or budget.victim is None:
+            return None
+        return (self.clean.chosen[self.clean.seats[batch.number]] == budget.victim).to(batch.y.device)
+
+    def _choice(self, run: Run, batch: Batch, history: History) -> Attack:
+        """An attack that chooses from what is cached."""
+        if self.pool is None:
+            budget = self.entrant.protocol.recombination
+            assert budget is not None
+            passes = budget.passes if run.surrogate is not None else 0
+            return PursuitAttack(history.points, budget.sweeps, passes, budget.classes)
+        assert history.company is not None
+        own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
+        choice = self.entrant.protocol.composition
+        identity = torch.cat([own, self.pool.indices.to(own.device)])
+        composition = CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
+        return functools.partial(composition.pursue, turn=run.restart) if run.label == "pursuit" else composition

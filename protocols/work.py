@@ -1,0 +1,122 @@
+"""The work of an evaluation: what is to be made of a batch, what was made of it, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.packing import RECORDS
+from msa_eval.protocols.trial import Outcome, Trace
+from msa_eval.protocols.units import Units
+from torch import Tensor
+
+from msa_eval.progress import Progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run on a batch, made: what it did, and what it leaves in the batch's history.
+
+    Attributes:
+        outcome: for the tables.
+        trace: for later runs.
+        upheld: of a stochastic target, the proofs that hold.
+        taken_back: the samples of which some break did not hold ``(B,)``.
+        seconds: that it took.
+    """
+
+    outcome: Outcome
+    trace: Trace
+    upheld: tuple[Proof, ...]
+    taken_back: Tensor
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed on a batch, or another part of the evaluation that belongs to no batch, and why."""
+
+    target: str
+    context: str
+    batch: int | None
+    run: str
+    error: str
+
+    @classmethod
+    def of(
+        cls, target: str, run: str, error: BaseException, *, context: str = "", batch: int | None = None
+    ) -> Failure:  # fmt: skip
+        """What an error makes of a run."""
+        return cls(target, context, batch, run, " ".join(str(error).split())[:300] or type(error).__name__)
+
+    @property
+    def text(self) -> str:
+        """In a line."""
+        where = "" if self.batch is None else f" on batch {self.batch}, {self.context}"
+        return f"{self.run}{where}: {self.error}"
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A batch, all runs made.
+
+    Attributes:
+        outcomes: a run each, in their order.
+        seconds: likewise.
+        committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
+        taken_back: how many samples were called broken, and did not stay so.
+        proofs: an adversarial batch for every broken sample, where these were asked for.
+        changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    seconds: tuple[float, ...]
+    committed: Tensor
+    taken_back: int
+    proofs: tuple[Proof, ...]
+    changes: tuple[str, ...]
+
+
+RECORDS |= {"Step": Step, "Failure": Failure, "Searched": Searched}
+
+Made = Step | Failure | Searched
+"""What comes of a batch: each run that is made or fails, in their order, and at the end the whole."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch on which runs are to be made.
+
+    Attributes:
+        number: of the batch.
+        keep: whether an adversarial batch is kept for every broken sample.
+        held: the runs that are made already, by their place.
+        lost: why the others can't be made, if so.
+    """
+
+    number: int
+    keep: bool
+    held: Mapping[int, Step]
+    lost: str | None = None
+
+
+@dataclass
+class Work:
+    """An evaluation under way.
+
+    Attributes:
+        progress: shows how far each context has come.
+        units: what is finished, and is not made again.
+        keep: whether to keep an adversarial batch for every broken sample.
+        failures: what failed so far.
+    """
+
+    progress: Progress
+    units: Units
+    keep: bool = False
+    failures: list[Failure] = field(default_factory=list)
+
+    def fail(self, target: str, run: str, error: BaseException) -> None:
+        """Note what failed that belongs to no batch."""
+        self.failures.append(Failure.of(target, run, error))
