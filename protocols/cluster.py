@@ -215,7 +215,8 @@ def _import_ray() -> ModuleType:
             import ray.util
     except ImportError as error:
         raise ValueError(f"--engine ray needs Ray, which can't be imported ({error}); {INSTALL}") from error
-    return ray
+    module: ModuleType = ray
+    return module
 
 
 def _connect(ray: ModuleType, address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -344,6 +345,35 @@ def test_on_a_static_target_only_the_samples_searched_for_are_passed(whole: bool
     if not whole:
         assert passes == [8] * 11 + [24]
         assert (outcome.forwards, outcome.backwards) == (8 * 11 + 24, 8 * 10)
+
+
+@pytest.mark.parametrize("seen", ["static", "one at a time", "whole"])
+def test_a_sample_wrong_from_the_start_costs_passes_only_where_rows_interact(seen: str) -> None:
+    """Points of the others are what they are when it is searched for too."""
+    defense: Any = make_classifier() if seen == "static" else make_hpm()
+    labels = make_classifier() if seen == "static" else make_hpm()
+    with torch.no_grad():
+        batch = _batch(defense.requires_grad_(False), labels)
+    batch = dataclasses.replace(batch, y=torch.where(torch.arange(24) % 3 == 0, (batch.y + 1) % 10, batch.y))
+    assert 0 < int(batch.correct.sum()) < 24
+    view = OneAtATime(defense, batch.z) if seen == "one at a time" else defense
+    trials = []
+    for counted in (None, torch.ones_like(batch.correct)):
+        trial = Trial(
+            view, get("fc-oracle"), batch, BALL, mixes_rows=seen != "static", setting=Setting(counted=counted)
+        )
+        points = ApgdAttack("ce", 4)(trial, torch.Generator().manual_seed(0))
+        trials.append((points, trial.finish(points)))
+    (fewer, outcome), (all_points, whole) = trials
+    right = batch.correct
+    torch.testing.assert_close(fewer[right], all_points[right], atol=1e-6, rtol=0)
+    assert torch.equal(outcome.final_broken[right], whole.final_broken[right])
+    assert outcome.committed.sum() == whole.committed.sum()
+    if seen == "whole":
+        assert outcome.backwards == whole.backwards == 4 * 24
+    else:
+        assert torch.equal(fewer[~right], batch.x[~right])
+        assert (outcome.backwards, whole.backwards) == (4 * int(right.sum()), 4 * 24)
 
 
 def test_a_hidden_batch_dependence_can_not_fake_one_in_a_cascade_either() -> None:
