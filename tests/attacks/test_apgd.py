@@ -192,3 +192,18 @@ def test_excess_finds_what_left_and_passes_what_stayed() -> None:
     points = torch.tensor([[0.6, 0.5], [0.7, 0.5], [1.5, 0.5], [math.nan, 0.5]])
     assert (Ball("Linf", 0.1).excess(points, x) > 0).tolist() == [False, True, True, True]
     assert (Ball("L2", 5.0).excess(points, x) > 0).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_search_names_no_device_and_never_waits_for_a_value(norm: str, loss: str) -> None:
+    """On the meta device there are no values to wait for: reading one, or meeting a tensor of the CPU, is an error."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10)).to("meta").requires_grad_(False)
+    x, y = torch.empty(5, 3, 8, 8, device="meta"), torch.empty(5, dtype=torch.long, device="meta")
+    found = apgd(
+        model, x, y, loss=LOSSES[loss], ball=Ball(norm, 0.1), steps=12, generator=torch.Generator(), draws=2
+    )  # fmt: skip
+    assert found.x.device.type == "meta"
+    assert found.x.shape == x.shape
+    with pytest.raises(RuntimeError):  # which a search that reads a value would meet
+        float(found.x.sum())
