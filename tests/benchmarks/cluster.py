@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks cluster cifar10-wrn10-2 --samples 128 --batch 16 --repeats 2
 
-Protocol `quick` in `solo`, without the audit. *Cold* begins with nothing: Ray is started here, and workers import torch.
-*Warm* is the same evaluation once more by the same workers, so what it takes is the work itself, the clean pass of the
-driver included. The efficiency is t₁/(2·t₂). Neighbours on the machine spoil it, so the load stands beside it.
+Protocol `quick` in `solo`, without the audit. *Cold* begins with nothing: Ray is started here, and workers import
+torch. *Warm* is the same evaluation once more by the same workers, so what it takes is the work itself, the clean pass
+of the driver included. The efficiency is t₁/(2·t₂). Neighbours on the machine spoil it, so the load stands beside it.
 """
 
 from __future__ import annotations
