@@ -33,7 +33,7 @@ def run(name: str, samples: int, batch: int, repeats: int, out: Path) -> None:
     for repeat in range(repeats):
         for workers in (1, 2):
             began = time.perf_counter()
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+            ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
             figures = {"connect": time.perf_counter() - began}
             for state in ("cold", "warm"):
                 began = time.perf_counter()
