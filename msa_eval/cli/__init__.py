@@ -39,9 +39,15 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM stop a command as Ctrl-C does."""
+    """Let SIGTERM stop a command as Ctrl-C does.
+
+    Some libraries, such as Ray, make a bare KeyboardInterrupt of what a handler raises while they wait.
+    """
+    asked = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():  # which alone is given signals
@@ -50,6 +56,8 @@ def _terminable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Terminated(*error.args) if asked else error from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

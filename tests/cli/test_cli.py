@@ -309,6 +309,19 @@ def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None
     assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
 
 
+def test_sigterm_is_told_apart_where_a_library_makes_a_bare_interrupt_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("told") from None
+
+    monkeypatch.setattr("msa_eval.cli.protocols.callback", waiting)
+    result = _run("protocols")
+    assert result.exit_code == 143
+    assert result.stderr == "Error: told\n"
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = _run("--debug", "evaluate", "none", "--data", "digits", "--protocol", "quick", "--out", str(tmp_path))
     assert isinstance(result.exception, ValueError)
