@@ -40,7 +40,7 @@ RUN: Mapping[str, Any] = {
     "msa_eval?": str,
     "draws?": {"*": int},
     "taken_back?": {"*": {"*": int}},
-    "search?": {"asked?": str, "precision?": str, "gain?": float, "*": object},
+    "search?": {"asked?": str, "precision?": str, "*": object},
     "deterministic?": bool,
     "packages?": {"*": str},
     "git?": ({"commit": str, "dirty": bool, "*": object}, None),

@@ -41,9 +41,8 @@ class Search:
     gain: float | None = None
 
     def about(self) -> dict[str, Any]:
-        """For ``run.json``."""
-        said = {"asked": self.asked, "precision": "bf16" if self.rough else "fp32"}
-        return said if self.gain is None else {**said, "gain": round(self.gain, 2)}
+        """For ``run.json``, which holds no measured time, so that it is the same when it is made again."""
+        return {"asked": self.asked, "precision": "bf16" if self.rough else "fp32"}
 
     def features(self, defense: Defense, x: Tensor) -> Tensor:
         """Features ``(B, ...)`` of images ``(B, C, H, W)`` as the search sees them, in float32."""

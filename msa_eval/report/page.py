@@ -350,8 +350,7 @@ def _search(search: Mapping[str, Any] | None, *, deterministic: bool) -> str:
     """How points were passed, where that is known."""
     if search is None:
         return ""
-    gain = f"; bf16 was {search['gain']:.2g} times as fast" if "gain" in search else ""
-    how = f"in {search.get('precision')} (asked for: {search.get('asked')}{gain})"
+    how = f"in {search.get('precision')} (asked for: {search.get('asked')})"
     return f"{how}, deterministic" if deterministic else how
 
 

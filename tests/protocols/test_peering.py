@@ -128,7 +128,12 @@ def test_leaving_the_ball_is_in_the_row_the_table_and_the_page(
     evaluate(hpm, samples, protocol=_protocol({"name": "autoattack:square"}), out=tmp_path)
     results = Results.load(tmp_path)
     told = "20 points left the ball by up to 0.04 and were projected"
-    assert results.attacks["notes"].tolist() == [f"outside: {told}"] * 2
+    attacked = {  # where rows are decided apart, only what is right to begin with
+        "defense": 20,
+        "fc": int(results.samples.query("target == 'fc' and context == 'joint'")["clean_correct"].sum()),
+    }
+    notes = dict(zip(results.attacks["target"], results.attacks["notes"], strict=True))
+    assert notes == {name: f"outside: {told.replace('20', str(count), 1)}" for name, count in attacked.items()}
     assert (results.outcomes["perturbation"] <= EPS + 1e-6).all()
     table = " ".join(render_table(results).split())
     assert f"target:autoattack:square:0 (defense): outside: {told}" in table
