@@ -80,15 +80,15 @@ def test_bytes_that_were_never_packed_are_refused(line: bytes, rest: bytes) -> N
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_a_unit_with_any_one_bit_changed_is_not_read(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+@given(st.integers(0, 8 * 2**20 - 1))
+def test_a_unit_with_any_one_bit_changed_is_not_read(tmp_path_factory: pytest.TempPathFactory, drawn: int) -> None:
     folder = tmp_path_factory.mktemp("units")
     notes: list[str] = []
     kept = Units(folder, "k", notify=notes.append)
     kept.write("a-0", (torch.arange(5), "text"))
     path = folder / "a-0.unit"
     content = bytearray(path.read_bytes())
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    bit = drawn % (8 * len(content))  # its length depends on how the time in it is written
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(bytes(content))
     assert kept.read("a-0", tuple) is None
