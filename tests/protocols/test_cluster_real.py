@@ -134,7 +134,10 @@ def cluster() -> Iterator[_Cluster]:
             except AssertionError:  # once more, on another port
                 made.stop()
                 made = _Cluster(Path(folder))
-                made.grow_to(1)
+                try:
+                    made.grow_to(1)
+                except AssertionError as error:
+                    pytest.skip(f"Ray itself does not start here: {error}")
             yield made
         finally:
             made.stop()
