@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.defense import Defense, WholeModel
+from msa_eval.memory_format import channels_last, takes_channels_last
 
 T = TypeVar("T")
 
@@ -32,8 +33,8 @@ class InParts:
     """A defence whose trunk takes a batch in parts, where the whole does not fit into memory.
 
     The features of the parts are joined before anything is decided, so the batch that the decision sees never changes.
-    Their gradients are found part by part too: no activations are kept, and each part is passed once more. While a
-    batch fits, all is as it is without this. All else is the defence's own.
+    Their gradients are found part by part too: no activations are kept, and each part is passed once more. The trunk is
+    passed with the images' channels last in memory, where that is worth it. All else is the defence's own.
 
     Args:
         defense: the target; features come from their own image alone.
@@ -41,12 +42,14 @@ class InParts:
 
     Attributes:
         size: the largest part that fits, as far as was found out; ``None`` while all batches have fitted.
+        channels_last: whether images are passed so; ``None`` before the first were.
     """
 
     def __init__(self, defense: Defense, size: int | None = None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"expected parts of at least 1 image, but got {size}")
         self.whole, self.size = defense, size
+        self.channels_last: bool | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
@@ -56,6 +59,8 @@ class InParts:
 
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
+        if self.channels_last is None:
+            self.channels_last = fitting(self, len(x), lambda: takes_channels_last(self.whole, x))
         return fitting(self, len(x), lambda: self._features(x))
 
     @property
@@ -75,13 +80,19 @@ class InParts:
         self.size = (size + 1) // 2
         return True
 
+    def passed(self, part: Tensor) -> Tensor:
+        """Features of what fits."""
+        if not self.channels_last:
+            return self.whole.features(part)
+        return self.whole.features(channels_last(part)).contiguous()
+
     def _features(self, x: Tensor) -> Tensor:
         if self.size is None or len(x) <= self.size:
-            return self.whole.features(x)
+            return self.passed(x)
         if torch.is_grad_enabled() and x.requires_grad:
             joined: Tensor = _Joined.apply(x, self)  # type: ignore[no-untyped-call]
             return joined
-        return torch.cat([self.whole.features(part) for part in x.split(self.size)])
+        return torch.cat([self.passed(part) for part in x.split(self.size)])
 
 
 class _Joined(torch.autograd.Function):
@@ -107,7 +118,7 @@ def _gradient(trunk: InParts, x: Tensor, gradient: Tensor) -> Tensor:
     for part, above in zip(x.split(trunk.size or len(x)), gradient.split(trunk.size or len(x)), strict=True):
         with torch.enable_grad():
             leaf = part.detach().requires_grad_()
-            z = trunk.whole.features(leaf)
+            z = trunk.passed(leaf)
         (below,) = torch.autograd.grad(z, leaf, above, allow_unused=True) if z.requires_grad else (None,)
         if below is None:
             return x.new_empty(0)
@@ -160,3 +171,8 @@ def plain(defense: Defense) -> Defense:
 def parts_of(defense: Defense) -> int | None:
     """The largest part that a trunk takes at a time; ``None`` where it takes whole batches."""
     return defense.size if isinstance(defense, InParts) else None
+
+
+def passed_last(defense: Defense) -> bool:
+    """Whether a trunk's images are passed with their channels last in memory."""
+    return isinstance(defense, InParts) and bool(defense.channels_last)

@@ -49,7 +49,7 @@ from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.memory import fitting, in_parts, parts_of, plain
+from msa_eval.memory import fitting, in_parts, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
 from msa_eval.targets import resolve
 
@@ -250,7 +250,8 @@ def _carried_out(
             work.fail(entrant.name, "the state guard", error)
     records = [one.record for one in done]
     parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
-    more = {"micro_batch": parts, "begun_elsewhere": work.units.environments}
+    last = [entrant.name for entrant in entrants if passed_last(entrant.defense)]
+    more = {"micro_batch": parts, "channels_last": last, "begun_elsewhere": work.units.environments}
     run = {**about, "taken_back": _taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})
