@@ -30,10 +30,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Pool(NamedTuple):
-    """Clean images to choose company from: their features ``(P, ...)`` and indices into the data set ``(P,)``."""
+    """Clean images to choose company from.
+
+    Attributes:
+        z: their features ``(P, ...)``.
+        indices: their places in the data set ``(P,)``.
+        classes: what the target takes them for in their own batches ``(P,)``.
+    """
 
     z: Tensor
     indices: Tensor
+    classes: Tensor
 
 
 class CleanBatches:
@@ -130,9 +137,10 @@ class CleanBatches:
         generator = torch.Generator().manual_seed(len(self.chosen))
         drawn = torch.randperm(len(self.chosen), generator=generator)[: budget.pool]
         wanted = torch.zeros(len(self.chosen), dtype=torch.bool).index_fill(0, drawn, True)
-        parts = [(batch.z, self.seats[batch.number], wanted[self.seats[batch.number]]) for batch in self]
-        features = torch.cat([z[keep.to(z.device)] for z, _, keep in parts])
-        return Pool(features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])])
+        parts = [(batch, self.seats[batch.number], wanted[self.seats[batch.number]]) for batch in self]
+        features = torch.cat([batch.z[keep.to(batch.z.device)] for batch, _, keep in parts])
+        classes = torch.cat([batch.logits.argmax(dim=1)[keep.to(batch.z.device)] for batch, _, keep in parts])
+        return Pool(features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])], classes)
 
     def own_company(self, batch: Batch, pool: Pool) -> Company:
         """Every image of a batch among its own companions; the pool follows the batch itself."""

@@ -23,7 +23,7 @@ Candidates = Callable[[int, Company], Tensor]
 STEPS, REGROUP_EVERY, OFFERED = 30, 5, 16
 """A pursuit's steps, how often company is chosen anew between them, and from how many images in a place."""
 
-RANKS = 9
+RANKS = 6
 """Pursuits go towards so many classes in turn."""
 
 MOMENTUM = 0.75
@@ -106,6 +106,7 @@ class CompositionAttack:
     Attributes:
         company: the pool, and who sits where at first.
         identity: of each image of the pool ``(P,)``.
+        classes: what the target takes each for ``(P,)``.
         own: of the batch's images ``(B,)``.
         trials: batches tried for each image; `CHEAPER` times as many in closed form.
         greedy: whether to compare several images in a place, so that every place is tried about once, or one.
@@ -113,6 +114,7 @@ class CompositionAttack:
 
     company: Company
     identity: Tensor
+    classes: Tensor
     own: Tensor
     trials: int
     greedy: bool
@@ -142,7 +144,8 @@ class CompositionAttack:
     def pursue(self, trial: Trial, generator: torch.Generator, *, turn: int) -> Tensor:
         """Move each image towards one class, and choose its company towards the same class anew as it moves.
 
-        Chosen in turn, company and image settle where neither alone leads on. A third of the pursuits start at random.
+        Chosen in turn, company and image settle where neither alone leads on, so pursuits start from company gathered
+        in several ways, and a third of them from random points.
 
         Args:
             trial: the trial.
@@ -155,13 +158,16 @@ class CompositionAttack:
         ball, y, rows = trial.ball, trial.batch.y, trial.counted.nonzero().flatten()
         moves = trial.counted.view(-1, 1, 1, 1)
         again, rank = divmod(turn, min(RANKS, trial.batch.logits.shape[1] - 1))
-        toward, company = most_likely_others(trial.regroup(self.company), y, rank), self.company
+        toward = most_likely_others(trial.regroup(self.company), y, rank)
+        gathered = self._gathered(y, toward, again, generator)
+        company = self.company if gathered is None else gathered
         point, momentum = trial.start.x, torch.zeros_like(trial.batch.x)
         if (again + rank) % 3 == 2:
             point = torch.where(moves, ball.random(trial.batch.x, generator), point)
         for step in range(STEPS + 1):
             if step % REGROUP_EVERY == 0:
-                company = self._towards(trial, company, toward, rows, generator)
+                if step > 0 or gathered is None:
+                    company = self._towards(trial, company, toward, rows, generator)
                 trial.regroup(company)
             point = point.detach().requires_grad_(step < STEPS)
             with torch.set_grad_enabled(step < STEPS):
@@ -175,6 +181,22 @@ class CompositionAttack:
             moved = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
             point = torch.where(moves, moved, trial.start.x)
         raise AssertionError("the last step returns")
+
+    def _gathered(self, y: Tensor, toward: Tensor, again: int, generator: torch.Generator) -> Company | None:
+        """Company to start from, for what one image after another comes to depends on it.
+
+        First as many images of the label's class as there are, then none of the class aimed at, then what was found
+        before (``None``), and so on.
+        """
+        distinct = (self.identity.unsqueeze(1) == self.identity).int().argmax(dim=1)  # where each comes first
+        first = distinct == torch.arange(len(distinct), device=distinct.device)
+        able = first & (self.identity != self.own.unsqueeze(1))
+        seats = self.company.index.shape[1]
+        if again % 3 == 2 or int(able.sum(dim=1).min()) < seats:
+            return None
+        wanted = self.classes == y.unsqueeze(1) if again % 3 == 0 else self.classes != toward.unsqueeze(1)
+        drawn = torch.rand(able.shape, generator=generator).to(able.device)
+        return self.company.seating((wanted + drawn).masked_fill(~able, -1).topk(seats, dim=1).indices)
 
     def _towards(
         self, trial: Trial, company: Company, toward: Tensor, rows: Tensor, generator: torch.Generator

@@ -37,7 +37,7 @@ from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
 
-COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 2
+COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 3
 """In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, so often towards
 every class, that take the place of the others."""
 

@@ -180,5 +180,8 @@ class Series:
         own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
         choice = self.entrant.protocol.composition
         identity = torch.cat([own, self.pool.indices.to(own.device)])
-        composition = CompositionAttack(history.company, identity, own, choice.trials, choice.search == "greedy")
+        classes = torch.cat([batch.logits.argmax(dim=1), self.pool.classes])
+        composition = CompositionAttack(
+            history.company, identity, classes, own, choice.trials, choice.search == "greedy"
+        )
         return functools.partial(composition.pursue, turn=run.restart) if run.label == "pursuit" else composition

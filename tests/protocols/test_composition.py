@@ -72,10 +72,11 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     with torch.no_grad():
         pool = torch.cat([batch.z, hpm.features(others.x), batch.z[:3]])
     identity = torch.cat([torch.arange(8), torch.arange(100, 130), torch.arange(3)])
+    classes = torch.randint(4, (len(identity),), generator=torch.Generator().manual_seed(8))
     index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
     company = Company(pool, index, torch.arange(8))
     trial = Trial(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
-    attack = CompositionAttack(company, identity, torch.arange(8), trials=80, greedy=search == "greedy")
+    attack = CompositionAttack(company, identity, classes, torch.arange(8), trials=80, greedy=search == "greedy")
     generator = torch.Generator().manual_seed(0)
     outcome = trial.finish(attack.pursue(trial, generator, turn=4) if search == "pursuit" else attack(trial, generator))
     assert trial.trace().company is not None
@@ -90,6 +91,41 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     assert bool((outcome.min_margin <= -margin(batch.logits, batch.y) + 1e-6).all())
     assert bool((outcome.min_margin < -margin(batch.logits, batch.y) - 1e-3).any())
     assert (float(outcome.perturbation.max()) == 0) == (search != "pursuit")
+
+
+def _gathering(pool: int, *, seats: int = 4) -> tuple[CompositionAttack, Tensor]:
+    """Two rows with ``seats`` companions each; the pool holds every image twice, of classes 0, 1, 2 in turn."""
+    identity = torch.arange(pool).repeat(2)
+    company = Company(torch.zeros(2 * pool, 3), torch.arange(seats).repeat(2, 1), torch.zeros(2, dtype=torch.long))
+    attack = CompositionAttack(company, identity, identity % 3, torch.tensor([0, 1]), trials=0, greedy=True)
+    return attack, torch.tensor([0, 1])
+
+
+def test_pursuits_gather_the_class_of_the_label_then_none_of_the_class_aimed_at() -> None:
+    attack, y = _gathering(18)
+    generator = torch.Generator().manual_seed(0)
+    toward = torch.tensor([1, 2])
+    crowd, without = (attack._gathered(y, toward, again, generator) for again in (0, 1))
+    assert crowd is not None
+    assert without is not None
+    for i in range(2):
+        assert {int(c) for c in attack.classes[crowd.index[i]]} == {int(y[i])}
+        assert int(toward[i]) not in attack.classes[without.index[i]]
+        for company in (crowd, without):
+            who = attack.identity[company.index[i]].tolist()
+            assert len(set(who)) == 4
+            assert i not in who
+    assert attack._gathered(y, toward, 2, generator) is None
+    assert attack._gathered(y, toward, 3, generator) is not None
+
+
+def test_where_a_class_has_too_few_images_others_fill_up_and_a_small_pool_gathers_nothing() -> None:
+    attack, y = _gathering(9)
+    crowd = attack._gathered(y, y + 1, 0, torch.Generator())
+    assert crowd is not None
+    assert [int((attack.classes[row] == label).sum()) for row, label in zip(crowd.index, y, strict=True)] == [2, 2]
+    attack, y = _gathering(4)
+    assert attack._gathered(y, y + 1, 0, torch.Generator()) is None
 
 
 def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
@@ -140,7 +176,7 @@ def test_the_engine_composes_and_recombines() -> None:
     results = evaluate(hpm, make_samples(hpm, 30), protocol=_protocol(), seed=1)
     attacks = results.attacks[results.attacks["target"] == "defense"].groupby("context")["attack"].agg(list)
     assert attacks["joint"] == ["apgd", "apgd-companions", "recombination"]
-    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition", *["pursuit"] * 6]
+    assert attacks["composed"] == ["composition", "apgd", "apgd", "composition", *["pursuit"] * 9]
     value = results.summary.set_index(["target", "context", "metric"])["value"]["defense"]
     assert value["composed", "clean"] == value["joint", "clean"]
     assert value["composed", "worst_case"] < value["solo", "worst_case"]

@@ -158,7 +158,7 @@ def test_company_is_chosen_again_between_the_runs() -> None:
     closed = _runs(make_hpm(), "msa", classes=10, context="composed", exchanges=True)
     assert [run.label for run in closed].count("apgd") == 6
     pursuits = [run for run in closed if run.label == "pursuit"]
-    assert [run.restart for run in pursuits] == list(range(18))  # nine classes, twice
+    assert [run.restart for run in pursuits] == list(range(18))  # six classes, three times
     assert {run.surrogate_name for run in pursuits} == {"frozen-assignment"}
 
 
