@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -20,8 +20,8 @@ QUERY = ("square", "spsa")
 def render_table(results: Results) -> str:
     """The table of an evaluation as text: the FC head's column beside the defence's, in percent.
 
-    Runs show ``final (any)``: right on the final batch, and on every iterate. The numbers below them come with their
-    Wilson 95 % interval.
+    Runs show ``final (any)``: right on the final batch, and on every iterate; and what they cost, in forward passes of
+    the trunk a sample and in seconds, summed up beside the worst case. Numbers come with their Wilson 95 % interval.
     """
     targets = sorted(results.summary["target"].unique(), key=["fc", "defense"].index)
     contexts = list(results.summary["context"].unique())
@@ -106,13 +106,24 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
             return "failed"
         return f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
 
-    rows = {"clean": [number(target, "clean") for target in targets]}
-    for name in dict.fromkeys(run for _, run in attacks):
-        rows[name] = [shown(target, name) for target in targets]
-    for metric in ("paper", "realised", "worst_case"):
-        rows[metric] = [number(target, metric) for target in targets]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=targets)
-    heading = f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval"
+    def cost(target: str, names: Iterable[str]) -> list[str]:
+        made = [attacks[target, name] for name in names if (target, name) in attacks]
+        passes = sum(row["forwards"] for row in made) / results.run["data"]["n"]
+        seconds = sum(row["seconds"] for row in made)
+        return [f"{passes:.1f}", "" if pd.isna(seconds) else f"{seconds:.1f}"] if made else ["", ""]
+
+    def line(answer: Callable[[str, str], str], name: str, runs: Sequence[str] = ()) -> list[str]:
+        return [cell for target in targets for cell in (answer(target, name), *cost(target, runs))]
+
+    named = list(dict.fromkeys(run for _, run in attacks))
+    rows = {"clean": line(number, "clean")} | {name: line(shown, name, [name]) for name in named}
+    rows |= {metric: line(number, metric) for metric in ("paper", "realised")}
+    rows["worst_case"] = line(number, "worst_case", named)
+    columns = [column for target in targets for column in (target, "passes", "s")]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    heading = (
+        f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval; passes of a sample, seconds"
+    )
     return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}{_faults(results, context)}"
 
 

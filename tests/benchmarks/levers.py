@@ -79,6 +79,7 @@ def levers(model: nn.Module, *, compiled: bool) -> list[Lever]:
         Lever("weight-gradients", weights),
         Lever("inference-mode", model, around=torch.inference_mode, backward=False),
         Lever("channels-last", reordered(model), last),
+        Lever("channels-last-images", model, last),
         Lever("folded", folded),
         Lever("folded-channels-last", reordered(folded), last),
         Lever("bf16", model, around=bf16),
@@ -102,10 +103,11 @@ def passed(lever: Lever, x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 def measure(
-    name: str, model: nn.Module, x: Tensor, y: Tensor, *, rounds: int, compiled: bool
+    name: str, model: nn.Module, x: Tensor, y: Tensor, *, rounds: int, compiled: bool, only: str | None = None
 ) -> Iterator[dict[str, Any]]:
     tried = levers(model.requires_grad_(False), compiled=compiled)
     plain, forward = tried[:2]
+    tried = [lever for lever in tried if only in (None, lever.name)]
     _, exact, slope = passed(plain, x, y)
     for lever in tried:
         against = plain if lever.backward else forward
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--network", help="this one alone")
+    parser.add_argument("--lever", help="this one alone, beside plain passes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -141,7 +144,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, model in networks():
         if options.network in (None, name):
-            for row in measure(name, model, x, y, rounds=options.rounds, compiled=not options.no_compile):
+            for row in measure(
+                name, model, x, y, rounds=options.rounds, compiled=not options.no_compile, only=options.lever
+            ):
                 rows.append(row)
                 print("  ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
     if options.out is not None:

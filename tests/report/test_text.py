@@ -29,8 +29,13 @@ def test_the_table_shows_every_run_and_number_of_every_context(results: Results)
         for (target, run), row in attacks.iterrows():
             shown = f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
             assert shown in lines[run], (target, run)
+            assert f" {row['forwards'] / 20:.1f} " in f"{lines[run]} ", (target, run)
+            assert f" {row['seconds']:.1f} " in f"{lines[run]} ", (target, run)
         for row in results.summary[results.summary["context"] == context].to_dict(orient="records"):
             assert f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" in lines[row["metric"]]
+        for _, made in results.attacks[results.attacks["context"] == context].groupby("target"):
+            assert f" {made['forwards'].sum() / 20:.1f} " in lines["worst_case"] + " "
+            assert f" {made['seconds'].sum():.1f} " in lines["worst_case"] + " "
     assert "(modified: attack.square.queries=5, attack.apgd.steps=2" in text
 
 
