@@ -6,6 +6,8 @@ leaves the label the smallest lead.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,20 @@ STEPS, REGROUP_EVERY, OFFERED = 30, 5, 16
 
 RANKS = 6
 """Pursuits go towards so many classes in turn."""
+
+Sizes = tuple[int | None, int | None]
+"""How many images of the label's class, and of the class aimed at, company is to have; ``None`` leaves it to chance."""
+
+ALL = sys.maxsize
+STARTS: tuple[Sizes, ...] = ((ALL, None), (0, None), (ALL, 0))
+"""The company that pursuits start with, once towards every class, then the next."""
+
+JUMPS: tuple[Sizes, ...] = tuple(itertools.product((0, 1, ALL), repeat=2))
+"""Whole companies tried before single places are, for no step of one image leads from a crowd to none."""
+
+FOCUS = 0.5
+"""Beside the offers from the whole pool, half as many are of the label's class and half as many of the class aimed at:
+where classes are many, an offer from all of them seldom matters."""
 
 MOMENTUM = 0.75
 FIRST_STEP, LAST_STEP = 1.0, 0.02
@@ -56,7 +72,7 @@ def descend(
         toward: the class that each row's lead is over ``(n,)``; the likeliest other one by default.
 
     Returns:
-        the company found, and the leads ``(n,)``.
+        the company found, and the leads ``(n,)``; with ``toward``, minus infinity where the label leads no more.
     """
     with torch.no_grad():
         lead = _lead(decide_each(defense, z, company), y, toward)
@@ -90,10 +106,16 @@ def best_offer(
 
 
 def _lead(logits: Tensor, y: Tensor, toward: Tensor | None) -> Tensor:
-    """The lead of each row's label ``(n,)`` over the likeliest other class, or over the one aimed at."""
+    """The lead of each row's label ``(n,)`` over the likeliest other class, or over the one aimed at.
+
+    In the second case nothing is below an answer that is wrong already, whichever class it names.
+    """
+    lead = -margin(logits.float(), y)
+    return lead if toward is None else _lead_over(logits, y, toward).masked_fill(lead < 0, -torch.inf)
+
+
+def _lead_over(logits: Tensor, y: Tensor, toward: Tensor) -> Tensor:
     logits = logits.float()
-    if toward is None:
-        return -margin(logits, y)
     return (logits.gather(1, y.unsqueeze(1)) - logits.gather(1, toward.unsqueeze(1))).squeeze(1)
 
 
@@ -159,8 +181,8 @@ class CompositionAttack:
         moves = trial.counted.view(-1, 1, 1, 1)
         again, rank = divmod(turn, min(RANKS, trial.batch.logits.shape[1] - 1))
         toward = most_likely_others(trial.regroup(self.company), y, rank)
-        gathered = self._gathered(y, toward, again, generator)
-        company = self.company if gathered is None else gathered
+        gathered = self._gathered(y, toward, self.own, STARTS[again % len(STARTS)], generator)
+        company = self.company if gathered is None else self.company.seating(gathered)
         point, momentum = trial.start.x, torch.zeros_like(trial.batch.x)
         if (again + rank) % 3 == 2:
             point = torch.where(moves, ball.random(trial.batch.x, generator), point)
@@ -174,7 +196,7 @@ class CompositionAttack:
                 answers = [trial(point) for _ in range(trial.eot)]
             if step == STEPS:
                 return point
-            lead = torch.stack([_lead(logits, y, toward)[rows].sum() for logits in answers]).sum()
+            lead = torch.stack([_lead_over(logits, y, toward)[rows].sum() for logits in answers]).sum()
             (gradient,) = torch.autograd.grad(lead, point)
             momentum = MOMENTUM * momentum - ball.unit(gradient)
             length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (STEPS - 1))
@@ -182,38 +204,63 @@ class CompositionAttack:
             point = torch.where(moves, moved, trial.start.x)
         raise AssertionError("the last step returns")
 
-    def _gathered(self, y: Tensor, toward: Tensor, again: int, generator: torch.Generator) -> Company | None:
-        """Company to start from, for what one image after another comes to depends on it.
+    def _gathered(
+        self, y: Tensor, toward: Tensor, own: Tensor, sizes: Sizes, generator: torch.Generator
+    ) -> Tensor | None:
+        """Company drawn at random ``(n, B - 1)`` but for how many images of two classes it has, as far as there are.
 
-        First as many images of the label's class as there are, then none of the class aimed at, then what was found
-        before (``None``), and so on.
+        ``None`` where the pool holds too few images.
         """
         distinct = (self.identity.unsqueeze(1) == self.identity).int().argmax(dim=1)  # where each comes first
         first = distinct == torch.arange(len(distinct), device=distinct.device)
-        able = first & (self.identity != self.own.unsqueeze(1))
+        able = first & (self.identity != own.unsqueeze(1))
         seats = self.company.index.shape[1]
-        if again % 3 == 2 or int(able.sum(dim=1).min()) < seats:
+        if int(able.sum(dim=1).min()) < seats:
             return None
-        wanted = self.classes == y.unsqueeze(1) if again % 3 == 0 else self.classes != toward.unsqueeze(1)
-        drawn = torch.rand(able.shape, generator=generator).to(able.device)
-        return self.company.seating((wanted + drawn).masked_fill(~able, -1).topk(seats, dim=1).indices)
+        key = torch.rand(able.shape, generator=generator).to(able.device)
+        for aim, size in zip((y, toward), sizes, strict=True):
+            if size is None:
+                continue
+            members = able & (self.classes == aim.unsqueeze(1))
+            order = key.masked_fill(~members, -1).argsort(dim=1, descending=True).argsort(dim=1)
+            key = key + torch.where(order < size, 2, -2) * members
+        return key.masked_fill(~able, -torch.inf).topk(seats, dim=1).indices
 
     def _towards(
         self, trial: Trial, company: Company, toward: Tensor, rows: Tensor, generator: torch.Generator
     ) -> Company:
-        """Choose the company of some rows anew, one image for each place in turn, as the images stand."""
+        """Choose the company of some rows anew as the images stand: whole, then one image for each place in turn."""
+        target, z, y, own = trial.target, trial.latest.z[rows], trial.batch.y[rows], self.own[rows]
+        toward = toward[rows]
         mine = Company(company.pool, company.index[rows], company.seats[rows])
-        z = trial.latest.z[rows]
+        with torch.no_grad():
+            lead = _lead(decide_each(target, z, mine), y, toward)
+            for sizes in JUMPS:
+                index = self._gathered(y, toward, own, sizes, generator)
+                if index is None:
+                    break
+                found = _lead(decide_each(target, z, mine.seating(index)), y, toward)
+                mine = mine.seating(torch.where((found < lead).unsqueeze(1), index, mine.index))
+                lead = torch.minimum(lead, found)
+        offers = self._offers(y, toward, generator)
 
         def candidates(place: int, now: Company) -> Tensor:
-            drawn = torch.randint(len(self.identity), (len(rows), OFFERED), generator=generator).to(now.index)
-            return torch.where(self._allowed(now.index, drawn, self.own[rows]), drawn, now.index[:, place : place + 1])
+            drawn = offers[:, place]
+            return torch.where(self._allowed(now.index, drawn, own), drawn, now.index[:, place : place + 1])
 
-        places = torch.randperm(mine.index.shape[1], generator=generator).tolist()
-        found, _ = descend(
-            trial.target, z, trial.batch.y[rows], mine, places=places, candidates=candidates, toward=toward[rows]
-        )
-        return company.seating(company.index.index_copy(0, rows, found.index))
+        places = torch.randperm(offers.shape[1], generator=generator).tolist()
+        mine, _ = descend(target, z, y, mine, places=places, candidates=candidates, toward=toward)
+        return company.seating(company.index.index_copy(0, rows, mine.index))
+
+    def _offers(self, y: Tensor, toward: Tensor, generator: torch.Generator) -> Tensor:
+        """Images for every place ``(n, B - 1, OFFERED)``, more of the two classes that a lead is between."""
+        seats, size = self.company.index.shape[1], len(self.identity)
+        weights = torch.full((len(y), size), 1 / size, device=y.device)
+        for aim in (y, toward):
+            members = self.classes == aim.unsqueeze(1)
+            weights = weights + FOCUS * members / members.sum(dim=1, keepdim=True).clamp(min=1)
+        drawn = torch.multinomial(weights.cpu(), seats * OFFERED, replacement=True, generator=generator)
+        return drawn.view(len(y), seats, OFFERED).to(self.company.index)
 
     def _allowed(self, index: Tensor, drawn: Tensor, own: Tensor) -> Tensor:
         """Whether an image drawn for a row ``(n, w)`` is neither its own nor in its company."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.composition import CompositionAttack, descend
+from msa_eval.protocols.composition import ALL, CompositionAttack, _lead, descend
 from msa_eval.protocols.contexts import Company, OneAtATime
 from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import get
@@ -101,31 +104,71 @@ def _gathering(pool: int, *, seats: int = 4) -> tuple[CompositionAttack, Tensor]
     return attack, torch.tensor([0, 1])
 
 
-def test_pursuits_gather_the_class_of_the_label_then_none_of_the_class_aimed_at() -> None:
+@pytest.mark.parametrize("sizes", [(ALL, None), (0, None), (None, 0), (1, ALL), (0, 1), (2, 1)])
+def test_company_is_gathered_with_so_many_images_of_the_two_classes(sizes: tuple[int | None, int | None]) -> None:
     attack, y = _gathering(18)
-    generator = torch.Generator().manual_seed(0)
     toward = torch.tensor([1, 2])
-    crowd, without = (attack._gathered(y, toward, again, generator) for again in (0, 1))
-    assert crowd is not None
-    assert without is not None
-    for i in range(2):
-        assert {int(c) for c in attack.classes[crowd.index[i]]} == {int(y[i])}
-        assert int(toward[i]) not in attack.classes[without.index[i]]
-        for company in (crowd, without):
-            who = attack.identity[company.index[i]].tolist()
-            assert len(set(who)) == 4
-            assert i not in who
-    assert attack._gathered(y, toward, 2, generator) is None
-    assert attack._gathered(y, toward, 3, generator) is not None
+    index = attack._gathered(y, toward, attack.own, sizes, torch.Generator().manual_seed(0))
+    assert index is not None
+    for i, row in enumerate(index):
+        classes, who = attack.classes[row].tolist(), attack.identity[row].tolist()
+        for aim, size in zip((y, toward), sizes, strict=True):
+            if size is not None:
+                assert classes.count(int(aim[i])) == min(size, 4 - (sizes == (1, ALL)))
+        assert len(set(who)) == 4
+        assert i not in who
 
 
 def test_where_a_class_has_too_few_images_others_fill_up_and_a_small_pool_gathers_nothing() -> None:
     attack, y = _gathering(9)
-    crowd = attack._gathered(y, y + 1, 0, torch.Generator())
+    crowd = attack._gathered(y, y + 1, attack.own, (ALL, None), torch.Generator())
     assert crowd is not None
-    assert [int((attack.classes[row] == label).sum()) for row, label in zip(crowd.index, y, strict=True)] == [2, 2]
+    assert [int((attack.classes[row] == label).sum()) for row, label in zip(crowd, y, strict=True)] == [2, 2]
     attack, y = _gathering(4)
-    assert attack._gathered(y, y + 1, 0, torch.Generator()) is None
+    assert attack._gathered(y, y + 1, attack.own, (ALL, None), torch.Generator()) is None
+
+
+def test_images_of_the_two_classes_are_offered_as_often_as_all_others() -> None:
+    attack, y = _gathering(400, seats=60)
+    attack = replace(attack, classes=attack.identity % 40)
+    offers = attack.classes[attack._offers(y, torch.tensor([7, 7]), torch.Generator().manual_seed(0))]
+    for row, label in zip(offers, y, strict=True):  # half of them from the whole pool, a quarter from either class
+        for aim in (int(label), 7):
+            assert float((row == aim).float().mean()) == pytest.approx(0.25 + 0.5 / 40, abs=0.05)
+        assert len(row.unique()) == 40
+
+
+class Hill:
+    """A defence whose label leads by more, the fewer companions are of its class, until the last of them has gone."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
+
+    def logits(self, z: Tensor) -> Tensor:
+        count = float((z[:, 0] == 0).sum())
+        return torch.tensor([[2.0 if count == 0 else 9.0 - count, 0.0, -5.0]]).expand(len(z), 3)
+
+
+def test_company_goes_from_a_crowd_to_none_where_every_single_step_is_worse() -> None:
+    pool = torch.arange(18.0).remainder(3).unsqueeze(1).repeat(2, 1)
+    company = Company(pool, torch.tensor([[3, 6, 9, 12]] * 2), torch.tensor([0, 0]))
+    z, y, toward = torch.ones(2, 1), torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    by_one, leads = descend(
+        Hill(), z, y, company, places=range(4),
+        candidates=lambda place, now: torch.tensor([[1 + 3 * place, 2 + 3 * place]] * 2), toward=toward,
+    )  # fmt: skip
+    assert by_one.index.tolist() == company.index.tolist()
+    assert leads.tolist() == [5.0, 5.0]
+    attack = replace(_gathering(18)[0], company=company)
+    trial: Any = SimpleNamespace(target=Hill(), latest=SimpleNamespace(z=z), batch=SimpleNamespace(y=y))
+    found = attack._towards(trial, company, toward, torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert not bool((pool[found.index] == 0).any())
+
+
+def test_no_lead_over_a_class_is_below_that_of_an_answer_that_is_wrong() -> None:
+    logits, y, toward = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.5, 0.0]]), torch.tensor([0, 0]), torch.tensor([1, 1])
+    assert _lead(logits, y, toward).tolist() == [-math.inf, 0.5]
+    assert _lead(logits, y, None).tolist() == [-1.0, 0.5]
 
 
 def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
@@ -145,7 +188,8 @@ def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
                 rows = [pool[j], pool[1], pool[2]]
                 with torch.no_grad():
                     logits = hpm.logits(torch.stack([*rows[:i], batch.z[i], *rows[i:]]))[i]
-                tried.append(float(logits[batch.y[i]] - logits[toward[i]]))
+                right = int(logits.argmax()) == int(batch.y[i])
+                tried.append(float(logits[batch.y[i]] - logits[toward[i]]) if right else -math.inf)
             assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
             assert int(found.index[i, 0]) == min(range(10), key=tried.__getitem__)
 
