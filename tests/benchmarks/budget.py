@@ -10,7 +10,6 @@ pyautoattack's result, which changes batches as it drops samples, both its own c
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from msa_eval import HPM, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.references import reference_path
 from msa_eval.report import draw_curves, spending, to_svg
+
+from .subjects import cifar10
 
 SINGLE = ("fc-oracle", "soft-hybrid", "soft-hybrid@0.3", "ste", "frozen-assignment", "frozen-prototypes")
 LOSSES = ("margin", "dlr-targeted", "dlr", "dlr-targeted", "ce", "dlr-targeted", "margin", "dlr-targeted", "dlr",
@@ -120,7 +121,7 @@ def main() -> None:
     assert isinstance(hpm, HPM)
     cifar = options.reference != "digits"
     eps = "8/255" if cifar else 0.15
-    data = load_samples(str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")) if cifar else "digits")
+    data = cifar10() if cifar else load_samples("digits")
     path = options.out / f"budget-{options.reference}.csv"
     frames: list[pd.DataFrame] = []
     if options.only and path.exists():

@@ -9,10 +9,8 @@ that drifts slows both. CIFAR-10 needs the data in MSA_EVAL_SHARED.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from msa_eval.protocols.clean import CleanBatches
@@ -25,6 +23,8 @@ from msa_eval import HPM, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
 from msa_eval.defense import without_weight_gradients
 from msa_eval.references import reference_path
+
+from .subjects import cifar10
 
 
 def seconds(clean: CleanBatches, batch: Batch, context: str, surrogate: str, ball: Ball) -> float:
@@ -42,7 +42,7 @@ def main() -> None:
     hpm = load_checkpoint(reference_path(options.reference)).model
     assert isinstance(hpm, HPM)
     cifar = options.reference != "digits"
-    data = load_samples(str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")) if cifar else "digits")
+    data = cifar10() if cifar else load_samples("digits")
     ball = Ball("Linf", 8 / 255 if cifar else 0.15)
     chosen = torch.arange(64)
     with without_weight_gradients(hpm):

@@ -1,6 +1,6 @@
 """What each lever of speed is worth alone, in turns with a plain pass on the same machine.
 
-    python tests/benchmarks/levers.py --out results/benchmarks/levers.csv
+    python -m tests.benchmarks levers --out results/benchmarks/levers.csv
 
 A plain pass is float32, forward and backward to the images, without weight gradients. Each lever is a row a network:
 ``ratio`` is the median of its time over that of the plain pass before it (for the forward lever, of the plain
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import time
 import warnings
@@ -27,9 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from msa_eval import load_checkpoint, load_samples
+from msa_eval import load_checkpoint
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import autoattack_resnet18
+
+from .subjects import cifar10
 
 
 class Lever(NamedTuple):
@@ -139,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    samples = load_samples(str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")))
+    samples = cifar10()
     x, y = samples.images(torch.arange(options.images)), samples.y[: options.images]
     rows: list[dict[str, Any]] = []
     for name, model in networks():

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +35,8 @@ from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samp
 from msa_eval.attacks.ball import Ball
 from msa_eval.peers import Seat, find, meet
 from msa_eval.references import reference_path
+
+from .subjects import cifar10
 
 STEPS = 40
 REPEATS = 50
@@ -223,7 +224,7 @@ def main() -> None:
     hpm = load_checkpoint(reference_path(options.reference)).model
     assert isinstance(hpm, HPM)
     digits = options.reference == "digits"
-    data = load_samples("digits" if digits else str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")))
+    data = load_samples("digits") if digits else cifar10()
     overrides = {"threat.contexts": ["joint"], "samples.limit": options.samples, "audit.samples": 0}
     protocol = load_protocol("digits" if digits else "msa", overrides=overrides)
     peers = installed(options.peers)

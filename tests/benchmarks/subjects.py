@@ -41,10 +41,20 @@ class Subject(NamedTuple):
 NAMES = ("cifar10-wrn10-2", "resnet18", "digits")
 
 
+def cifar10() -> Samples:
+    """The test images of CIFAR-10, as ``data/cifar10/test.npz`` in the folder that MSA_EVAL_SHARED names.
+
+    Raises:
+        SystemExit: when they are not there.
+    """
+    path = Path(os.environ.get("MSA_EVAL_SHARED", ""), "data/cifar10/test.npz")
+    if not path.is_file():
+        raise SystemExit(f"no CIFAR-10 at {path}: set MSA_EVAL_SHARED to a folder that holds data/cifar10/test.npz")
+    return load_samples(str(path))
+
+
 def subject(name: str, samples: int) -> Subject:
     """A model and so many test images.
-
-    CIFAR-10 is looked for in the folder that the environment variable MSA_EVAL_SHARED names.
 
     Raises:
         ValueError: when there is no such model.
@@ -52,7 +62,7 @@ def subject(name: str, samples: int) -> Subject:
     if name not in NAMES:
         raise ValueError(f"expected one of {', '.join(NAMES)}, but got {name!r}")
     digits = name == "digits"
-    found = load_samples("digits" if digits else str(Path(os.environ["MSA_EVAL_SHARED"], "data/cifar10/test.npz")))
+    found = load_samples("digits") if digits else cifar10()
     data = Samples(found.x[:samples], found.y[:samples], found.name)
     ball = Ball("Linf", 0.15 if digits else 8 / 255)
     if name == "resnet18":
