@@ -25,6 +25,9 @@ WORTH = 1.5
 PROBED, ROUNDS = 16, 3
 """So many images are passed, in turns so often, to find that out."""
 
+FEW, HOPELESS = 2, 3.0
+"""Where so few images take so many times as long in bfloat16, a processor that emulates it, no more are passed."""
+
 
 @dataclass(frozen=True)
 class Search:
@@ -75,12 +78,16 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
         return Search(asked)
     rough = Search(asked, rough=True)
     try:
-        before, after = _seconds(Search(), defense, x[:PROBED]), _seconds(rough, defense, x[:PROBED])
+        before, after = _pair(rough, defense, x[:FEW])
         if asked == "bf16":
             return rough
-        pairs = [(before, after)]
-        while after < before and len(pairs) <= ROUNDS:
-            pairs.append((_seconds(Search(), defense, x[:PROBED]), _seconds(rough, defense, x[:PROBED])))
+        if after > before:  # the first pass may have had kernels to load
+            before, after = _pair(rough, defense, x[:FEW])
+        if after > HOPELESS * before:
+            return Search(asked, gain=before / after)
+        pairs = [_pair(rough, defense, x[:PROBED])]
+        while pairs[-1][1] < pairs[-1][0] and len(pairs) <= ROUNDS:
+            pairs.append(_pair(rough, defense, x[:PROBED]))
         gain = statistics.median(first / second for first, second in pairs[1:] or pairs)
     except (RuntimeError, TypeError, ValueError) as error:
         if asked == "bf16":
@@ -88,6 +95,10 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
             raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use --precision fp32") from error
         return Search(asked)
     return Search(asked, rough=gain >= WORTH, gain=gain)
+
+
+def _pair(rough: Search, defense: Defense, x: Tensor) -> tuple[float, float]:
+    return _seconds(Search(), defense, x), _seconds(rough, defense, x)
 
 
 def _seconds(search: Search, defense: Defense, x: Tensor) -> float:

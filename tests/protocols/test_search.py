@@ -150,6 +150,21 @@ def test_bf16_features_are_float32_tensors_of_rounded_passes() -> None:
     assert float((slope.sign() == about.sign()).float().mean()) > 0.9
 
 
+@pytest.mark.parametrize(("gain", "most"), [(0.1, 2), (0.5, 16), (2.0, 16)])
+def test_where_bf16_is_hopeless_only_a_few_images_are_tried(
+    gain: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def seconds(search: Search, defense: Any, x: Tensor) -> float:
+        seen.append(len(x))
+        return 1 / gain if search.rough else 1.0
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    assert choose("auto", make_hpm(), torch.rand(20, 1, 2, 6)).rough == (gain > 1)
+    assert max(seen) == most
+
+
 @pytest.mark.parametrize(("gain", "rough"), [(0.1, False), (1.4, False), (1.6, True)])
 def test_auto_takes_what_a_trial_finds_faster(gain: float, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     hpm = make_hpm().requires_grad_(False)
