@@ -6,7 +6,6 @@ leaves the label the smallest lead.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ ALL = sys.maxsize
 STARTS: tuple[Sizes, ...] = ((ALL, None), (0, None), (ALL, 0))
 """The company that pursuits start with, once towards every class, then the next."""
 
-JUMPS: tuple[Sizes, ...] = tuple(itertools.product((0, 1, ALL), repeat=2))
+JUMPS: tuple[Sizes, ...] = tuple((label, aim) for label in (0, 1, ALL) for aim in (0, 1, ALL))
 """Whole companies tried before single places are, for no step of one image leads from a crowd to none."""
 
 FOCUS = 0.5
