@@ -176,8 +176,7 @@ class CompositionAttack:
         Returns:
             the last points.
         """
-        ball, y, rows = trial.ball, trial.batch.y, trial.counted.nonzero().flatten()
-        moves = trial.counted.view(-1, 1, 1, 1)
+        ball, y, moves = trial.ball, trial.batch.y, trial.counted.view(-1, 1, 1, 1)
         again, rank = divmod(turn, min(RANKS, trial.batch.logits.shape[1] - 1))
         toward = most_likely_others(trial.regroup(self.company), y, rank)
         gathered = self._gathered(y, toward, self.own, STARTS[again % len(STARTS)], generator)
@@ -186,6 +185,9 @@ class CompositionAttack:
         if (again + rank) % 3 == 2:
             point = torch.where(moves, ball.random(trial.batch.x, generator), point)
         for step in range(STEPS + 1):
+            rows = trial.counted.nonzero().flatten()
+            if len(rows) == 0:
+                return point
             if step % REGROUP_EVERY == 0:
                 if step > 0 or gathered is None:
                     company = self._towards(trial, company, toward, rows, generator)

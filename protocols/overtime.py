@@ -39,18 +39,17 @@ class OvertimeAttack:
         with torch.no_grad():
             at_best = decide(trial.target, trial.start.z).float()
         before = -margin(at_best, batch.y)
-        left, turn = self.passes * len(batch.y), 0
+        allowed, turn = self.passes * len(batch.y) + trial.forwards, 0
         while bool((standing := sought & ~trial.broken).any()):
             lead = torch.minimum(before, trial.lead).masked_fill(~standing, torch.inf)
             nearest = lead.argsort(stable=True)[: -(-int(standing.sum()) // NEAREST)]
-            left -= len(nearest) * (self.steps + 1) * trial.eot
-            if left < 0:
+            if trial.forwards + len(nearest) * (self.steps + 1) * trial.eot > allowed:
                 break
             trial.search_for(torch.zeros_like(sought).index_fill(0, nearest, True))
             start = torch.where(trial.counted.view(-1, 1, 1, 1), trial.ball.random(batch.x, generator), trial.start.x)
             apgd(
                 trial, batch.x, batch.y, loss=_loss(at_best, batch.y, turn), ball=trial.ball, steps=self.steps,
-                generator=generator, start=start, draws=trial.eot,
+                generator=generator, start=start, draws=trial.eot, going=lambda: trial.searching,
             )  # fmt: skip
             turn += 1
         return trial.start.x

@@ -81,15 +81,15 @@ class ApgdAttack:
             start = drawn if trial.among_others else torch.where(counted.view(-1, 1, 1, 1), drawn, trial.start.x)
         return apgd(
             trial, batch.x, batch.y, loss=self._loss(trial), ball=trial.ball, steps=self.steps, generator=generator,
-            start=start, draws=trial.eot,
+            start=start, draws=trial.eot, going=lambda: trial.searching,
         ).x  # fmt: skip
 
     def _loss(self, trial: Trial) -> Loss:
         loss = self._one(trial)
         if trial.among_others:
             return pooled(loss, trial.counted)
-        if trial.rows_interact and not bool(trial.counted.all()):
-            return focused(loss, trial.counted)
+        if trial.rows_interact and (trial.stops_early or not bool(trial.counted.all())):
+            return focused(loss, lambda: trial.counted)
         return loss
 
     def _one(self, trial: Trial) -> Loss:
@@ -206,7 +206,10 @@ class Run:
         if self.passes is not None and history.passes >= self.passes * len(history.broken):
             counted = torch.zeros_like(history.broken)
         start = still if self.chained else None
-        return Setting(start=start, counted=counted, known=history.broken, view=view)
+        return Setting(
+            start=start, counted=counted, stays=self.moves == "standing", early_stop=self.chained,
+            known=history.broken, view=view,
+        )  # fmt: skip
 
 
 def plan_runs(

@@ -29,7 +29,7 @@ T = TypeVar("T")
 SCHEMA = 1
 CONTEXTS = ("joint", "solo", "alone", "composed")
 COMBINATIONS = ("separate", "mean", "alternate", "cascade")
-MOVES = ("batch", "image", "companions")
+MOVES = ("batch", "image", "companions", "standing")
 
 
 def _text(value: Any) -> str:
@@ -209,10 +209,12 @@ class ApgdBudget:
             moved, a run that would move them goes to the next target class instead, and a loss that needs more classes
             than there are gives way to the margin: so every target is given the same number of runs.
         moves: in ``joint``, on a batch-dependent target, which images a run moves: all of the ``batch`` at once; each
-            ``image`` among companions that stay; or the ``companions`` of an image that stays.
+            ``image`` among companions that stay; the ``companions`` of an image that stays; or, in a cascade, all that
+            are ``standing``, where what is broken stays as it broke and costs no more passes.
         combine: ``separate`` runs are each surrogate's own. ``mean`` attacks the mean of the surrogates' losses, and
             ``alternate`` one surrogate a step in turn. In a ``cascade`` a run searches only for the samples that still
-            stand, from the best points so far and, where it is named again, from a random start.
+            stand, from the best points so far and, where it is named again, from a random start. Where each sample is
+            decided apart from the others, it is searched for no more as soon as it is broken.
         passes: in a cascade, no further run searches a batch on which so many passes a sample were made; as many runs
             as are listed by default. So what is soon broken leaves its passes to what stands.
         overtime: after a cascade, so many more passes a sample, all for the few that are nearest to falling; where a
@@ -511,6 +513,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     for key in ("attack.apgd.passes", "attack.apgd.overtime"):
         if key in values and values.get("attack.apgd.combine") != "cascade":
             found.append(f"{key} ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
+    if "standing" in moves and values.get("attack.apgd.combine") != "cascade":
+        found.append("only a cascade knows what stands; give attack.apgd.combine = 'cascade', or move the batch")
     if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
         found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
     if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime
+from msa_eval.protocols.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
 from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.surrogates import STE, Ensemble, Surrogate
@@ -161,6 +161,8 @@ class Setting:
         start: the points that later steps may start from, and that samples not searched for stay at.
         counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
             Without it all are, but where rows are decided apart only those that are right on the clean batch.
+        stays: whether the rest stay where they are also where rows are decided together, and so cost no pass.
+        early_stop: whether a sample stays where it broke from there on; for rows decided apart, or with ``stays``.
         known: the samples broken before ``(B,)``, of which no finding is due.
         view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
         draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by a clear one
@@ -173,6 +175,8 @@ class Setting:
 
     start: Point | None = None
     counted: Tensor | None = None
+    stays: bool = False
+    early_stop: bool = False
     known: Tensor | None = None
     view: OneAtATime | AmongOthers | None = None
     draws: int = 1
@@ -192,6 +196,10 @@ class Trial:
         ball: the perturbation set, which every point is held to.
         mixes_rows: whether the target's decision may look at the whole batch.
         setting: how the run meets the batch.
+
+    Attributes:
+        counted: the samples searched for by now ``(B,)``.
+        stops_early: whether a sample that is broken is searched for no more.
     """
 
     def __init__(
@@ -222,7 +230,9 @@ class Trial:
         self._apart = not mixes_rows or isinstance(self._attacked, OneAtATime)
         everyone = batch.correct if self._apart else torch.ones_like(batch.correct)
         self.counted = everyone if setting.counted is None else setting.counted
-        self._moving = None if bool(self.counted.all()) or not self._apart else self.counted.nonzero().flatten()
+        self._stays = self._apart or setting.stays
+        self.stops_early = self._stays and setting.early_stop and setting.view is None
+        self._moving = None if bool(self.counted.all()) or not self._stays else self.counted.nonzero().flatten()
 
         unbroken = torch.zeros_like(batch.y, dtype=torch.bool)
         self._calls = 0
@@ -230,6 +240,7 @@ class Trial:
         self._broken = unbroken
         self._first = torch.full_like(batch.y, -1)
         self._lead = self._best_lead = -margin(batch.logits, batch.y)
+        self._scale = batch.logits.abs().amax(dim=1)
         self._best = self._final = Point(batch.x, batch.z)
         self._committed = batch.correct
         self._finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
@@ -251,6 +262,16 @@ class Trial:
     def broken(self) -> Tensor:
         """The samples broken so far ``(B,)``."""
         return self._broken
+
+    @property
+    def searching(self) -> bool:
+        """Whether any sample is left to search for."""
+        return self._moving is None or len(self._moving) > 0
+
+    @property
+    def forwards(self) -> int:
+        """Images passed through the trunk so far."""
+        return self._forwards
 
     @property
     def lead(self) -> Tensor:
@@ -277,6 +298,8 @@ class Trial:
 
         Those of an ensemble are ``(S, B, k)``, a slice a member.
         """
+        if self.stops_early:
+            x = torch.where(_per_image(self.counted, x), x, self.start.x)
         z, logits = self._pass(x)
         self.attached = z
         self._calls += 1
@@ -304,11 +327,7 @@ class Trial:
             kept = kept & rows
         whole = bool(kept.all())
         if not whole:
-            start = self.start
-            point = Point(
-                torch.where(_per_image(kept, point.x), point.x, start.x),
-                torch.where(_per_image(kept, point.z), point.z, start.z),
-            )
+            point = _mixed(kept, point, self.start)
         self._iterate += 1
         if self._surrogate is None:
             self._decisions += len(x)
@@ -321,7 +340,7 @@ class Trial:
     def search_for(self, rows: Tensor) -> None:
         """Go on with some rows (a mask ``(B,)``); the others go back to the start, and where they can, cost no pass."""
         self.counted = rows
-        self._moving = rows.nonzero().flatten() if self._apart else None
+        self._moving = rows.nonzero().flatten() if self._stays else None
 
     def clean_logits(self) -> Tensor:
         """Logits of the surrogate on the clean batch, from its cached features."""
@@ -345,14 +364,13 @@ class Trial:
         if not bool(rows.any()):
             return self._kept.logits
         new, old = self._proposed.point, self._kept.point
-        x = torch.where(_per_image(rows, new.x), new.x, old.x)
-        z = torch.where(_per_image(rows, new.z), new.z, old.z)
+        mixed = _mixed(rows, new, old)
         if self._mixes_rows:
-            self._kept = self._believed(Point(x, z), torch.ones_like(rows), confirmed=False)
+            self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False)
         else:
             # Put together, not decided: the next proposal or the final pass judges a batch that was.
             logits = torch.where(rows.unsqueeze(1), self._proposed.logits, self._kept.logits)
-            self._kept = _Answered(Point(x, z), logits)
+            self._kept = _Answered(mixed, logits)
         return self._kept.logits
 
     def regroup(self, company: Company) -> Tensor:
@@ -381,7 +399,9 @@ class Trial:
             AttackError: when a point has left the ball or the box, or an output was not finite.
         """
         with torch.no_grad():
-            z = self._features(x)
+            if self.stops_early:
+                x = torch.where(_per_image(self.counted, x), x, self.start.x)
+            z = self._final_features(x)
             logits = self._surrogate_logits(x, z)
             fooled = (logits.mean(dim=0) if logits.ndim == 3 else logits).argmax(dim=1) != self.batch.y
         hard = self._decide(self._defense, z)
@@ -418,6 +438,13 @@ class Trial:
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)
         return self._defense.features(x)
+
+    def _final_features(self, x: Tensor) -> Tensor:
+        """Features of the final points; what stopped early, in a batch decided row by row, was passed already."""
+        if not self.stops_early or not self._apart or self._setting.draws > 1:
+            return self._features(x)
+        z, moved = self.start.z, (x != self.start.x).flatten(1).any(dim=1)
+        return z.index_put((moved.nonzero().flatten(),), self._features(x[moved])) if bool(moved.any()) else z
 
     def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features of a batch of points and the surrogate's logits; rows that stay at the start cost no pass."""
@@ -519,7 +546,10 @@ class Trial:
         if setting.trail:
             self._trail.append(point)
         if self._rough:
-            self._judge_rough(point)
+            self._stop_early(self._judge_rough(point))
+            return
+        if self._moving is not None and not self._apart:
+            self._stop_early(self._believed(point, self.counted, confirmed=False).point)
             return
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
         is_verdict = self._surrogate == STE and setting.view is None and setting.draws == 1 and self._moving is None
@@ -534,11 +564,30 @@ class Trial:
         self._judge(point, verdict)
         if setting.view is not None:
             self._judge_apart(point, self._decide(setting.view, point.z))
+        self._stop_early(point)
 
-    def _judge_rough(self, point: Point) -> None:
-        """Judge a batch by features of the search's own: what it seems to break counts once it was passed again."""
+    def _stop_early(self, point: Point) -> None:
+        """Search no more for what is broken by more than rounding: it stays where it is."""
+        done = self.counted & self._broken & (self._best_lead < -NEAR_TIE * self._scale)
+        if not self.stops_early or not bool(done.any()):
+            return
+        self.start = _mixed(done, point, self.start)
+        answers = self._kept.logits
+        if not self._mixes_rows:
+            answers = torch.where(done.unsqueeze(1), self._decide_some(point.z, done, answers), answers)
+        self._kept = _Answered(self.start, answers)
+        self.search_for(self.counted & ~done)
+
+    def _judge_rough(self, point: Point) -> Point:
+        """Judge a batch by features of the search's own: what it seems to break counts once it was passed again.
+
+        Returns:
+            the batch, with the target's own features where it was passed again.
+        """
         view = self._setting.view
         logits = self._decide(self._defense, point.z)
+        if self._apart and self.stops_early:
+            return self._judge_each(point, logits)
         if self._claims(logits):
             point = self._exact(point)
             self._judge(point, self._decide(self._defense, point.z))
@@ -546,7 +595,7 @@ class Trial:
             self._hold(point)
             self._prefer(point, logits, rough=True)
         if view is None:
-            return
+            return point
         apart = self._decide(view, point.z)
         if bool((self.batch.correct & (apart.argmax(dim=1) != self.batch.y) & ~self._broken).any()):
             point, self.start = self._exact(point), self._exact(self.start)
@@ -554,6 +603,18 @@ class Trial:
             self._judge_apart(point, self._decide(exact, point.z))
         elif not self.among_others:
             self._prefer(point, apart, rough=True)
+        return point
+
+    def _judge_each(self, point: Point, logits: Tensor) -> Point:
+        """The same where rows are decided apart: only what seems broken is passed again."""
+        rows = (self.counted & (logits.argmax(dim=1) != self.batch.y)).nonzero().flatten()
+        if len(rows):
+            with torch.no_grad():
+                z = point.z.index_copy(0, rows, self._features(point.x[rows]).to(point.z))
+            point = Point(point.x, z)
+            logits = self._decide(self._defense, z)
+        self._judge(point, logits)
+        return point
 
     def _exact(self, point: Point) -> Point:
         """The same points with the target's own features."""
@@ -606,11 +667,7 @@ class Trial:
         lower = lead < self._best_lead
         if rough:
             lower = lower & (lead > 0)
-        best = self._best
-        self._best = Point(
-            torch.where(_per_image(lower, point.x), point.x, best.x),
-            torch.where(_per_image(lower, point.z), point.z, best.z),
-        )
+        self._best = _mixed(lower, point, self._best)
         self._best_lead = torch.where(lower, lead, self._best_lead)
         if self._company is not None and isinstance(self._defense, OneAtATime):
             index = self._defense.company_index()
@@ -624,6 +681,11 @@ class _Answered:
 
     point: Point
     logits: Tensor
+
+
+def _mixed(mask: Tensor, new: Point, old: Point) -> Point:
+    """Some rows (a mask ``(B,)``) of one batch among the others of another."""
+    return Point(torch.where(_per_image(mask, new.x), new.x, old.x), torch.where(_per_image(mask, new.z), new.z, old.z))
 
 
 def _per_image(mask: Tensor, like: Tensor) -> Tensor:

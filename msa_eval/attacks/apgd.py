@@ -41,6 +41,7 @@ def apgd(
     start: Tensor | None = None,
     first_step: float = 2.0,
     draws: int = 1,
+    going: Callable[[], bool] = lambda: True,
     rho: float = 0.75,
     momentum: float = 0.75,
 ) -> Found:
@@ -52,7 +53,7 @@ def apgd(
 
     Args:
         logits: a differentiable map of the whole batch ``(B, ...)`` to logits ``(B, k)``; it is called
-            ``steps + 1`` times ``draws``, for the last point without gradient.
+            up to ``steps + 1`` times ``draws``, for the last point without gradient.
         x: images ``(B, C, H, W)`` in [0, 1].
         y: labels ``(B,)``.
         loss: what to raise.
@@ -63,6 +64,7 @@ def apgd(
         first_step: the first step size in units of ε; 2 in the paper.
         draws: calls for each point, over which values and gradients are averaged (expectation over transformation,
             for a model that answers at random).
+        going: asked after each point; the search ends where it returns false.
         rho: the share of improving steps below which a sample's step size is halved.
         momentum: the weight of the new step against the last move.
 
@@ -86,6 +88,8 @@ def apgd(
     since_check = 0
 
     for i in range(steps):
+        if not going():
+            break
         size = step.view(per_sample)
         weight = momentum if i else 1.0
         move = ball.project(point + size * ball.ascent(gradient), x) - point

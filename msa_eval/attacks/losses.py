@@ -108,20 +108,21 @@ def alternating(loss: Loss, *, calls: int = 1) -> Loss:
     return turn
 
 
-def focused(loss: Loss, counted: Tensor) -> Loss:
+def focused(loss: Loss, counted: Callable[[], Tensor]) -> Loss:
     """A loss that counts some samples only; the others get their mean, as company that is to help break them.
 
     Args:
         loss: one value a sample.
-        counted: a mask ``(B,)`` with at least one sample.
+        counted: the mask ``(B,)`` of those that count by now.
 
-    >>> focused(margin, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
+    >>> first = focused(margin, lambda: torch.tensor([True, False]))
+    >>> first(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2., -2.])
     """
 
     def focus(logits: Tensor, y: Tensor) -> Tensor:
-        value = loss(logits, y)
-        return torch.where(counted, value, value[counted].mean())
+        value, mask = loss(logits, y), counted()
+        return torch.where(mask, value, value[mask].mean())
 
     return focus
 

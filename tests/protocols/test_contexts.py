@@ -112,7 +112,7 @@ def test_among_others_is_the_batch_once_a_sample_and_so_is_its_gradient(name: st
     gradients = [torch.autograd.grad((value * weight).sum(), z)[0] for value in values]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
     one = torch.autograd.grad((surrogate.logits(views[0], z)[2] * weight[2]).sum(), z)[0]
-    assert float(one[2].abs().max()) == 0
+    assert float(one[2].abs().max()) < 1e-12 * float(one.abs().max())
     assert float(one.abs().max()) > 0
 
 

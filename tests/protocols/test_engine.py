@@ -518,7 +518,7 @@ def test_more_bad_input_is_named(call: Callable[[], Results], message: str) -> N
 
 
 def test_a_cascade_searches_only_for_what_still_stands() -> None:
-    """On a static target each run passes the standing samples, and every sample in its last pass."""
+    """On a static target each run passes the standing samples until they break, and at the end those that do not."""
     classifier = make_classifier()
     samples = make_samples(classifier, 30)
     keys = {"attack__apgd__runs": ["fc-oracle:margin"] * 4, "attack__apgd__combine": "cascade"}
@@ -527,13 +527,19 @@ def test_a_cascade_searches_only_for_what_still_stands() -> None:
     content |= {key.replace("__", "."): value for key, value in keys.items()} | {"threat.eps": 0.05}
     results = evaluate(classifier, samples, protocol=make_protocol(content))
     runs = results.attacks[results.attacks["attack"] == "apgd"]
-    standing = int(results.samples["clean_correct"].sum())
+    still = set(results.samples.loc[results.samples["clean_correct"], "index"])
+    began = len(still)
     steps = content["attack.apgd.steps"]
     for row in runs.to_dict(orient="records"):
-        assert row["forwards"] == standing * (steps + 1) + 30
-        assert row["backwards"] == standing * steps
-        standing -= row["newly_broken"]
-    assert standing < int(results.samples["clean_correct"].sum())
+        outcomes = results.outcomes[results.outcomes["run"] == row["run"]]
+        first = outcomes.loc[outcomes["first_iterate"] >= 0, "first_iterate"]
+        broken = first[outcomes["any_broken"] & outcomes["index"].isin(still)] + 1
+        unbroken = len(still) - len(broken)
+        searched = broken.sum() + unbroken * (steps + 1)
+        assert searched <= row["forwards"] <= searched + unbroken  # what ends where it began was passed before
+        assert row["backwards"] == broken.clip(upper=steps).sum() + unbroken * steps
+        still -= set(outcomes.loc[outcomes["any_broken"], "index"])
+    assert len(still) < began
     values = results.summary.set_index("metric")["value"]
     assert values["worst_case"] <= values["realised"] <= values["paper"] <= values["clean"]
 
