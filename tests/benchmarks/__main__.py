@@ -34,9 +34,11 @@ def parser() -> argparse.ArgumentParser:
     one = item("paper", "the paper's protocol, ours and composed of pyautoattack", hpm,
                samples=512, batch=64, steps=40, queries=1000, chunk=128)  # fmt: skip
     one.add_argument("--msa", action="store_true", help="let our default protocol take part")
-    item("standard", "msa and pyautoattack's standard", hpm, samples=128, batch=64, chunk=64)
-    item("static", "a static classifier, ours and peers at equal steps", both,
-         samples=512, batch=64, steps=20, chunk=128)  # fmt: skip
+    two = item("standard", "msa and pyautoattack's standard", hpm, samples=128, batch=64, chunk=64)
+    three = item("static", "a static classifier, ours and peers at equal steps", both,
+                 samples=512, batch=64, steps=20, chunk=128)  # fmt: skip
+    for search in (one, two, three):
+        search.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our search")
     item("growth", "time and memory against samples, classes, features, batch and context", (), steps=5, repeats=1)
     item("limit", "multiply-adds of the passes over what the trunk's convolutions reach", both,
          batch=64, steps=10, repeats=5)  # fmt: skip

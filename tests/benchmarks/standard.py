@@ -26,23 +26,26 @@ from .tally import Tally, until
 THEIRS = "pyautoattack"
 
 
-def run(name: str, *, samples: int, batch: int, chunk: int, out: Path) -> None:
+def run(name: str, *, samples: int, batch: int, chunk: int, precision: str, out: Path) -> None:
     """Let both attack the data in turns, and write ``standard.csv`` after every piece."""
     it = subject(name, samples)
     assert it.hpm is not None
     for target, model in (("defense", it.hpm), ("fc", it.fc)):
         tally, done = Tally(it.fc.trunk), 0
         for turn, piece in enumerate(it.chunks(chunk)):
-            turns = (partial(ours, model, it, piece, tally, batch), partial(theirs, model, it, piece, tally, batch))
+            turns = (
+                partial(ours, model, it, piece, tally, batch, precision),
+                partial(theirs, model, it, piece, tally, batch),
+            )
             for one in turns[:: -1 if turn % 2 else 1]:
                 one()
             done += len(piece)
-            tell(Sheet(out / "standard.csv", model=name, batch=batch, target=target), tally, done)
+            tell(Sheet(out / "standard.csv", model=name, batch=batch, target=target, precision=precision), tally, done)
 
 
-def ours(model: object, it: Subject, piece: Samples, tally: Tally, batch: int) -> None:
+def ours(model: object, it: Subject, piece: Samples, tally: Tally, batch: int, precision: str) -> None:
     """``msa`` in joint alone, without the audit's probes."""
-    search = partial(evaluate, model, piece, protocol=default(it.ball, batch), fc=False)
+    search = partial(evaluate, model, piece, protocol=default(it.ball, batch), fc=False, precision=precision)
     enter(tally, OURS, tally.measure(OURS, search))
 
 

@@ -3,6 +3,7 @@
     python -m tests.benchmarks static cifar10-wrn10-2 --samples 512 --steps 20
 
 Every contender makes one search of so many steps with cross-entropy from one start, ours as a whole evaluation.
+Ours leaves an image as it is once it is broken; the others go on with it.
 pyautoattack is run in both of its ways: as it comes, where it leaves out what is wrong from the start, and with
 ``best_loss=True``. Accuracy is of the returned points, judged by the model; ours also counts every iterate
 (``worst_case``). torchattacks and foolbox each want an environment of their own (docs/peers.md); one that is not
@@ -36,12 +37,13 @@ PEERS: Mapping[str, Mapping[str, object]] = {
 
 
 def protocol(ball: Ball, *, steps: int, batch: int) -> Protocol:
-    """One APGD run with cross-entropy through the model's own logits, and no audit."""
+    """One APGD run with cross-entropy through the model's own logits, for what is not broken yet, and no audit."""
     return make_protocol({
         "schema": 1, "name": "static", "version": 1, "description": "One run of APGD with cross-entropy.",
         "threat.norm": ball.norm, "threat.eps": ball.eps, "threat.contexts": ["joint"], "audit.samples": 0,
         "batches.size": batch, "batches.seed": 0, "attack.apgd.surrogates": ["fc-oracle"],
         "attack.apgd.losses": ["ce"], "attack.apgd.steps": steps, "attack.apgd.restarts": 1,
+        "attack.apgd.combine": "cascade",
     })  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def searches(it: Subject, steps: int) -> dict[str, rivals.Search]:
     return found
 
 
-def run(name: str, *, samples: int, batch: int, steps: int, chunk: int, out: Path) -> None:
+def run(name: str, *, samples: int, batch: int, steps: int, chunk: int, precision: str, out: Path) -> None:
     """Let all attack the data in turns, batch after batch, and write ``static.csv`` after every piece."""
     it = subject(name, samples)
     ours, others = protocol(it.ball, steps=steps, batch=batch), searches(it, steps)
@@ -75,11 +77,12 @@ def run(name: str, *, samples: int, batch: int, steps: int, chunk: int, out: Pat
         order = [OURS, *others]
         for contender in order[:: -1 if turn % 2 else 1]:
             if contender == OURS:
-                enter(tally, OURS, tally.measure(OURS, partial(evaluate, it.fc, piece, protocol=ours, fc=False)))
+                search = partial(evaluate, it.fc, piece, protocol=ours, fc=False, precision=precision)
+                enter(tally, OURS, tally.measure(OURS, search))
             else:
                 attack(it, contender, others[contender], piece, tally, batch)
         done += len(piece)
-        tell(Sheet(out / "static.csv", model=name, batch=batch, steps=steps), tally, done)
+        tell(Sheet(out / "static.csv", model=name, batch=batch, steps=steps, precision=precision), tally, done)
 
 
 def attack(it: Subject, contender: str, search: rivals.Search, piece: Samples, tally: Tally, batch: int) -> None:

@@ -50,21 +50,22 @@ RIVALRY = {
 }
 TABLES: Mapping[str, Table] = {
     "paper": Table(
-        {"of": "of", "steps": "steps", "queries": "queries", "contender": "contender"},
+        {"of": "of", "queries": "queries", "precision": "precision", "contender": "contender"},
         RIVALRY
+        | {"staying over it": Column("cpu, staying over it")}
         | {"decisions": Column("decisions", COUNT), "clean": Column("clean", *SHARE)}
         | {"`msa` until there over it": Column("cpu, msa until there over it", "{:.3f}")}
         | {"`paper`": Column("paper", *SHARE), "worst case": Column("worst_case", *SHARE)},
         lambda table: table["run"] == "all",
     ),
     "standard": Table(
-        {"model": "model", "target": "target", "contender": "contender"},
+        {"model": "model", "target": "target", "precision": "precision", "contender": "contender"},
         RIVALRY
         | {"ours until there over it": Column("cpu, ours until there over it", "{:.3f}")}
         | {"worst case": Column("worst_case", *SHARE), "own count": Column("own_count", *SHARE)},
     ),
     "static": Table(
-        {"model": "model", "steps": "steps", "contender": "contender"},
+        {"model": "model", "steps": "steps", "precision": "precision", "contender": "contender"},
         RIVALRY | {"final": Column("final", *SHARE), "worst case": Column("worst_case", *SHARE)},
     ),
     "overhead": Table(
