@@ -51,7 +51,9 @@ class Watched(HPM):
         return super().features(x)
 
 
-def _searched(search: Search, kind: str, surrogate: str) -> tuple[Watched, Batch, list[Tensor], Outcome, Trial]:
+def _searched(
+    search: Search, kind: str, surrogate: str, *, early: bool = False
+) -> tuple[Watched, Batch, list[Tensor], Outcome, Trial]:
     """One APGD run; with the points that the attack asked about."""
     hpm: Any = make_hpm().requires_grad_(False)
     hpm.__class__ = Watched
@@ -60,7 +62,7 @@ def _searched(search: Search, kind: str, surrogate: str) -> tuple[Watched, Batch
     hpm.asked.clear()
     target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
     views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
-    setting = Setting(view=views.get(kind), keep=True, search=search)
+    setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
     trial = Trial(target, get(surrogate), batch, BALL, setting=setting)
     asked: list[Tensor] = []
     call = trial._judge_point
@@ -85,12 +87,15 @@ def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
     return torch.stack([-margin(logits, batch.y) for logits in shown]).amin(dim=0)
 
 
-@pytest.mark.parametrize("kind", ["joint", "solo", "image", "companions"])
+@pytest.mark.parametrize(
+    ("kind", "early"),
+    [("joint", False), ("solo", False), ("image", False), ("companions", False), ("joint", True), ("solo", True)],
+)
 @pytest.mark.parametrize("surrogate", ["soft-hybrid", "ste"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 3.0])
-def test_only_what_the_target_says_counts(kind: str, surrogate: str, share: float) -> None:
+def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str, share: float) -> None:
     """Whatever the search's features say; and where they are the target's own, all that the target says does."""
-    hpm, batch, asked, outcome, trial = _searched(_distorted(share), kind, surrogate)
+    hpm, batch, asked, outcome, trial = _searched(_distorted(share), kind, surrogate, early=early)
     leads = torch.stack([_leads(hpm, batch, x, kind) for x in asked])
     really = (leads.amin(dim=0) < 0) & batch.correct
     broken = outcome.any_broken & batch.correct

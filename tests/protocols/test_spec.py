@@ -137,6 +137,8 @@ def test_files_that_are_no_protocol(tmp_path: Path) -> None:
         ({"runs": ["ste:ce"], "losses": ["ce"]}, "attack.apgd.losses has no meaning beside it"),
         ({"runs": ["ste:ce"], "combine": "mean"}, "can't be combined by mean or alternate"),
         ({"combine": "mean", "moves": ["companions"]}, "leave attack.apgd.moves out"),
+        ({"moves": ["standing"]}, "only a cascade knows what stands"),
+        ({"runs": ["ste:ce:standing"]}, "only a cascade knows what stands"),
         ({"combine": "mixed"}, "attack.apgd.combine: expected one of separate, mean, alternate, cascade"),
         ({"victim": 3}, "no run moves companions"),
         ({"victim": 3, "moves": ["rows"]}, "attack.apgd.moves: expected"),

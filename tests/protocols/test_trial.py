@@ -544,3 +544,95 @@ def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: flo
     for _ in range(40):
         trial(x)
     assert float(trial.finish(x).any_broken.float().mean()) == pytest.approx(broken, abs=0.11)
+
+
+def _watched(target: Any, batch: Batch, setting: Setting, surrogate: str, *, mixes_rows: bool) -> Any:
+    """One APGD run with every batch that was judged, the final one last."""
+    trial = Trial(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
+    seen: list[Tensor] = []
+    judge_point = trial._judge_point
+
+    def watched(point: Point, logits: Tensor) -> None:
+        seen.append(point.x)
+        judge_point(point, logits)
+
+    trial._judge_point = watched  # type: ignore[method-assign]
+    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
+    return outcome, [*seen, trial._final.x], trial
+
+
+@pytest.mark.parametrize("kind", ["static", "solo"])
+def test_what_breaks_apart_from_the_others_is_passed_no_more_and_nothing_else_changes(kind: str) -> None:
+    model: Any = (make_classifier() if kind == "static" else make_hpm()).requires_grad_(False)
+    batch = _batch(model, model)
+    target = model if kind == "static" else OneAtATime(model, batch.z)
+    whole, early = (
+        _watched(target, batch, Setting(early_stop=stops, keep=True), "ste", mixes_rows=kind == "solo")
+        for stops in (False, True)
+    )
+    assert torch.equal(whole[0].any_broken, early[0].any_broken)
+    assert torch.equal(whole[0].first_iterate, early[0].first_iterate)
+    broken = early[0].any_broken & batch.correct
+    assert 0 < int(broken.sum()) < int(batch.correct.sum())
+    torch.testing.assert_close(whole[1][-1][~broken], early[1][-1][~broken])
+    first = early[0].first_iterate[broken]
+    unbroken = int((batch.correct & ~broken).sum())
+    assert early[0].forwards == int((first + 1).sum()) + unbroken * (12 + 2)
+    assert early[0].backwards == int((first + 1).clamp(max=12).sum()) + unbroken * 12
+    assert early[0].forwards < whole[0].forwards
+    for i in broken.nonzero().flatten().tolist():  # it ends where it broke
+        assert torch.equal(early[1][-1][i], early[1][int(early[0].first_iterate[i])][i])
+    assert bool(early[0].final_broken[broken].all())
+
+
+def test_in_a_batch_that_is_decided_together_what_broke_stays_and_keeps_the_others_company() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    setting = Setting(counted=batch.correct, stays=True, early_stop=True, keep=True)
+    outcome, seen, trial = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
+    _check(outcome, _naive(hpm, batch, seen))
+    broken = outcome.any_broken & batch.correct
+    assert 0 < int(broken.sum()) < int(batch.correct.sum())
+    for i, first in enumerate(outcome.first_iterate.tolist()):
+        still = seen if not batch.correct[i] else seen[first:] if broken[i] else []
+        assert all(torch.equal(x[i], still[0][i]) for x in still)
+    moved = int(batch.correct.sum()) * 13
+    assert outcome.forwards < moved + 24 * (1 + len(set(outcome.first_iterate[broken].tolist())))
+    assert outcome.backwards < int(batch.correct.sum()) * 12
+    proven = torch.zeros_like(broken)
+    for finding in trial.trace().findings:
+        proven |= finding.breaks
+        assert bool((hpm(finding.x).argmax(dim=1) != batch.y)[finding.breaks].all())
+    assert torch.equal(proven, broken)
+
+
+def test_a_search_ends_when_nothing_stands() -> None:
+    classifier = make_classifier().requires_grad_(False)
+    batch = _batch(classifier, classifier)
+    far = Ball("Linf", 1.0)
+    trial = Trial(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
+    calls = []
+    call = trial._pass
+    trial._pass = lambda x: (calls.append(len(x)), call(x))[1]  # type: ignore[method-assign]
+    outcome = trial.finish(ApgdAttack("margin", steps=50)(trial, torch.Generator().manual_seed(0)))
+    assert bool(outcome.any_broken[batch.correct].all())
+    assert len(calls) == int(outcome.first_iterate[batch.correct].max()) + 1 < 51
+
+
+def test_what_breaks_within_rounding_is_searched_for_on() -> None:
+    """A lead of minus a hundred-thousandth of the logits' size breaks, but another pass may round it away."""
+    size = torch.tensor([[1.0, 1.0 + 1e-5], [1.0, 1.1]])
+
+    class Fixed(nn.Module):
+        def features(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+        def logits(self, z: Tensor) -> Tensor:
+            return size[: len(z)] + 0 * z
+
+    x = torch.full((2, 2, 1, 1), 0.5)
+    batch = Batch(0, x, torch.zeros(2, dtype=torch.long), x.flatten(1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    trial = Trial(Fixed(), get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
+    trial(x)
+    assert trial.broken.tolist() == [True, True]
+    assert trial.counted.tolist() == [True, False]
