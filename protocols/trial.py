@@ -549,7 +549,7 @@ class Trial:
             self._stop_early(self._judge_rough(point))
             return
         if self._moving is not None and not self._apart:
-            self._stop_early(self._believed(point, self.counted, confirmed=False))
+            self._stop_early(self._believed(point, self.counted, confirmed=False).point)
             return
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
         is_verdict = self._surrogate == STE and setting.view is None and setting.draws == 1 and self._moving is None
@@ -564,22 +564,21 @@ class Trial:
         self._judge(point, verdict)
         if setting.view is not None:
             self._judge_apart(point, self._decide(setting.view, point.z))
-        self._stop_early(_Answered(point, verdict))
+        self._stop_early(point)
 
-    def _stop_early(self, judged: _Answered) -> None:
+    def _stop_early(self, point: Point) -> None:
         """Search no more for what is broken by more than rounding: it stays where it is."""
         done = self.counted & self._broken & (self._best_lead < -NEAR_TIE * self._scale)
         if not self.stops_early or not bool(done.any()):
             return
-        self.start = _mixed(done, judged.point, self.start)
-        self._kept = _Answered(self.start, torch.where(done.unsqueeze(1), judged.logits, self._kept.logits))
+        self.start = _mixed(done, point, self.start)
         self.search_for(self.counted & ~done)
 
-    def _judge_rough(self, point: Point) -> _Answered:
+    def _judge_rough(self, point: Point) -> Point:
         """Judge a batch by features of the search's own: what it seems to break counts once it was passed again.
 
         Returns:
-            the batch and the answer, by the target's own features where it was passed again.
+            the batch, with the target's own features where it was passed again.
         """
         view = self._setting.view
         logits = self._decide(self._defense, point.z)
@@ -587,13 +586,12 @@ class Trial:
             return self._judge_each(point, logits)
         if self._claims(logits):
             point = self._exact(point)
-            logits = self._decide(self._defense, point.z)
-            self._judge(point, logits)
+            self._judge(point, self._decide(self._defense, point.z))
         else:
             self._hold(point)
             self._prefer(point, logits, rough=True)
         if view is None:
-            return _Answered(point, logits)
+            return point
         apart = self._decide(view, point.z)
         if bool((self.batch.correct & (apart.argmax(dim=1) != self.batch.y) & ~self._broken).any()):
             point, self.start = self._exact(point), self._exact(self.start)
@@ -601,9 +599,9 @@ class Trial:
             self._judge_apart(point, self._decide(exact, point.z))
         elif not self.among_others:
             self._prefer(point, apart, rough=True)
-        return _Answered(point, logits)
+        return point
 
-    def _judge_each(self, point: Point, logits: Tensor) -> _Answered:
+    def _judge_each(self, point: Point, logits: Tensor) -> Point:
         """The same where rows are decided apart: only what seems broken is passed again."""
         rows = (self.counted & (logits.argmax(dim=1) != self.batch.y)).nonzero().flatten()
         if len(rows):
@@ -612,7 +610,7 @@ class Trial:
             point = Point(point.x, z)
             logits = self._decide(self._defense, z)
         self._judge(point, logits)
-        return _Answered(point, logits)
+        return point
 
     def _exact(self, point: Point) -> Point:
         """The same points with the target's own features."""

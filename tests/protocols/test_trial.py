@@ -570,6 +570,8 @@ def test_what_breaks_apart_from_the_others_is_passed_no_more_and_nothing_else_ch
         _watched(target, batch, Setting(early_stop=stops, keep=True), "ste", mixes_rows=kind == "solo")
         for stops in (False, True)
     )
+    for outcome, seen, _ in (whole, early):
+        _check(outcome, _naive(target, batch, seen))
     assert torch.equal(whole[0].any_broken, early[0].any_broken)
     assert torch.equal(whole[0].first_iterate, early[0].first_iterate)
     broken = early[0].any_broken & batch.correct
@@ -636,3 +638,23 @@ def test_what_breaks_within_rounding_is_searched_for_on() -> None:
     trial(x)
     assert trial.broken.tolist() == [True, True]
     assert trial.counted.tolist() == [True, False]
+
+
+def test_what_parts_of_a_batch_claim_together_is_confirmed_by_the_whole() -> None:
+    """A trunk that lies where it is given a part of the batch alone breaks nothing."""
+
+    class Sly(HPM):
+        def features(self, x: Tensor) -> Tensor:
+            z = super().features(x)
+            return z if len(x) == 24 else -z
+
+    hpm: Any = make_hpm().requires_grad_(False)
+    hpm.__class__ = Sly
+    batch = _batch(hpm, hpm)
+    counted = batch.correct & (torch.arange(24) < 12)
+    setting = Setting(counted=counted, stays=True, early_stop=True, keep=True)
+    outcome, seen, trial = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
+    _check(outcome, _naive(hpm, batch, seen))
+    assert outcome.forwards > int(counted.sum()) * 13 + 24  # its claims were passed again
+    for finding in trial.trace().findings:
+        assert bool((hpm(finding.x).argmax(dim=1) != batch.y)[finding.breaks].all())
