@@ -28,6 +28,7 @@ from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor
 
+from msa_eval.arithmetic import exact
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
@@ -68,6 +69,7 @@ class AuditReport:
         return own if self.fc is None else pd.concat([own, self.fc.to_frame()], ignore_index=True)
 
 
+@exact()
 def audit(
     target: object,
     x: Samples | Tensor | Any,

@@ -21,6 +21,7 @@ from msa_eval.protocols.trial import Batch, Trial
 from msa_eval.protocols.verify import Reopened, reopen
 from torch import Tensor
 
+from msa_eval.arithmetic import exact
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, without_weight_gradients
@@ -93,6 +94,7 @@ def budgeted(
     return PeerSpec(name, () if peer.gradient_free and not surrogates else tuple(surrogates) or SURROGATES, 1, options)
 
 
+@exact()
 def crosscheck(
     folder: str | Path,
     target: object,

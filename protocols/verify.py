@@ -29,6 +29,7 @@ from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import Protocol, make_protocol
 from torch import Tensor
 
+from msa_eval.arithmetic import exact
 from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
@@ -91,6 +92,7 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
 
+@exact()
 def verify(
     folder: str | Path,
     target: object,

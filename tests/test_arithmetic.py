@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.audit import audit
+from msa_eval.protocols.crosscheck import crosscheck
+from msa_eval.protocols.verify import verify
+from proofs import make_results
+from torch import Tensor
+from toys import make_hpm, make_samples
 
+from msa_eval import HPM, evaluate
 from msa_eval.arithmetic import WORKSPACE, _settings, exact
 
 
@@ -43,3 +53,42 @@ def test_no_product_is_rounded_to_bfloat16() -> None:
             torch.testing.assert_close(a @ a, expected, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_float32_matmul_precision(held)
+
+
+class Asking(HPM):
+    """Notes, at every pass, whether products are rounded."""
+
+    rounded: list[bool]
+
+    def features(self, x: Tensor) -> Tensor:
+        self.rounded.append(any(getattr(place, name) != value for place, name, value in _settings()))
+        return super().features(x)
+
+
+def test_whatever_judges_a_target_rounds_no_products(tmp_path: Path) -> None:
+    hpm: Any = make_hpm()
+    hpm.__class__ = Asking
+    hpm.rounded = []
+    samples = make_samples(hpm, 16)
+    make_results(hpm, samples, tmp_path)
+    small = make_protocol({
+        "schema": 1, "name": "small", "version": 1, "description": "A test.", "threat": {"norm": "Linf", "eps": 0.05},
+        "attack": {"square": {"queries": 3}}, "audit": {"samples": 0}, "batches": {"size": 8},
+    })  # fmt: skip
+    before = [(place, name, getattr(place, name)) for place, name, _ in _settings()]
+    try:
+        for place, name, value in _settings():
+            setattr(place, name, "tf32" if value == "ieee" else True)
+        for judge in (
+            lambda: evaluate(hpm, samples, protocol=small),
+            lambda: verify(tmp_path, hpm, samples),
+            lambda: audit(hpm, samples, protocol=small),
+            lambda: crosscheck(tmp_path, hpm, samples, peers=["autoattack:apgd-ce"], steps=2, contexts=["joint"]),
+        ):
+            hpm.rounded.clear()
+            judge()
+            assert hpm.rounded
+            assert not any(hpm.rounded)
+    finally:
+        for place, name, held in before:
+            setattr(place, name, held)
