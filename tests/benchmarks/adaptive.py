@@ -1,6 +1,6 @@
 """An attack written for HPM alone, against the samples that results call robust where each is decided in its own batch.
 
-    python -m tests.benchmarks.adaptive results/digits digits --context composed --passes 740 --seed 0
+    python -m tests.benchmarks adaptive results/digits digits --context composed --passes 740 --seed 0
 
 It shares no search with the engine: steps with momentum through one of four gradients of HPM's decision, from the image
 or at random, towards one of the likeliest classes. In ``composed`` each try begins among the images whose FC softmax
@@ -84,7 +84,7 @@ class Adaptive:
         """One try: every point ``(n, C, H, W)`` and who sits beside it, each after a pass."""
         n, draw = len(self.y), self.draw
         others = self.clean.scatter(1, self.y.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
-        toward = others.gather(1, torch.randint(RANKS, (n, 1), generator=draw)).squeeze(1)
+        toward = others.gather(1, torch.randint(min(RANKS, others.shape[1] - 1), (n, 1), generator=draw)).squeeze(1)
         route = ROUTES[int(torch.randint(len(ROUTES), (), generator=draw))]
         wide = bool(torch.rand((), generator=draw) < 0.3)  # whether steps count every class, not the one aimed at
         x = self.ball.random(self.x, draw) if torch.rand((), generator=draw) < 0.5 else self.x
