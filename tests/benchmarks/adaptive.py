@@ -1,4 +1,4 @@
-"""An attack written for HPM alone, against the samples that results call robust where each is decided in its own batch.
+"""An attack written for HPM alone, against the samples that results call robust.
 
     python -m tests.benchmarks adaptive results/digits digits --context composed --passes 740 --seed 0
 
@@ -6,7 +6,9 @@ It shares no search with the engine: steps with momentum through one of four gra
 or at random, towards one of the likeliest classes. In ``composed`` each try begins among the images whose FC softmax
 says most, or least, of the label and of the class aimed at, and at some steps all such companies are tried again, and
 then swaps of one image. Which of these it does is drawn anew for every try and sample, so a run with another seed is
-another attack. A break counts when HPM itself, asked about the whole batch, is wrong.
+another attack. In ``joint`` the whole batch moves against one survivor after another, from where its lead was lowest or
+anew, and a pass of the batch is one of each survivor's. A break counts when HPM itself, asked about the whole batch, is
+wrong.
 """
 
 from __future__ import annotations
@@ -162,12 +164,53 @@ class Adaptive:
         return int(logits[0].argmax()) != int(self.y[i])
 
 
+def together(hpm: HPM, x: Tensor, y: Tensor, left: list[int], ball: Ball, passes: int, seed: int) -> dict[int, int]:
+    """Move a whole batch ``(B, C, H, W)`` against its survivors; the places of those broken, and after what passes."""
+    draw, found, made = torch.Generator().manual_seed(seed), {}, 0
+    best = dict.fromkeys(left, (torch.inf, x))
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=draw))
+
+    for turn in itertools.count():
+        standing = [row for row in left if row not in found]
+        if not standing or made + STEPS + 1 > passes:
+            return found
+        victim = standing[turn % len(standing)]
+        label, route, anew = int(y[victim]), ROUTES[pick(len(ROUTES))], pick(2) == 0
+        point = ball.random(x, draw) if anew else best[victim][1]
+        rank, momentum = pick(3), torch.zeros_like(x)
+        for step in range(STEPS + 1):
+            point = point.detach().requires_grad_(step < STEPS)
+            with torch.set_grad_enabled(step < STEPS):
+                z = hpm.features(point)
+                logits = hpm.logits(z, **route)  # type: ignore[arg-type]
+            made += 1
+            with torch.no_grad():
+                hard = hpm.logits(z)
+                others = hard.scatter(1, y.unsqueeze(1), -torch.inf)
+                leads = hard.gather(1, y.unsqueeze(1)).squeeze(1) - others.amax(dim=1)
+            for row in standing:
+                best[row] = min(best[row], (float(leads[row]), point.detach()), key=lambda held: held[0])
+                if leads[row] < 0:
+                    found.setdefault(row, made)
+            if step == STEPS or victim in found:
+                break
+            if step % 10 == 0:
+                toward = int(others[victim].argsort(descending=True)[rank if step == 0 else 0])
+            (slope,) = torch.autograd.grad(logits[victim, label] - logits[victim, toward], point)
+            momentum = 0.75 * momentum - ball.unit(slope)
+            length = ball.eps * (1 - 0.98 * step / (STEPS - 1))
+            point = ball.project(point.detach() + length * ball.ascent(momentum), x)
+    raise AssertionError("the turns have no end")
+
+
 def main() -> None:
     """Attack the survivors of one context, and tell what broke."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("model", choices=("digits", "cifar10-wrn10-2"))
-    parser.add_argument("--context", choices=("solo", "alone", "composed"), default="composed")
+    parser.add_argument("--context", choices=("joint", "solo", "alone", "composed"), default="composed")
     parser.add_argument("--passes", type=int, default=740)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--everyone", action="store_true", help="attack every sample that is right, for comparison")
@@ -186,7 +229,13 @@ def main() -> None:
     ball = Ball(threat["norm"], float(Fraction(threat["eps"])))
     groups = results.batches.groupby("batch")["index"].apply(list)
     broken: dict[int, int] = {}
-    for size in sorted({len(group) for group in groups}):
+    if options.context == "joint":
+        for number, rows in left.groupby("batch"):
+            seats = torch.tensor(groups[number])
+            places = [groups[number].index(i) for i in rows["index"]]
+            hits = together(hpm, data.x[seats], data.y[seats], places, ball, options.passes, options.seed)
+            broken |= {int(seats[row]): made for row, made in hits.items()}
+    for size in sorted({len(group) for group in groups} if options.context != "joint" else ()):
         rows = left[left["batch"].map(groups.map(len)) == size]
         if rows.empty:
             continue

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from benchmarks.adaptive import STEPS, Adaptive
+from benchmarks.adaptive import STEPS, Adaptive, together
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks import Ball
@@ -47,3 +47,15 @@ def test_it_breaks_what_can_be_broken_and_nothing_else(context: str) -> None:
     assert set(_attack(1.0, context).run(2 * (STEPS + 1))) >= right
     assert not set(_attack(1e-6, context).run(2 * (STEPS + 1))) & right or context == "composed"
     assert _attack(1.0, context).run(STEPS) == {}  # no try fits into so few passes
+
+
+def test_a_whole_batch_is_moved_and_its_survivors_break_or_do_not() -> None:
+    hpm: Any = make_hpm().requires_grad_(False)
+    samples = make_samples(hpm, 12)
+    right = (hpm(samples.x).argmax(dim=1) == samples.y).nonzero().flatten().tolist()
+
+    def broken(eps: float, passes: int) -> dict[int, int]:
+        return together(hpm, samples.x, samples.y, right, Ball("Linf", eps), passes, seed=0)
+
+    assert set(broken(1.0, 20 * (STEPS + 1))) == set(right)
+    assert broken(1e-6, 2 * (STEPS + 1)) == broken(1.0, STEPS) == {}
