@@ -3,7 +3,7 @@
     python -m tests.benchmarks limit cifar10-wrn10-2 --steps 10
 
 Each convolution and linear layer of the trunk is run alone at its shapes, forward and back to its input (no weight
-gradients), and its shortest time counts. A protocol's passes would take as long as these together if there were nothing
+gradients), with channels last as a search lays them out, and its shortest time counts. A protocol's passes would take as long as these together if there were nothing
 else to do. In turns with them runs the paper's protocol, or on a static classifier one APGD run; it says how much of
 its time was inside the trunk, and how much of it the layers would have taken.
 """
@@ -55,6 +55,8 @@ class Layer(NamedTuple):
     def backward(self) -> Callable[[], object]:
         """What makes the gradient of its input alone, its output's being given."""
         gradient, weight = torch.ones(self.shape), self.module.weight
+        if gradient.ndim == 4:
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
         if isinstance(self.module, nn.Linear):
             return lambda: gradient @ weight
         conv = self.module
@@ -75,7 +77,7 @@ def layers(trunk: nn.Module, x: Tensor) -> list[Layer]:
 
     hooks = [m.register_forward_hook(note) for m in trunk.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
-        trunk(x)
+        trunk(x.contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     return found
