@@ -350,13 +350,15 @@ class Trial:
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
         """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
         kept = self._kept.point
+        new = points[rows]
+        self._hold(new, rows)
         with torch.no_grad():
-            new = self._features(points[rows])
+            new = self._features(new)
         z = kept.z.clone()
         z[rows] = new.to(z)
         x = torch.where(_per_image(rows, points), points, kept.x)
         self._iterate += 1
-        self._proposed = self._believed(Point(x, z), rows, confirmed=bool(rows.all()))
+        self._proposed = self._believed(Point(x, z), rows, confirmed=bool(rows.all()), held=True)
         return self._proposed.logits
 
     def accept(self, rows: Tensor) -> Tensor:
@@ -366,7 +368,7 @@ class Trial:
         new, old = self._proposed.point, self._kept.point
         mixed = _mixed(rows, new, old)
         if self._mixes_rows:
-            self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False)
+            self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False, held=True)
         else:
             # Put together, not decided: the next proposal or the final pass judges a batch that was.
             logits = torch.where(rows.unsqueeze(1), self._proposed.logits, self._kept.logits)
@@ -515,7 +517,7 @@ class Trial:
             logits = torch.where(claimed.unsqueeze(1), again, logits)
         return logits
 
-    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool) -> _Answered:
+    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool, held: bool = False) -> _Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole."""
         if self._mixes_rows:
             logits = self._decide(self._defense, point.z)
@@ -524,7 +526,7 @@ class Trial:
         if not confirmed and self._claims(logits):
             point = self._exact(point)
             logits = self._decide(self._defense, point.z)
-        self._judge(point, logits)
+        self._judge(point, logits, held=held)
         return _Answered(point, logits)
 
     def _decide_some(self, z: Tensor, rows: Tensor, others: Tensor) -> Tensor:
@@ -588,7 +590,7 @@ class Trial:
             point = self._exact(point)
             self._judge(point, self._decide(self._defense, point.z))
         else:
-            self._hold(point)
+            self._hold(point.x)
             self._prefer(point, logits, rough=True)
         if view is None:
             return point
@@ -617,18 +619,21 @@ class Trial:
         with torch.no_grad():
             return Point(point.x, self._features(point.x))
 
-    def _hold(self, point: Point) -> None:
-        """Hold a batch to the ball and the box."""
-        self._excess = torch.maximum(self._excess, self.ball.excess(point.x, self.batch.x).amax())
+    def _hold(self, points: Tensor, rows: Tensor | None = None) -> None:
+        """Hold a batch, or the points of some rows (a mask ``(B,)``), to the ball and the box."""
+        clean = self.batch.x if rows is None else self.batch.x[rows]
+        if len(points):
+            self._excess = torch.maximum(self._excess, self.ball.excess(points, clean).amax())
 
-    def _judge(self, point: Point, logits: Tensor) -> None:
-        """Enter the verdict on a batch."""
+    def _judge(self, point: Point, logits: Tensor, *, held: bool = False) -> None:
+        """Enter the verdict on a batch, whose points are held to the ball unless they were."""
         correct = self.batch.correct
         wrong = self._enter(logits, point, None)
         self._prefer(point, logits)
         fewer = (~wrong & correct).sum() < self._committed.sum()
         self._committed = torch.where(fewer, ~wrong & correct, self._committed)
-        self._hold(point)
+        if not held:
+            self._hold(point.x)
 
     def _judge_apart(self, point: Point, logits: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once."""
@@ -663,6 +668,8 @@ class Trial:
         lower = lead < self._best_lead
         if rough:
             lower = lower & (lead > 0)
+        if not bool(lower.any()):
+            return
         self._best = _mixed(lower, point, self._best)
         self._best_lead = torch.where(lower, lead, self._best_lead)
         if self._company is not None and isinstance(self._defense, OneAtATime):

@@ -3,9 +3,10 @@
     python -m tests.benchmarks limit cifar10-wrn10-2 --steps 10
 
 Each convolution and linear layer of the trunk is run alone at its shapes, forward and back to its input (no weight
-gradients), with channels last as a search lays them out, and its shortest time counts. A protocol's passes would take as long as these together if there were nothing
-else to do. In turns with them runs the paper's protocol, or on a static classifier one APGD run; it says how much of
-its time was inside the trunk, and how much of it the layers would have taken.
+gradients), with channels last as a search lays them out, and its shortest time counts. A protocol's passes would take
+as long as these together if there were nothing else to do. In turns with them runs the paper's protocol, or on a
+static classifier one APGD run; it says how much of its time was inside the trunk, and how much of it the layers would
+have taken.
 """
 
 from __future__ import annotations
