@@ -223,6 +223,8 @@ def main() -> None:
     left = left if options.everyone else left[left["robust"]]
     budget = CompositionBudget()
     chosen = torch.tensor(sorted(results.batches["index"]))
+    first = torch.arange(int(chosen.max()) + 1)
+    data = Samples.of(data.images(first), data.y[first])
     drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(len(chosen)))[: budget.pool]
     pool = chosen[drawn] if options.context == "composed" else None  # as `CleanBatches.pool` draws it
     threat = tomllib.loads(results.run["protocol"]["text"])["threat"]
