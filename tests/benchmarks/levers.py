@@ -84,6 +84,7 @@ def levers(model: nn.Module, *, compiled: bool) -> list[Lever]:
         Lever("folded", folded),
         Lever("folded-channels-last", reordered(folded), last),
         Lever("bf16", model, around=bf16),
+        Lever("bf16-channels-last-images", model, last, bf16),
         Lever("bf16-folded-channels-last", reordered(folded), last, bf16),
     ]
     if compiled:
