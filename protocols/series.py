@@ -125,10 +125,12 @@ class Series:
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
         keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
-        trail = context == "joint" and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
-        # Attacks of others are shown the target's own features; without a trunk a search has no others.
+        mixed = context == "joint" and any(o.label in ("pursuit", "recombination") for o in self.runs)
+        trail = mixed and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
+        # Attacks of others are shown the target's own features; without a trunk a search has no others. Mixtures are
+        # decided by the features of their points, and rounded ones decide other mixtures.
         whole = isinstance(plain(self.entrant.defense), WholeModel)
-        search = EXACT if run.loss == OWN or whole else self.entrant.search
+        search = EXACT if run.loss == OWN or whole or mixed else self.entrant.search
         setting = dataclasses.replace(
             setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
         )  # fmt: skip

@@ -201,3 +201,32 @@ def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
     assert choose("fp32", hpm, x) == Search("fp32")
     with pytest.raises(ValueError, match="unknown precision 'fp16'"):
         choose("fp16", hpm, x)
+
+
+class Rounding(HPM):
+    """Notes whether it is asked for rounded features."""
+
+    rounded: list[bool]
+
+    def features(self, x: Tensor) -> Tensor:
+        self.rounded.append(torch.is_autocast_enabled("cpu"))
+        return super().features(x)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "context", "rounds"), [(True, "joint", False), (True, "solo", True), (False, "joint", True)]
+)
+def test_points_that_are_mixed_have_features_of_the_target_itself(mixing: bool, context: str, rounds: bool) -> None:
+    hpm: Any = make_hpm()
+    hpm.__class__ = Rounding
+    hpm.rounded = []
+    attack = {"apgd": {"combine": "cascade", "surrogates": ["fc-oracle"], "losses": ["margin"], "steps": 3}}
+    if mixing:
+        attack["recombination"] = {"sweeps": 1, "passes": 24}
+    small = {"threat": {"norm": "Linf", "eps": 0.1, "contexts": [context]}, "batches": {"size": 8}}
+    about = {"schema": 1, "name": "small", "version": 1, "description": "A test.", "audit": {"samples": 0}}
+    protocol = make_protocol({**about, **small, "attack": attack})
+    hpm.rounded.clear()
+    evaluate(hpm, make_samples(hpm, 16), protocol=protocol, fc=False, precision="bf16")
+    assert any(hpm.rounded) == rounds
+    assert not all(hpm.rounded)
