@@ -605,13 +605,17 @@ class Trial:
 
     def _judge_each(self, point: Point, logits: Tensor) -> Point:
         """The same where rows are decided apart: only what seems broken is passed again."""
-        rows = (self.counted & (logits.argmax(dim=1) != self.batch.y)).nonzero().flatten()
-        if len(rows):
+        claimed = self.counted & (logits.argmax(dim=1) != self.batch.y)
+        self._prefer(point, torch.where(claimed.unsqueeze(1), self.batch.logits, logits), rough=True)
+        if bool(claimed.any()):
+            rows = claimed.nonzero().flatten()
             with torch.no_grad():
                 z = point.z.index_copy(0, rows, self._features(point.x[rows]).to(point.z))
             point = Point(point.x, z)
             logits = self._decide(self._defense, z)
-        self._judge(point, logits)
+        # What is searched for on has rounded features: of these nothing is entered.
+        entered = claimed | ~self.counted
+        self._judge(point, torch.where(entered.unsqueeze(1), logits, self.batch.logits))
         return point
 
     def _exact(self, point: Point) -> Point:

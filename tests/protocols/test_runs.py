@@ -188,6 +188,14 @@ def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
     assert {run.moves for run in _runs(make_classifier(), **listed)} == {"batch"}
 
 
+def test_what_stands_is_moved_alone_where_samples_are_decided_together() -> None:
+    listed = {"attack__apgd__moves": ["standing"], "attack__apgd__combine": "cascade"}
+    runs = [run for run in _runs(make_hpm(), "quick", **listed) if run.label == "apgd"]
+    assert {run.moves for run in runs} == {"standing"}
+    assert {run.attack_name for run in runs} == {"apgd-standing"}
+    assert {run.moves for run in _runs(make_classifier(), "quick", **listed)} == {"batch"}
+
+
 def test_a_cascade_starts_at_random_then_from_the_best_and_again_at_random_where_it_repeats() -> None:
     runs = _runs(make_hpm(), "quick", attack__apgd__combine="cascade", attack__apgd__restarts=2)
     starts = [run.attack.from_start for run in runs if isinstance(run.attack, ApgdAttack)]

@@ -52,7 +52,7 @@ class Watched(HPM):
 
 
 def _searched(
-    search: Search, kind: str, surrogate: str, *, early: bool = False
+    search: Search, kind: str, surrogate: str, *, early: bool = False, ball: Ball = BALL
 ) -> tuple[Watched, Batch, list[Tensor], Outcome, Trial]:
     """One APGD run; with the points that the attack asked about."""
     hpm: Any = make_hpm().requires_grad_(False)
@@ -63,7 +63,7 @@ def _searched(
     target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
     views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
     setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
-    trial = Trial(target, get(surrogate), batch, BALL, setting=setting)
+    trial = Trial(target, get(surrogate), batch, ball, setting=setting)
     asked: list[Tensor] = []
     call = trial._judge_point
 
@@ -101,6 +101,9 @@ def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str
     broken = outcome.any_broken & batch.correct
     assert bool((really | ~broken).all())
     assert bool((outcome.min_margin >= torch.minimum(leads.amin(dim=0), -margin(batch.logits, batch.y)) - 1e-5).all())
+    shown = torch.cat([leads, -margin(batch.logits, batch.y).unsqueeze(0)])
+    if kind in ("joint", "solo"):  # a lead that the target itself gave
+        assert bool(((shown - outcome.min_margin).abs().amin(dim=0) < 1e-5).all())
     assert torch.equal(outcome.min_margin < 0, outcome.any_broken | ~batch.correct)
     assert outcome.forwards == sum(map(len, hpm.asked))
     best = trial.trace().best
@@ -115,6 +118,14 @@ def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str
         if finding.own is None and kind != "solo":
             with torch.no_grad():
                 assert torch.equal(finding.breaks, (hpm(finding.x).argmax(dim=1) != batch.y) & batch.correct)
+
+
+def test_no_lead_of_rounded_features_is_entered() -> None:
+    """In a small ball most stand, and features far off tell of leads that the target never gave."""
+    hpm, batch, asked, outcome, _ = _searched(_distorted(1.0), "solo", "ste", early=True, ball=Ball("Linf", 0.02))
+    shown = torch.stack([-margin(batch.logits, batch.y), *(_leads(hpm, batch, x, "solo") for x in asked)])
+    assert bool(((shown - outcome.min_margin).abs().amin(dim=0) < 1e-5).all())
+    assert int((~outcome.any_broken & batch.correct).sum()) > 4
 
 
 def test_false_claims_cost_passes_and_nothing_else() -> None:
