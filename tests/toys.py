@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from msa_eval.protocols.trial import Batch
+from msa_eval.protocols.runs import ApgdAttack
+from msa_eval.protocols.trial import Batch, Outcome, Point, Trial
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples
@@ -66,3 +67,17 @@ def make_batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
     with torch.no_grad():
         z = hpm.features(samples.x)
     return Batch(0, samples.x, samples.y, z, decide(hpm, z))
+
+
+def attacked(trial: Trial) -> tuple[Outcome, list[Tensor]]:
+    """One APGD run on a trial, with every batch that was judged, the final one last."""
+    seen: list[Tensor] = []
+    judge_point = trial._judge_point
+
+    def watched(point: Point, logits: Tensor) -> None:
+        seen.append(point.x)
+        judge_point(point, logits)
+
+    trial._judge_point = watched  # type: ignore[method-assign]
+    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
+    return outcome, [*seen, trial._final.x]

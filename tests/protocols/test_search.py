@@ -10,13 +10,12 @@ import torch
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols import search as module
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
-from msa_eval.protocols.runs import ApgdAttack
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.trial import Batch, Outcome, Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
 from torch import Tensor, nn
-from toys import make_batch, make_hpm, make_samples
+from toys import attacked, make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, WholeModel, evaluate
 from msa_eval.attacks import Ball
@@ -64,16 +63,8 @@ def _searched(
     views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
     setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
     trial = Trial(target, get(surrogate), batch, ball, setting=setting)
-    asked: list[Tensor] = []
-    call = trial._judge_point
-
-    def watched(point: Any, logits: Tensor) -> None:
-        asked.append(point.x)
-        call(point, logits)
-
-    trial._judge_point = watched  # type: ignore[method-assign]
-    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
-    return hpm, batch, [*asked, trial._final.x], outcome, trial
+    outcome, asked = attacked(trial)
+    return hpm, batch, asked, outcome, trial
 
 
 def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:

@@ -13,7 +13,7 @@ from msa_eval.protocols.trial import AttackError, Batch, Outcome, Point, Setting
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn
-from toys import make_classifier, make_hpm, make_samples
+from toys import attacked, make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
@@ -549,16 +549,7 @@ def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: flo
 def _watched(target: Any, batch: Batch, setting: Setting, surrogate: str, *, mixes_rows: bool) -> Any:
     """One APGD run with every batch that was judged, the final one last."""
     trial = Trial(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
-    seen: list[Tensor] = []
-    judge_point = trial._judge_point
-
-    def watched(point: Point, logits: Tensor) -> None:
-        seen.append(point.x)
-        judge_point(point, logits)
-
-    trial._judge_point = watched  # type: ignore[method-assign]
-    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
-    return outcome, [*seen, trial._final.x], trial
+    return *attacked(trial), trial
 
 
 @pytest.mark.parametrize("kind", ["static", "solo"])
