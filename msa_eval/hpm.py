@@ -75,11 +75,13 @@ def assign(fc_logits: Tensor, assignment: Assignment, *, temperature: float = 1.
     """
     if assignment not in get_args(Assignment):
         raise ValueError(f"expected assignment to be one of {', '.join(get_args(Assignment))}, but got {assignment!r}")
-    soft = torch.softmax(fc_logits / temperature, dim=-1)
     if assignment == "soft":
-        return soft
-    hard = F.one_hot(fc_logits.argmax(dim=-1), fc_logits.shape[-1]).to(soft)
-    return hard if assignment == "frozen" else soft + (hard - soft).detach()
+        return torch.softmax(fc_logits / temperature, dim=-1)
+    hard = torch.zeros_like(fc_logits).scatter_(-1, fc_logits.argmax(dim=-1, keepdim=True), 1.0)
+    if assignment == "frozen" or not fc_logits.requires_grad:
+        return hard
+    soft = torch.softmax(fc_logits / temperature, dim=-1)
+    return soft + (hard - soft).detach()
 
 
 def similarity(z: Tensor, prototypes: Tensor, kind: str = "l2") -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from msa_eval.protocols.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
@@ -45,7 +46,7 @@ class Batch:
     z: Tensor
     logits: Tensor
 
-    @property
+    @cached_property
     def correct(self) -> Tensor:
         """Which samples the target gets right ``(B,)``."""
         return self.logits.argmax(dim=1) == self.y
@@ -57,6 +58,14 @@ class Point:
 
     x: Tensor
     z: Tensor
+
+    def with_rows(self, rows: Tensor, other: Point) -> Point:
+        """The same batch with some rows, by their places ``(n,)``, taken from another."""
+        return other if len(rows) == len(self.x) else self.with_new(rows, other.x[rows], other.z[rows])
+
+    def with_new(self, rows: Tensor, x: Tensor, z: Tensor) -> Point:
+        """The same batch with other points ``(n, C, H, W)`` and features ``(n, ...)`` in some rows."""
+        return Point(self.x.index_copy(0, rows, x), self.z.index_copy(0, rows, z))
 
 
 @dataclass(frozen=True)
@@ -348,25 +357,23 @@ class Trial:
             return self._surrogate_logits(self.batch.x, self.batch.z)
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
-        """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
-        kept = self._kept.point
-        new = points[rows]
-        self._hold(new, rows)
+        """Logits ``(B, k)`` of the kept batch with new points ``(n, C, H, W)`` in some rows (a mask ``(B,)``)."""
+        kept, index = self._kept.point, rows.nonzero().flatten()
+        self._hold(points, index)
         with torch.no_grad():
-            new = self._features(new)
-        z = kept.z.clone()
-        z[rows] = new.to(z)
-        x = torch.where(_per_image(rows, points), points, kept.x)
+            z = self._features(points).to(kept.z)
+        point = kept.with_new(index, points, z)
         self._iterate += 1
-        self._proposed = self._believed(Point(x, z), rows, confirmed=bool(rows.all()), held=True)
+        self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows), held=True)
         return self._proposed.logits
 
     def accept(self, rows: Tensor) -> Tensor:
         """Keep these rows of the last proposal; logits ``(B, k)`` of the mixed batch that results."""
-        if not bool(rows.any()):
+        index = rows.nonzero().flatten()
+        if not len(index):
             return self._kept.logits
         new, old = self._proposed.point, self._kept.point
-        mixed = _mixed(rows, new, old)
+        mixed = old.with_rows(index, new)
         if self._mixes_rows:
             self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False, held=True)
         else:
@@ -510,8 +517,7 @@ class Trial:
             y, doubt = y[rows], doubt[rows]
         self._decisions += len(z) * draws
         logits = decide_by_majority(target, z, y, draws=draws)
-        claimed = doubt & (logits.argmax(dim=1) != y)
-        if draws > 1 and bool(claimed.any()):
+        if draws > 1 and bool((claimed := doubt & (logits.argmax(dim=1) != y)).any()):
             self._decisions += len(z) * draws * CONFIRM
             again = decide_by_majority(target, z, y, draws=draws * CONFIRM, sigmas=CONFIRM_SIGMAS)
             logits = torch.where(claimed.unsqueeze(1), again, logits)
@@ -570,8 +576,10 @@ class Trial:
 
     def _stop_early(self, point: Point) -> None:
         """Search no more for what is broken by more than rounding: it stays where it is."""
+        if not self.stops_early:
+            return
         done = self.counted & self._broken & (self._best_lead < -NEAR_TIE * self._scale)
-        if not self.stops_early or not bool(done.any()):
+        if not bool(done.any()):
             return
         self.start = _mixed(done, point, self.start)
         self.search_for(self.counted & ~done)
@@ -591,7 +599,7 @@ class Trial:
             self._judge(point, self._decide(self._defense, point.z))
         else:
             self._hold(point.x)
-            self._prefer(point, logits, rough=True)
+            self._prefer(point, -margin(logits, self.batch.y), rough=True)
         if view is None:
             return point
         apart = self._decide(view, point.z)
@@ -600,13 +608,14 @@ class Trial:
             exact = view.beside(self.start.z)
             self._judge_apart(point, self._decide(exact, point.z))
         elif not self.among_others:
-            self._prefer(point, apart, rough=True)
+            self._prefer(point, -margin(apart, self.batch.y), rough=True)
         return point
 
     def _judge_each(self, point: Point, logits: Tensor) -> Point:
         """The same where rows are decided apart: only what seems broken is passed again."""
         claimed = self.counted & (logits.argmax(dim=1) != self.batch.y)
-        self._prefer(point, torch.where(claimed.unsqueeze(1), self.batch.logits, logits), rough=True)
+        seen = torch.where(claimed.unsqueeze(1), self.batch.logits, logits)
+        self._prefer(point, -margin(seen, self.batch.y), rough=True)
         if bool(claimed.any()):
             rows = claimed.nonzero().flatten()
             with torch.no_grad():
@@ -624,30 +633,30 @@ class Trial:
             return Point(point.x, self._features(point.x))
 
     def _hold(self, points: Tensor, rows: Tensor | None = None) -> None:
-        """Hold a batch, or the points of some rows (a mask ``(B,)``), to the ball and the box."""
+        """Hold a batch, or the points of some rows (their places ``(n,)``), to the ball and the box."""
         clean = self.batch.x if rows is None else self.batch.x[rows]
         if len(points):
             self._excess = torch.maximum(self._excess, self.ball.excess(points, clean).amax())
 
     def _judge(self, point: Point, logits: Tensor, *, held: bool = False) -> None:
         """Enter the verdict on a batch, whose points are held to the ball unless they were."""
-        correct = self.batch.correct
-        wrong = self._enter(logits, point, None)
-        self._prefer(point, logits)
-        fewer = (~wrong & correct).sum() < self._committed.sum()
-        self._committed = torch.where(fewer, ~wrong & correct, self._committed)
+        lead = -margin(logits, self.batch.y)
+        right = ~self._enter(logits, lead, point, None) & self.batch.correct
+        self._prefer(point, lead)
+        self._committed = torch.where(right.sum() < self._committed.sum(), right, self._committed)
         if not held:
             self._hold(point.x)
 
     def _judge_apart(self, point: Point, logits: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once."""
+        lead = -margin(logits, self.batch.y)
         if self.among_others:
-            self._enter(logits, point, self.start.x)
+            self._enter(logits, lead, point, self.start.x)
         else:
-            self._enter(logits, self.start, point.x)
-            self._prefer(point, logits)
+            self._enter(logits, lead, self.start, point.x)
+            self._prefer(point, lead)
 
-    def _enter(self, logits: Tensor, companions: Point, own: Tensor | None) -> Tensor:
+    def _enter(self, logits: Tensor, lead: Tensor, companions: Point, own: Tensor | None) -> Tensor:
         """Note which samples are broken for the first time, and by what; the mask ``(B,)`` of those wrong."""
         wrong = logits.argmax(dim=1) != self.batch.y
         new = wrong & ~self._broken
@@ -657,7 +666,7 @@ class Trial:
                 self._find(Finding(wrong & self.batch.correct, companions.x, own))
         self._first = torch.where(new, self._iterate, self._first)
         self._broken = self._broken | wrong
-        self._lead = torch.minimum(self._lead, -margin(logits, self.batch.y))
+        self._lead = torch.minimum(self._lead, lead)
         self._finite = self._finite & torch.isfinite(logits).all()
         return wrong
 
@@ -666,15 +675,15 @@ class Trial:
         self._findings = [old for old in self._findings if bool((old.breaks & ~finding.breaks).any())]
         self._findings.append(finding)
 
-    def _prefer(self, point: Point, logits: Tensor, *, rough: bool = False) -> None:
+    def _prefer(self, point: Point, lead: Tensor, *, rough: bool = False) -> None:
         """Keep each sample's own point of the lowest lead; of a broken one, only a point that was seen to break it."""
-        lead = -margin(logits, self.batch.y)
         lower = lead < self._best_lead
         if rough:
             lower = lower & (lead > 0)
-        if not bool(lower.any()):
+        rows = lower.nonzero().flatten()
+        if not len(rows):
             return
-        self._best = _mixed(lower, point, self._best)
+        self._best = self._best.with_rows(rows, point)
         self._best_lead = torch.where(lower, lead, self._best_lead)
         if self._company is not None and isinstance(self._defense, OneAtATime):
             index = self._defense.company_index()

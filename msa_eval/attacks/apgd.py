@@ -76,8 +76,9 @@ def apgd(
     per_sample = (-1, *[1] * (x.ndim - 1))
     point = (ball.random(x, generator) if start is None else start).clamp(0, 1)
     value, gradient = _value_and_gradient(logits, point, y, loss, draws)
-    best = Found(point, value)
-    best_gradient = gradient
+    best = Found(point.clone(), value)
+    best_gradient = gradient.clone()
+    onto_ball, scratch = ball.projection(x), torch.empty_like(point)
     step = torch.full_like(value, first_step * ball.eps)
     last = point
     improved = torch.zeros_like(value)
@@ -92,8 +93,9 @@ def apgd(
             break
         size = step.view(per_sample)
         weight = momentum if i else 1.0
-        move = ball.project(point + size * ball.ascent(gradient), x) - point
-        last, point = point, ball.project(point + weight * move + (1 - weight) * (point - last), x)
+        move = onto_ball(ball.ascent(gradient).mul_(size).add_(point)).sub_(point)
+        last_move = torch.sub(point, last, out=scratch).mul_(1 - weight)
+        last, point = point, onto_ball(move.mul_(weight).add_(point).add_(last_move))
 
         if i + 1 < steps:
             value, gradient = _value_and_gradient(logits, point, y, loss, draws)
@@ -102,8 +104,8 @@ def apgd(
                 value = sum((loss(logits(point), y) for _ in range(draws)), torch.zeros_like(value)) / draws
         better = value > best.loss
         at = better.view(per_sample)
-        best = Found(torch.where(at, point, best.x), torch.where(better, value, best.loss))
-        best_gradient = torch.where(at, gradient, best_gradient)
+        best = Found(torch.where(at, point, best.x, out=best.x), torch.where(better, value, best.loss))
+        torch.where(at, gradient, best_gradient, out=best_gradient)
         improved = improved + (value > previous)
         previous = value
         since_check += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,14 +40,16 @@ class Ball:
         tensor([5.])
         """
         flat = delta.flatten(1)
-        return flat.abs().amax(dim=1) if self.norm == "Linf" else flat.pow(2).sum(dim=1).sqrt()
+        if self.norm == "Linf":
+            return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
+        return flat.pow(2).sum(dim=1).sqrt()
 
     def unit(self, delta: Tensor) -> Tensor:
         """Scale each perturbation ``(B, ...)`` to norm 1 (zero stays zero)."""
         return delta / (_like(self.size(delta), delta) + 1e-12)
 
     def ascent(self, gradient: Tensor) -> Tensor:
-        """The direction of norm 1 that raises a loss of this gradient ``(B, ...)`` fastest."""
+        """The direction of norm 1 that raises a loss of this gradient ``(B, ...)`` fastest; a tensor of its own."""
         return gradient.sign() if self.norm == "Linf" else self.unit(gradient)
 
     def project(self, points: Tensor, x: Tensor) -> Tensor:
@@ -57,12 +60,20 @@ class Ball:
         >>> Ball("Linf", 0.25).project(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
         tensor([[0.7500]])
         """
+        return self.projection(x)(points.clone())
+
+    def projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` for many points around the same images ``(B, ...)``; it may write over the points it is given."""
         if self.norm == "Linf":
-            inside = torch.minimum(torch.maximum(points, x - self.eps), x + self.eps)
-        else:
-            delta = points - x
-            inside = x + self.unit(delta) * _like(self.size(delta).clamp(max=self.eps), delta)
-        return inside.clamp(0, 1)
+            low, high = (x - self.eps).clamp_(min=0), (x + self.eps).clamp_(max=1)
+            return lambda points: points.clamp_(low, high)
+
+        def onto(points: Tensor) -> Tensor:
+            delta = points.sub_(x)
+            size = _like(self.size(delta), delta)
+            return delta.div_(size + 1e-12).mul_(size.clamp(max=self.eps)).add_(x).clamp_(0, 1)
+
+        return onto
 
     def random(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Random points on the ball's surface around ``x`` ``(B, ...)``, clipped to [0, 1].

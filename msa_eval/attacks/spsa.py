@@ -110,13 +110,13 @@ class _Search:
         points = self._ball.project(points, self._x)
         if self.done:
             return points, torch.zeros_like(points[:, 0, 0, 0])
-        logits = self._target.propose(points, self.rows)
+        logits = self._target.propose(points[self.rows], self.rows)
         self._keep(points, self.rows & (logits.argmax(dim=1) != self._y), ask=False)
         return points, margin(logits, self._y)
 
     def _keep(self, points: Tensor, rows: Tensor, *, ask: bool) -> None:
         if ask:
-            self._target.propose(points, rows)
+            self._target.propose(points[rows], rows)
         if bool(rows.any()):
             self.kept = torch.where(_per_image(rows), points, self.kept)
             self.rows = self._attacked & (self._target.accept(rows).argmax(dim=1) == self._y)

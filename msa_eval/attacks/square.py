@@ -21,7 +21,7 @@ class Queries(Protocol):
     """A batch under a query attack: it remembers the points kept so far, first the clean images."""
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
-        """Logits ``(B, k)`` of the kept batch with the given rows (a mask ``(B,)``) taken from ``points``."""
+        """Logits ``(B, k)`` of the kept batch with new points ``(n, C, H, W)`` in some rows (a mask ``(B,)``)."""
         ...
 
     def accept(self, rows: Tensor) -> Tensor:
@@ -69,20 +69,20 @@ def square(
     start, propose = (_stripes, _squares) if ball.norm == "Linf" else (_tiles, _moved_mass)
     if not bool(attacked.any()):
         return x
-    first = torch.where(_per_image(attacked), start(x, ball, generator), x)
-    target.propose(first, attacked)
-    logits, best = target.accept(attacked), first
+    best = torch.where(_per_image(attacked), start(x, ball, generator), x)
+    target.propose(best[attacked], attacked)
+    logits = target.accept(attacked)
     for query in range(1, queries):
         now = margin(logits, y)
         rows = attacked & (logits.argmax(dim=1) == y)
-        if not bool(rows.any()):
+        active = rows.nonzero().flatten()
+        if not len(active):
             break
         side = _side(p_init, query, queries, x.shape)
-        points = best.clone()
-        points[rows] = propose(best[rows], x[rows], side, ball, generator)
+        points = propose(best[active], x[active], side, ball, generator)
         proposed = target.propose(points, rows)
         better = rows & ((margin(proposed, y) > now) | (proposed.argmax(dim=1) != y))
-        best = torch.where(_per_image(better), points, best)
+        best[better] = points[better[active]]
         logits = target.accept(better)
     return best
 
@@ -121,12 +121,11 @@ def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
 
 
 def _squares(best: Tensor, x: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
-    """Linf proposal: one square of ±ε, a sign a channel (Algorithm 2)."""
+    """Linf proposal, drawn over the points given: one square of ±ε, a sign a channel (Algorithm 2)."""
     rows, columns = _corner(x.shape, side, generator)
     signs = _signs((*x.shape[:2], 1, 1), x, generator)
-    points = best.clone()
-    points[:, :, rows, columns] = (x[:, :, rows, columns] + ball.eps * signs).clamp(0, 1)
-    return points
+    best[:, :, rows, columns] = (x[:, :, rows, columns] + ball.eps * signs).clamp(0, 1)
+    return best
 
 
 def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:

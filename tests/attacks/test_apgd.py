@@ -168,6 +168,45 @@ def test_the_generator_alone_decides(digits_hpm: HPM, digits: Samples) -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_points_that_the_model_has_seen_are_never_written_over(norm: str) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+
+    def model(points: Tensor) -> Tensor:
+        seen.append((points.detach(), points.detach().clone()))
+        logits: Tensor = net(points)
+        return logits
+
+    x, y = torch.rand(6, 3, 2, 2, generator=_generator(4)), torch.arange(6) % 5
+    start = torch.rand(6, 3, 2, 2, generator=_generator(5))
+    kept = x.clone(), start.clone()
+    apgd(model, x, y, loss=LOSSES["ce"], ball=Ball(norm, 0.3), steps=15, generator=_generator(), start=start)  # type: ignore[arg-type]
+    assert len(seen) == 16
+    assert all(torch.equal(points, then) for points, then in seen)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(start, kept[1])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_projecting_again_and_again_is_projecting(norm: str) -> None:
+    """Against the definition: each point moves to the nearest of the ball's, then of the box's."""
+    ball, generator = Ball(norm, 0.3), _generator(6)  # type: ignore[arg-type]
+    x, points = torch.rand(8, 3, 4, 4, generator=generator), 3 * torch.rand(8, 3, 4, 4, generator=generator) - 1
+    points[0] = x[0]
+    delta = points - x
+    if norm == "Linf":
+        expected = (x + delta.clamp(-0.3, 0.3)).clamp(0, 1)
+    else:
+        size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        expected = (x + delta * (0.3 / size.clamp(min=0.3))).clamp(0, 1)
+    kept, onto = points.clone(), ball.projection(x)
+    torch.testing.assert_close(ball.project(points, x), expected)
+    assert torch.equal(points, kept)
+    for _ in range(2):
+        torch.testing.assert_close(onto(points.clone()), expected)
+
+
 def test_needs_a_step() -> None:
     with pytest.raises(ValueError, match="at least 1 step"):
         apgd(

@@ -27,7 +27,8 @@ class Recorder:
             return self.model(x)
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
-        self.proposed = torch.where(rows.view(-1, 1, 1, 1), points, self.kept)
+        self.proposed = self.kept.clone()
+        self.proposed[rows] = points
         return self._ask(self.proposed)
 
     def accept(self, rows: Tensor) -> Tensor:

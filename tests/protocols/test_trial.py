@@ -151,7 +151,8 @@ class _Watched(Trial):
         self.held = self.batch.x
 
     def propose(self, points: Tensor, rows: Tensor) -> Tensor:
-        self.offered = torch.where(rows.view(-1, 1, 1, 1), points, self.held)
+        self.offered = self.held.clone()
+        self.offered[rows] = points
         self.asked.append(self.offered)
         return super().propose(points, rows)
 
