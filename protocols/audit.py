@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.offers import answer_with_gradient, offer
@@ -23,7 +24,7 @@ from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject
-from msa_eval.protocols.trial import AttackError, Batch
+from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor

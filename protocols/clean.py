@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import Company, in_context, own_companions
 from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
-from msa_eval.protocols.trial import Batch
 from msa_eval.protocols.verdict import decide_by_majority
 from torch import Tensor
 

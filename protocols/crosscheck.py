@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.history import History
 from msa_eval.protocols.peering import PeerAttack, peer_runs
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import Run
 from msa_eval.protocols.spec import PeerSpec
-from msa_eval.protocols.trial import Batch, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import Reopened, reopen
 from torch import Tensor
 

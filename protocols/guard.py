@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import seeded
 from msa_eval.protocols.signs import SAME, Sign, change, state_guard
-from msa_eval.protocols.trial import Batch
 from torch import Tensor, nn
 
 from msa_eval.defense import Defense, decide, modules_of

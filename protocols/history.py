@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from msa_eval.protocols.archive import Proof, cover
+from msa_eval.protocols.batch import Batch, Finding, Outcome, Point, Trace
 from msa_eval.protocols.contexts import Company, own_companions
-from msa_eval.protocols.trial import Batch, Finding, Outcome, Point, Trace
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
@@ -68,10 +68,7 @@ class History:
     def add(self, outcome: Outcome, trace: Trace) -> None:
         """Enter what a run did, and what it leaves."""
         lower = trace.best_lead < self._lead
-        self.best = Point(
-            torch.where(_per_image(lower, trace.best.x), trace.best.x, self.best.x),
-            torch.where(_per_image(lower, trace.best.z), trace.best.z, self.best.z),
-        )
+        self.best = self.best.with_rows(lower, trace.best)
         self._lead = torch.minimum(self._lead, trace.best_lead)
         if self.company is not None and trace.company is not None:
             index = torch.where(lower.unsqueeze(1), trace.company, self.company.index)
@@ -121,7 +118,3 @@ def _proof(finding: Finding, mask: Tensor, target: str, number: int) -> Proof:
     own = None if finding.own is None else finding.own[mask].cpu()
     kind = "batch" if own is None else "victims"
     return Proof(target, "joint", number, kind, mask.nonzero().flatten().cpu(), finding.x.cpu(), own=own)
-
-
-def _per_image(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.ndim - 1))

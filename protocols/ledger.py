@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
 from msa_eval.protocols.gallery import POOL, Candidate, Exhibit
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.series import Series
-from msa_eval.protocols.trial import Batch, Outcome
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step, Work
 from torch import Tensor
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from msa_eval.protocols.batch import Point
 from msa_eval.protocols.composition import best_offer, descend
 from msa_eval.protocols.contexts import Company
 from msa_eval.protocols.history import capacity
-from msa_eval.protocols.trial import Point, Trial
+from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
 from msa_eval.exchange import Exchange, Mixtures

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import AmongOthers
 from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
-from msa_eval.protocols.trial import Batch
 from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
 from torch import Tensor

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.batch import Finding, Outcome, Point, Trace
 from msa_eval.protocols.signs import Sign
-from msa_eval.protocols.trial import Finding, Outcome, Point, Trace
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.spec import ApgdBudget, PeerSpec
-from msa_eval.protocols.trial import Batch, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import Surrogate
 from msa_eval.surrogates.registry import Own
 from torch import Tensor

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msa_eval.protocols.batch import Point
 from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM
 from msa_eval.protocols.mixer import Mixer
-from msa_eval.protocols.trial import Point, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import FC_ORACLE, FROZEN_ASSIGNMENT
 from torch import Tensor
 

@@ -89,7 +89,7 @@ class ApgdAttack:
         if trial.among_others:
             return pooled(loss, trial.counted)
         if trial.rows_interact and (trial.stops_early or not bool(trial.counted.all())):
-            return focused(loss, lambda: trial.counted)
+            return focused(loss, lambda: trial.rows)
         return loss
 
     def _one(self, trial: Trial) -> Loss:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.batch import Batch, Outcome, Trace
 from msa_eval.protocols.clean import CleanBatches, Pool, seeded
 from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.guard import StateGuard
@@ -18,7 +19,7 @@ from msa_eval.protocols.history import History
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.runs import OWN, Attack, Run
 from msa_eval.protocols.search import EXACT
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Trace, Trial
+from msa_eval.protocols.trial import AttackError, Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from torch import Tensor
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from msa_eval.protocols import signs
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.guard import answer
 from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
-from msa_eval.protocols.trial import AttackError, Batch, Setting, Trial
+from msa_eval.protocols.trial import AttackError, Setting, Trial
 from msa_eval.surrogates import STE, Surrogate
 from torch import Tensor
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.batch import Outcome, Trace
 from msa_eval.protocols.packing import RECORDS
-from msa_eval.protocols.trial import Outcome, Trace
 from msa_eval.protocols.units import Units
 from torch import Tensor
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.runs import ApgdAttack
-from msa_eval.protocols.trial import Batch, Outcome, Point, Trial
+from msa_eval.protocols.trial import Trial
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples

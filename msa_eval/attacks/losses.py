@@ -108,21 +108,22 @@ def alternating(loss: Loss, *, calls: int = 1) -> Loss:
     return turn
 
 
-def focused(loss: Loss, counted: Callable[[], Tensor]) -> Loss:
+def focused(loss: Loss, rows: Callable[[], Tensor]) -> Loss:
     """A loss that counts some samples only; the others get their mean, as company that is to help break them.
 
     Args:
         loss: one value a sample.
-        counted: the mask ``(B,)`` of those that count by now.
+        rows: the places ``(n,)`` of those that count by now.
 
-    >>> first = focused(margin, lambda: torch.tensor([True, False]))
+    >>> first = focused(margin, lambda: torch.tensor([0]))
     >>> first(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2., -2.])
     """
 
     def focus(logits: Tensor, y: Tensor) -> Tensor:
-        value, mask = loss(logits, y), counted()
-        return torch.where(mask, value, value[mask].mean())
+        value, index = loss(logits, y), rows()
+        counted = value[index]
+        return counted.mean().expand_as(value).index_copy(0, index, counted)
 
     return focus
 
@@ -137,9 +138,10 @@ def pooled(loss: Loss, counted: Tensor) -> Loss:
     >>> pooled(margin, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2., -2.])
     """
+    rows = counted.nonzero().flatten()
 
     def pool(logits: Tensor, y: Tensor) -> Tensor:
-        return loss(logits, y)[counted].mean().expand(len(y))
+        return loss(logits, y)[rows].mean().expand(len(y))
 
     return pool
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msa_eval.protocols.trial import Batch, Trial
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.trial import Trial
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 

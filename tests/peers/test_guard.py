@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.peering import PeerAttack
-from msa_eval.protocols.trial import Batch, Outcome, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import FC_ORACLE, STE
 from torch import Tensor, nn
 from toys import make_hpm, make_samples

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from msa_eval.protocols.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.signs import (
     gradient_free_beats_white_box,
@@ -20,7 +21,7 @@ from msa_eval.protocols.signs import (
     surrogate_disagrees,
     transfer_beats_direct,
 )
-from msa_eval.protocols.trial import AttackError, Batch
+from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import STE, get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples

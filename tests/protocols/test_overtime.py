@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msa_eval.protocols.batch import Batch, Point
 from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
-from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import get
 from torch import Tensor
 from toys import make_classifier, make_samples

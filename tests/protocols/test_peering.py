@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from msa_eval.protocols import AttackError, load_protocol, make_protocol, peering
-from msa_eval.protocols.trial import Batch, Trial
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import FC_ORACLE
 from pyautoattack import AutoAttack

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msa_eval.protocols.batch import Batch, Point
 from msa_eval.protocols.mixer import Mixer
 from msa_eval.protocols.pursuit import PursuitAttack, _Pursuit, gather, roles
-from msa_eval.protocols.trial import Batch, Point, Setting, Trial
+from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import get
 from toys import make_batch, make_hpm
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from msa_eval.protocols import load_protocol, make_protocol
+from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.runs import ApgdAttack, Run, plan_runs
-from msa_eval.protocols.trial import Batch
 from toys import make_classifier, make_hpm
 
 from msa_eval import HPM

@@ -9,9 +9,10 @@ import pytest
 import torch
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols import search as module
+from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.search import Search, choose
-from msa_eval.protocols.trial import Batch, Outcome, Setting, Trial
+from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
 from torch import Tensor, nn

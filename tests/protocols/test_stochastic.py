@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msa_eval.protocols import make_protocol
+from msa_eval.protocols.batch import Outcome
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.trial import Outcome
 from msa_eval.protocols.verdict import (
     CONFIRM,
     CONFIRM_SIGMAS,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.runs import ApgdAttack, SquareAttack
-from msa_eval.protocols.trial import AttackError, Batch, Outcome, Point, Setting, Trial
+from msa_eval.protocols.trial import AttackError, Setting, Trial
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn

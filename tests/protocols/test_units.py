@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msa_eval.protocols import units
+from msa_eval.protocols.batch import Finding, Point
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.packing import pack, unpack
-from msa_eval.protocols.trial import Finding, Point
 from msa_eval.protocols.units import Units, opened
 
 ABOUT = {"key": "k", "seed": 0, "protocol": {"name": "small", "text": "[attack]\nsteps = 3\n"}}
