@@ -1,8 +1,9 @@
-"""Where to compute."""
+"""Where to compute, and how tensors get there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def check_device(device: str) -> str:
@@ -23,3 +24,11 @@ def check_device(device: str) -> str:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from error
     return name
+
+
+def onto(values: Tensor, device: torch.device | str) -> Tensor:
+    """The same values on a device; a GPU fetches them from pinned memory, while the host goes on."""
+    device = torch.device(device)
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

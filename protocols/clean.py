@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, check_trunk, decide, describe, looks_batch_dependent
+from msa_eval.device import onto
 from msa_eval.memory import plain
 
 
@@ -178,7 +179,7 @@ class CleanBatches:
         return decide_by_majority(view, z, y, draws=self.draws)
 
     def _images(self, number: int) -> Tensor:
-        return self.samples.images(self.chosen[self.seats[number]]).to(self.device)
+        return onto(self.samples.images(self.chosen[self.seats[number]]), self.device)
 
     def _trunk(self, x: Tensor) -> Tensor:
         with torch.no_grad():

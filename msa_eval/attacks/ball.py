@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msa_eval.device import onto
+
 Norm = Literal["Linf", "L2"]
 
 
@@ -85,7 +87,7 @@ class Ball:
             noise = 2 * torch.rand(shape, generator=generator, device=generator.device) - 1
         else:
             noise = torch.randn(shape, generator=generator, device=generator.device)
-        return (x + self.eps * self.unit(noise.to(x))).clamp(0, 1)
+        return (x + self.eps * self.unit(onto(noise, x.device).to(x))).clamp(0, 1)
 
     def excess(self, points: Tensor, x: Tensor) -> Tensor:
         """How far each point ``(B, ...)`` lies outside the ball or the box, in pixel units: ``(B,)``; 0 inside.

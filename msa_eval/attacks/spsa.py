@@ -13,6 +13,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.attacks.square import Queries
+from msa_eval.device import onto
 
 MOMENTUM = 0.9
 SHORTEST = 0.1
@@ -134,7 +135,8 @@ def _schedule(queries: int, samples: int) -> list[int]:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (2 * torch.randint(0, 2, like.shape, generator=generator, device=generator.device) - 1).to(like)
+    drawn = torch.randint(0, 2, like.shape, generator=generator, device=generator.device)
+    return onto(2 * drawn - 1, like.device).to(like)
 
 
 def _per_image(values: Tensor) -> Tensor:

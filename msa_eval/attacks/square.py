@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
+from msa_eval.device import onto
 
 
 class Queries(Protocol):
@@ -102,7 +103,7 @@ def _side(p_init: float, query: int, queries: int, shape: torch.Size) -> int:
 
 def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(0, 2, shape, generator=generator, device=generator.device)
-    return (2 * drawn - 1).to(like)
+    return onto(2 * drawn - 1, like.device).to(like)
 
 
 def _corner(shape: torch.Size, side: int, generator: torch.Generator) -> tuple[slice, slice]:
