@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from msa_eval.protocols.climb import climb
 from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
-from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.losses import MIN_CLASSES, TARGETED, Loss, margin, most_likely_others, targeted_dlr
 from msa_eval.defense import decide
 
@@ -46,17 +47,16 @@ class OvertimeAttack:
             if trial.forwards + len(nearest) * (self.steps + 1) * trial.eot > allowed:
                 break
             trial.search_for(torch.zeros_like(sought).index_fill(0, nearest, True))
-            start = torch.where(trial.counted.view(-1, 1, 1, 1), trial.ball.random(batch.x, generator), trial.start.x)
-            apgd(
-                trial, batch.x, batch.y, loss=_loss(at_best, batch.y, turn), ball=trial.ball, steps=self.steps,
-                generator=generator, start=start, draws=trial.eot, going=lambda: trial.searching,
-            )  # fmt: skip
+            drawn = trial.ball.random(batch.x, generator)
+            start = trial.start.x.index_copy(0, trial.rows, drawn[trial.rows])
+            climb(trial, partial(_loss, at_best, turn), steps=self.steps, generator=generator, start=start)
             turn += 1
         return trial.start.x
 
 
-def _loss(logits: Tensor, y: Tensor, turn: int) -> Loss:
+def _loss(at_best: Tensor, turn: int, trial: Trial, rows: Tensor) -> Loss:
     """Targeted DLR towards one class after another, then the margin."""
+    logits, y = at_best[rows], trial.batch.y[rows]
     classes = logits.shape[1]
     rank = turn % (min(TARGETS, classes - 1) + 1)
     if classes < MIN_CLASSES[TARGETED] or rank == min(TARGETS, classes - 1):

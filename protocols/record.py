@@ -64,9 +64,7 @@ class Record:
         if len(points):
             self.excess = torch.maximum(self.excess, self._ball.excess(points, clean).amax())
 
-    def enter(
-        self, iterate: int, point: Point, logits: Tensor, *, company: Tensor | None = None, held: bool = False
-    ) -> None:
+    def enter(self, iterate: int, point: Point, logits: Tensor, company: Tensor | None) -> None:
         """Enter the verdict on a batch.
 
         Args:
@@ -74,14 +72,11 @@ class Record:
             point: the batch.
             logits: the hard target's ``(B, k)``.
             company: who sat beside each row ``(B, B - 1)``, where that is a choice.
-            held: whether its points were held to the ball already.
         """
         lead = self._lead_of(logits)
         right = ~self._enter(iterate, logits, lead, point.x, None) & self._batch.correct
         self._prefer(point, lead, lead < self.best_lead, company)
         self.committed = torch.where(right.sum() < self.committed.sum(), right, self.committed)
-        if not held:
-            self.hold(point.x)
 
     def enter_apart(self, iterate: int, point: Point, logits: Tensor, companions: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once.

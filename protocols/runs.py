@@ -10,6 +10,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 import torch
+from msa_eval.protocols.climb import climb
 from msa_eval.protocols.composition import RANKS
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
@@ -20,7 +21,6 @@ from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import Ensemble, Surrogate
 from torch import Tensor
 
-from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.losses import (
     LOSSES,
     MIN_CLASSES,
@@ -74,29 +74,25 @@ class ApgdAttack:
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points of highest surrogate loss."""
-        batch, counted = trial.batch, trial.counted
         start = trial.start.x if self.from_start else None
-        if start is None and not bool(counted.all()):
-            drawn = trial.ball.random(batch.x, generator)
-            start = drawn if trial.among_others else torch.where(counted.view(-1, 1, 1, 1), drawn, trial.start.x)
-        return apgd(
-            trial, batch.x, batch.y, loss=self._loss(trial), ball=trial.ball, steps=self.steps, generator=generator,
-            start=start, draws=trial.eot, going=lambda: trial.searching,
-        ).x  # fmt: skip
+        if start is None and len(trial.rows) < len(trial.counted):
+            drawn, rows = trial.ball.random(trial.batch.x, generator), trial.rows
+            start = drawn if trial.among_others else trial.start.x.index_copy(0, rows, drawn[rows])
+        return climb(trial, self._loss, steps=self.steps, generator=generator, start=start)
 
-    def _loss(self, trial: Trial) -> Loss:
-        loss = self._one(trial)
+    def _loss(self, trial: Trial, rows: Tensor) -> Loss:
+        loss = self._one(trial, rows)
         if trial.among_others:
             return pooled(loss, trial.counted)
-        if trial.rows_interact and (trial.stops_early or not bool(trial.counted.all())):
+        if trial.rows_interact and (trial.stops_early or len(trial.rows) < len(trial.counted)):
             return focused(loss, lambda: trial.rows)
         return loss
 
-    def _one(self, trial: Trial) -> Loss:
+    def _one(self, trial: Trial, rows: Tensor) -> Loss:
         if self.loss == TARGETED:
             clean = trial.clean_logits()
             likely = clean.mean(dim=0) if trial.ensemble else clean
-            loss = targeted_dlr(most_likely_others(likely, trial.batch.y, self.target))
+            loss = targeted_dlr(most_likely_others(likely, trial.batch.y, self.target)[rows])
         else:
             loss = LOSSES[self.loss]
         if not trial.ensemble:

@@ -7,6 +7,7 @@ and a verdict costs a decision, not a trunk pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -175,8 +176,34 @@ class Trial:
         """
         if self.stops_early:
             x = torch.where(per_image(self.counted, x), x, self.start.x)
+        self._record.hold(x.detach())
+        return self._answer(x)
+
+    def of_rows(self) -> Callable[[Tensor], Tensor]:
+        """The trial as a model of those rows alone that are searched for now, where rows are decided apart.
+
+        It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start.
+        """
+        first = known = self.rows
+        left: Tensor | None = None
+        on_images = self._surrogate is not None and self._surrogate.on_images
+
+        def logits(points: Tensor) -> Tensor:
+            nonlocal known, left
+            if self.rows is not known:
+                known = self.rows
+                left = torch.isin(first, known).nonzero().flatten()
+            moved = points if left is None else points[left]
+            self._record.hold(moved.detach(), known)
+            x = self.start.x.index_copy(0, known, moved if on_images else moved.detach())
+            return self._answer(x, moved)[..., first, :]
+
+        return logits
+
+    def _answer(self, x: Tensor, moved: Tensor | None = None) -> Tensor:
+        """Pass a batch, or of one that else stays at the start the rows that moved, and judge it."""
         self._passed = self.counted
-        z, logits = self._pass(x)
+        z, logits = self._pass(x, moved)
         self._later.settle()
         self.attached = z
         self._calls += 1
@@ -206,6 +233,7 @@ class Trial:
         whole = bool(kept.all())
         if not whole:
             point = self.start.with_rows(kept, point)
+        self._record.hold(point.x)
         self._iterate += 1
         if self._surrogate is None:
             self._decisions += len(x)
@@ -235,7 +263,7 @@ class Trial:
             z = self._features(points).to(kept.z)
         point = kept.with_new(index, points, z)
         self._iterate += 1
-        self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows), held=True)
+        self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows))
         return self._proposed.logits
 
     def accept(self, rows: Tensor) -> Tensor:
@@ -244,7 +272,7 @@ class Trial:
             return self._kept.logits
         mixed = self._kept.point.with_rows(rows, self._proposed.point)
         if self._mixes_rows:
-            self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False, held=True)
+            self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False)
         else:
             # Put together, not decided: the next proposal or the final pass judges a batch that was.
             logits = torch.where(rows.unsqueeze(1), self._proposed.logits, self._kept.logits)
@@ -271,6 +299,7 @@ class Trial:
         with torch.no_grad():
             z = self._features(x)
         self._iterate += 1
+        self._record.hold(x)
         self._enter(Point(x, z), self._decide(self._defense, z))
 
     def finish(self, x: Tensor) -> Outcome:
@@ -289,6 +318,7 @@ class Trial:
         hard = self._decide(self._defense, z)
         self._iterate += 1
         self._final = Point(x, z)
+        self._record.hold(x)
         self._enter(self._final, hard)
         self._later.finish()
         record = self._record
@@ -329,17 +359,23 @@ class Trial:
         z, moved = self.start.z, (x != self.start.x).flatten(1).any(dim=1)
         return z.index_put((moved.nonzero().flatten(),), self._features(x[moved])) if bool(moved.any()) else z
 
-    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a batch of points and the surrogate's logits; rows that stay at the start cost no pass."""
+    def _pass(self, x: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features of a batch of points and the surrogate's logits; rows that stay at the start cost no pass.
+
+        Args:
+            x: the batch.
+            moved: its rows that don't stay, if the caller has them.
+        """
         rows = self._moving
         if rows is None:
             z = self._trunk(x)
             return z, self._surrogate_logits(x, z)
-        part = self._trunk(x[rows])
+        moved = x[rows] if moved is None else moved
+        part = self._trunk(moved)
         z = self.start.z.index_put((rows,), part)
         if self._mixes_rows:
             return z, self._surrogate_logits(x, z)
-        logits = self._surrogate_logits(x[rows], part)
+        logits = self._surrogate_logits(moved, part)
         shape = (*logits.shape[:-2], len(x), logits.shape[-1])
         return z, logits.new_zeros(shape).index_copy(-2, rows, logits)
 
@@ -403,7 +439,7 @@ class Trial:
         logits[rows] = self._decide(self._defense, z[rows], rows)
         return logits
 
-    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool, held: bool = False) -> _Answered:
+    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool) -> _Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole."""
         if self._mixes_rows:
             logits = self._decide(self._defense, point.z)
@@ -412,7 +448,7 @@ class Trial:
         if not confirmed and bool(self._record.claims(logits)):
             point = self._exact(point)
             logits = self._decide(self._defense, point.z)
-        self._enter(point, logits, held=held)
+        self._enter(point, logits)
         return _Answered(point, logits)
 
     def _judge_point(self, point: Point, logits: Tensor) -> None:
@@ -470,7 +506,6 @@ class Trial:
             go_on(exact)
 
         def prefer() -> None:
-            self._record.hold(point.x)
             self._record.prefer(point, logits, self._company(self._defense))
             go_on(point)
 
@@ -536,10 +571,10 @@ class Trial:
         with torch.no_grad():
             return Point(point.x, self._features(point.x))
 
-    def _enter(self, point: Point, logits: Tensor, *, iterate: int | None = None, held: bool = False) -> None:
+    def _enter(self, point: Point, logits: Tensor, *, iterate: int | None = None) -> None:
         """Enter the verdict on a batch, by default the latest iterate."""
         number = self._iterate if iterate is None else iterate
-        self._record.enter(number, point, logits, company=self._company(self._defense), held=held)
+        self._record.enter(number, point, logits, self._company(self._defense))
 
     def _enter_apart(self, point: Point, logits: Tensor, *, iterate: int | None = None) -> None:
         """Enter the verdicts on batches that differ in one row."""

@@ -465,7 +465,7 @@ def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
     members = [get("fc-oracle"), get("soft-hybrid"), get("ste")]
     together = ensemble("mean", members, hpm, batch.x, batch.z)
     trial = Trial(hpm, together, batch, BALL)
-    loss = ApgdAttack("ce", steps=3, turns=turns)._loss(trial)
+    loss = ApgdAttack("ce", steps=3, turns=turns)._loss(trial, trial.rows)
     gradients, values = [], []
     for member in members:
         x = batch.x.clone().requires_grad_()
@@ -484,6 +484,59 @@ def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
     outcome = trial.finish(batch.x)
     assert outcome.forwards == 5 * 24
+
+
+@pytest.mark.parametrize("kind", ["static", "solo", "ensemble", "own"])
+@pytest.mark.parametrize("early", [False, True])
+def test_rows_that_are_searched_for_alone_are_answered_and_judged_as_in_their_batch(kind: str, early: bool) -> None:
+    model: HPM | Classifier = make_classifier() if kind == "static" else make_hpm()
+    model = model.requires_grad_(False)
+    batch = _batch(model, model)
+    target = model if kind == "static" else OneAtATime(model, batch.z)
+    surrogate: Any = get("ste")
+    if kind == "ensemble":
+        surrogate = ensemble("mean", [get("fc-oracle"), get("soft-hybrid")], target, batch.x, batch.z)
+    if kind == "own":
+        surrogate = get("own", {"own": make_classifier(seed=3).requires_grad_(False)})
+    setting = Setting(counted=batch.correct & (torch.arange(24) % 2 == 0), early_stop=early, keep=True)
+    whole, part = (
+        Trial(target, surrogate, batch, BALL, mixes_rows=kind != "static", setting=setting) for _ in range(2)
+    )
+    rows, model_of_rows = part.rows, part.of_rows()
+    assert 0 < len(rows) < 24
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        x = BALL.random(batch.x, generator)
+        x = batch.x.index_copy(0, rows, x[rows]).requires_grad_()
+        points = x.detach()[rows].requires_grad_()
+        logits, some = whole(x)[..., rows, :], model_of_rows(points)
+        torch.testing.assert_close(some, logits)
+        (gradient,) = torch.autograd.grad(logits.pow(2).sum(), x)
+        (own,) = torch.autograd.grad(some.pow(2).sum(), points)
+        torch.testing.assert_close(own, gradient[rows])
+        assert torch.equal(whole.counted, part.counted)
+        if not part.searching:
+            break
+    outcomes = [trial.finish(trial.start.x) for trial in (whole, part)]
+    assert bool((outcomes[0].any_broken & batch.correct).any())
+    for field in dataclasses.fields(Outcome):
+        assert bool(torch.as_tensor(getattr(outcomes[0], field.name) == getattr(outcomes[1], field.name)).all()), field
+    assert torch.equal(whole.trace().best.x, part.trace().best.x)
+
+
+def test_points_of_rows_searched_for_alone_are_held_to_the_ball() -> None:
+    classifier = make_classifier().requires_grad_(False)
+    batch = _batch(classifier, classifier)
+    for reach, fails in ((0.5, False), (1.5, True)):
+        trial = Trial(
+            classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(counted=torch.arange(24) == 3)
+        )
+        trial.of_rows()(batch.x[3:4] + reach * BALL.eps * (1 - 2 * (batch.x[3:4] > 0.5).float()))
+        if fails:
+            with pytest.raises(AttackError, match="left the Linf ball"):
+                trial.finish(batch.x)
+        else:
+            trial.finish(batch.x)
 
 
 class _Noisy(nn.Module):
@@ -608,7 +661,7 @@ def test_a_search_ends_when_nothing_stands() -> None:
     trial = Trial(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
     calls = []
     call = trial._pass
-    trial._pass = lambda x: (calls.append(len(x)), call(x))[1]  # type: ignore[method-assign]
+    trial._pass = lambda x, moved=None: (calls.append(len(x)), call(x, moved))[1]  # type: ignore[method-assign]
     outcome = trial.finish(ApgdAttack("margin", steps=50)(trial, torch.Generator().manual_seed(0)))
     assert bool(outcome.any_broken[batch.correct].all())
     assert len(calls) == int(outcome.first_iterate[batch.correct].max()) + 1 < 51
