@@ -199,7 +199,7 @@ def _evaluate(
             "deterministic": deterministic,
         }  # fmt: skip
         search = _search(precision, entrants[0])
-        entrants = [dataclasses.replace(entrant, search=search) for entrant in entrants]
+        entrants = [dataclasses.replace(entrant, search=_fitted(search, entrant)) for entrant in entrants]
         where = environment(device) | {"search": search.about(), "deterministic": deterministic}
         here = place(device) | {"search": where["search"]["precision"]}
         with opened(
@@ -216,6 +216,11 @@ def _search(precision: str, entrant: Entrant) -> Search:
     """How points are passed, by trial on the first batch's images."""
     with seeded(0):
         return choose(precision, entrant.defense, next(iter(entrant.clean)).x)
+
+
+def _fitted(search: Search, entrant: Entrant) -> Search:
+    with seeded(0):
+        return search.of(entrant.defense, next(iter(entrant.clean)).x)
 
 
 def _carried_out(

@@ -6,6 +6,7 @@ what such features seem to break is passed once more in float32, in its batch, b
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.bf16 import bf16_copy, bf16_features
 from msa_eval.defense import Defense, WholeModel
 from msa_eval.memory import plain
 
@@ -37,11 +39,13 @@ class Search:
         asked: for which precision, of `PRECISIONS`.
         rough: whether it passes them in bfloat16.
         gain: how many times as fast that was found to be; ``None`` where nothing was tried.
+        trunk: a private copy that points are passed through in bfloat16; without it that is the target's own.
     """
 
     asked: str = "fp32"
     rough: bool = False
     gain: float | None = None
+    trunk: Defense | None = None
 
     def about(self) -> dict[str, Any]:
         """For ``run.json``, which holds no measured time, so that it is the same when it is made again."""
@@ -51,8 +55,11 @@ class Search:
         """Features ``(B, ...)`` of images ``(B, C, H, W)`` as the search sees them, in float32."""
         if not self.rough:
             return defense.features(x)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return defense.features(x).float()
+        return bf16_features(self.trunk or defense, x)
+
+    def of(self, defense: Defense, x: Tensor) -> Search:
+        """The same for one target, with a copy of its trunk where that is of use, tried on some images."""
+        return dataclasses.replace(self, trunk=bf16_copy(defense, x)) if self.rough else self
 
 
 EXACT = Search()

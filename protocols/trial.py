@@ -260,10 +260,10 @@ class Trial:
         kept, index = self._kept.point, rows.nonzero().flatten()
         self._record.hold(points, index)
         with torch.no_grad():
-            z = self._features(points).to(kept.z)
+            z = self._trunk(points).to(kept.z)
         point = kept.with_new(index, points, z)
         self._iterate += 1
-        self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows))
+        self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows) and not self._rough)
         return self._proposed.logits
 
     def accept(self, rows: Tensor) -> Tensor:
@@ -445,10 +445,14 @@ class Trial:
             logits = self._decide(self._defense, point.z)
         else:
             logits = self._decide_some(point.z, rows, self._kept.logits)
-        if not confirmed and bool(self._record.claims(logits)):
+        claimed = not confirmed and bool(self._record.claims(logits))
+        if claimed:
             point = self._exact(point)
             logits = self._decide(self._defense, point.z)
-        self._enter(point, logits)
+        if claimed or not self._rough:
+            self._enter(point, logits)
+        else:
+            self._record.prefer(point, logits, self._company(self._defense))
         return _Answered(point, logits)
 
     def _judge_point(self, point: Point, logits: Tensor) -> None:

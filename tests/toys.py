@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.runs import ApgdAttack
@@ -82,3 +84,23 @@ def attacked(trial: Trial) -> tuple[Outcome, list[Tensor]]:
     trial._judge_point = watched  # type: ignore[method-assign]
     outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
     return outcome, [*seen, trial._final.x]
+
+
+class AskedInQueries(Trial):
+    """Keeps every batch that a query attack asked about, put together as it says."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.asked: list[Tensor] = []
+        self.held = self.batch.x
+
+    def propose(self, points: Tensor, rows: Tensor) -> Tensor:
+        self.offered = self.held.clone()
+        self.offered[rows] = points
+        self.asked.append(self.offered)
+        return super().propose(points, rows)
+
+    def accept(self, rows: Tensor) -> Tensor:
+        self.held = torch.where(rows.view(-1, 1, 1, 1), self.offered, self.held)
+        self.asked.append(self.held)
+        return super().accept(rows)

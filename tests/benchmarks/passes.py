@@ -27,6 +27,10 @@ class Passes:
     calls: int = 0
     _entered: list[float] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: object) -> Passes:
+        """Itself: passes through a copy of the trunk count as well."""
+        return self
+
     def _enter(self, trunk: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (x,) = given
         self.forwards += len(x)

@@ -11,16 +11,18 @@ from msa_eval.protocols import make_protocol
 from msa_eval.protocols import search as module
 from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.runs import SquareAttack
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
 from torch import Tensor, nn
-from toys import attacked, make_batch, make_hpm, make_samples
+from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, WholeModel, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
+from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
 
@@ -110,6 +112,36 @@ def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str
         if finding.own is None and kind != "solo":
             with torch.no_grad():
                 assert torch.equal(finding.breaks, (hpm(finding.x).argmax(dim=1) != batch.y) & batch.correct)
+
+
+@pytest.mark.parametrize("kind", ["joint", "all right", "solo", "static"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 3.0])
+def test_only_what_the_target_says_about_a_query_counts(kind: str, share: float) -> None:
+    hpm = make_hpm().requires_grad_(False)
+    model: Any = hpm.fc_target if kind == "static" else hpm
+    samples = make_samples(model, 16, seed=1)
+    with torch.no_grad():
+        z = model.features(samples.x)
+        logits = decide(model, z)
+    y = logits.argmax(dim=1) if kind == "all right" else samples.y
+    batch = Batch(0, samples.x, y, z, logits)
+    target = OneAtATime(hpm, batch.z) if kind == "solo" else model
+    setting = Setting(search=_distorted(share), keep=True)
+    trial = AskedInQueries(target, None, batch, BALL, mixes_rows=kind != "static", setting=setting)
+    outcome = trial.finish(points := SquareAttack(40, 0.8)(trial, torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        shown = [-margin(decide(target, model.features(x)), batch.y) for x in (batch.x, *trial.asked, points)]
+    leads = torch.stack(shown)
+    broken = outcome.any_broken & batch.correct
+    assert bool((leads.amin(dim=0) < 0)[broken].all())
+    assert float((leads - outcome.min_margin).abs().amin(dim=0).max()) < 1e-5, "a lead that the target never gave"
+    if share == 0 and kind != "static":  # where rows don't interact, what is put together is not decided
+        assert torch.equal(broken, (leads.amin(dim=0) < 0) & batch.correct)
+    assert share > 0.3 or bool(broken.any())
+    for finding in trial.trace().findings:
+        with torch.no_grad():
+            wrong = decide(target, model.features(finding.x)).argmax(dim=1) != batch.y
+        assert bool(wrong[finding.breaks].all())
 
 
 def test_no_lead_of_rounded_features_is_entered() -> None:
@@ -223,6 +255,7 @@ def test_points_that_are_mixed_have_features_of_the_target_itself(
     mixing: bool, context: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_pair", lambda *_: (1.0, 1.0))  # the trial of bf16 rounds too
+    monkeypatch.setattr(module, "bf16_copy", lambda *_: None)
     hpm: Any = make_hpm()
     hpm.__class__ = Rounding
     hpm.rounded = []

@@ -14,7 +14,7 @@ from msa_eval.protocols.trial import AttackError, Setting, Trial
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
 from torch import Tensor, nn
-from toys import attacked, make_classifier, make_hpm, make_samples
+from toys import AskedInQueries, attacked, make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
@@ -143,26 +143,6 @@ def test_a_surrogate_with_a_trunk_of_its_own_costs_its_passes() -> None:
     assert torch.equal(outcome.surrogate_fooled, other(found.x).argmax(dim=1) != batch.y)
 
 
-class _Watched(Trial):
-    """Keeps every batch that a query attack asked about, put together as it says."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.asked: list[Tensor] = []
-        self.held = self.batch.x
-
-    def propose(self, points: Tensor, rows: Tensor) -> Tensor:
-        self.offered = self.held.clone()
-        self.offered[rows] = points
-        self.asked.append(self.offered)
-        return super().propose(points, rows)
-
-    def accept(self, rows: Tensor) -> Tensor:
-        self.held = torch.where(rows.view(-1, 1, 1, 1), self.offered, self.held)
-        self.asked.append(self.held)
-        return super().accept(rows)
-
-
 @pytest.mark.parametrize(
     ("make", "mixes"),
     [(make_hpm, True), (make_classifier, True), (make_classifier, False), (lambda: WholeModel(make_hpm()), True)],
@@ -171,7 +151,7 @@ def test_square_is_judged_on_the_mixed_batch(make: Any, mixes: bool) -> None:
     defense = make()
     labels = defense.model if isinstance(defense, WholeModel) else defense
     batch = _batch(defense, labels)
-    trial = _Watched(defense, None, batch, BALL, mixes_rows=mixes)
+    trial = AskedInQueries(defense, None, batch, BALL, mixes_rows=mixes)
     found = SquareAttack(queries=40, p_init=0.8)(trial, torch.Generator().manual_seed(0))
     assert torch.equal(found, trial.held)
     _check(trial.finish(found), _naive(defense, batch, [*trial.asked, found]))

@@ -1,0 +1,138 @@
+"""A private copy of a trunk for searches in bfloat16: rounded once, and its batch norm folded away.
+
+Autocast rounds every weight anew in every pass, which costs most where few images are passed. The copy only serves to
+search; the target stays as it is, and gives all verdicts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from msa_eval.defense import Defense, modules_of
+from msa_eval.memory import InParts, parts_of, passed_last, plain
+
+PROBED = 2
+
+ROUGHER = 3.0
+"""A copy's features may be so many times as far off as those of autocast."""
+
+FLOOR = 1e-3
+"""What is closer to the target's features than this share of their norm is close enough."""
+
+ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose weights autocast would round; subclasses may do more with theirs, and stay as they are."""
+
+
+def bf16_features(defense: Defense, x: Tensor) -> Tensor:
+    """Features ``(B, ...)`` of images ``(B, C, H, W)`` as bfloat16 passes make them, in float32."""
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        return defense.features(x).float()
+
+
+def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
+    """A copy of a defence for `bf16_features`, tried on two images.
+
+    Args:
+        defense: the target, in evaluation mode.
+        x: images ``(B, C, H, W)``.
+
+    Returns:
+        the copy, whose features alone are of use; ``None`` where it would gain nothing, or gives others.
+    """
+    x, whole, last = x[:PROBED].detach(), plain(defense), passed_last(defense)
+    if not any(type(module) in ROUNDED for module in _modules(whole)):
+        return None
+    with torch.no_grad():
+        expected = defense.features(x)
+        allowed = ROUGHER * _apart(bf16_features(defense, x), expected)
+        for prepare in (_fold, _keep):
+            try:
+                other = InParts(copy.deepcopy(whole), parts_of(defense))
+                other.channels_last = last
+                if not prepare(other, x):
+                    continue
+                _round(other.whole, last=last)
+                if _apart(bf16_features(other, x), expected) <= max(allowed, FLOOR):
+                    return other
+            except Exception:
+                continue  # what can't be copied, taken apart or put together again is passed as it is
+    return None
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """How far features lie apart, as a share of their norm; infinity where they are not finite."""
+    share = float((found - expected).norm() / (expected.norm() + 1e-30))
+    return math.inf if math.isnan(share) else share
+
+
+def _modules(defense: Defense) -> set[nn.Module]:
+    return {module for root in modules_of(defense) for module in root.modules()}
+
+
+def _keep(defense: Defense, x: Tensor) -> bool:
+    return True
+
+
+def _fold(defense: InParts, x: Tensor) -> bool:
+    """Fold each batch norm into the convolution before it; whether there was one."""
+    pairs = _followed(defense, x)
+    for conv, norm in pairs:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+    gone = {norm for _, norm in pairs}
+    for parent in _modules(defense):
+        for name, child in parent.named_children():
+            if child in gone:
+                setattr(parent, name, nn.Identity())
+    return bool(pairs)
+
+
+def _followed(defense: Defense, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """The convolutions whose output goes straight into a batch norm, each called once."""
+    made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
+    calls: Counter[nn.Module] = Counter()
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def leave(conv: nn.Module, given: object, out: Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        calls[conv] += 1
+        made[id(out)] = (conv, out, out._version)  # kept, so that no other tensor gets its id
+
+    def enter(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        calls[norm] += 1
+        conv, out, version = made.get(id(given[0]), (None, given[0], 0))
+        if conv is not None and out._version == version and norm.running_mean is not None:
+            pairs.append((conv, norm))
+
+    hooks = []
+    for module in _modules(defense):
+        if type(module) is nn.Conv2d:
+            hooks.append(module.register_forward_hook(leave))
+        elif type(module) is nn.BatchNorm2d:
+            hooks.append(module.register_forward_pre_hook(enter))
+    try:
+        defense.features(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+
+
+def _round(defense: Defense, *, last: bool) -> None:
+    """Round the weights that autocast would round, laid out as the images are."""
+    for module in _modules(defense):
+        if type(module) in ROUNDED:
+            module.to(torch.bfloat16)
+            if last and isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
