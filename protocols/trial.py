@@ -357,6 +357,8 @@ class Trial:
         if not self.stops_early or not self._apart or self._setting.draws > 1:
             return self._features(x)
         z, moved = self.start.z, (x != self.start.x).flatten(1).any(dim=1)
+        if self._rough:  # of those searched for, the start may have rounded features
+            moved = moved | self.counted
         return z.index_put((moved.nonzero().flatten(),), self._features(x[moved])) if bool(moved.any()) else z
 
     def _pass(self, x: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols import search as module
-from msa_eval.protocols.batch import Batch, Outcome
+from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.runs import SquareAttack
 from msa_eval.protocols.search import Search, choose
@@ -150,6 +150,21 @@ def test_no_lead_of_rounded_features_is_entered() -> None:
     shown = torch.stack([-margin(batch.logits, batch.y), *(_leads(hpm, batch, x, "solo") for x in asked)])
     assert bool(((shown - outcome.min_margin).abs().amin(dim=0) < 1e-5).all())
     assert int((~outcome.any_broken & batch.correct).sum()) > 4
+
+
+def test_a_start_with_rounded_features_is_passed_again_before_it_is_judged() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 16, seed=1)
+    target = OneAtATime(hpm, batch.z)
+    far = batch.x + 0.05
+    with torch.no_grad():
+        start = Point(far, Search("bf16", rough=True).features(hpm, far))
+        exact = -margin(target.logits(hpm.features(far)), batch.y)
+    setting = Setting(start=start, counted=batch.correct, early_stop=True, search=_distorted(0.0))
+    outcome = Trial(target, get("ste"), batch, BALL, setting=setting).finish(far)
+    lowest = torch.minimum(exact, -margin(batch.logits, batch.y))
+    assert torch.equal(outcome.min_margin[batch.correct], lowest[batch.correct])
+    assert outcome.forwards == int(batch.correct.sum())
 
 
 def test_false_claims_cost_passes_and_nothing_else() -> None:
