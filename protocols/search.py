@@ -92,6 +92,7 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
             before, after = _pair(rough, defense, x[:FEW])
         if after > HOPELESS * before:
             return Search(asked, gain=before / after)
+        rough = rough.of(defense, x)
         pairs = [_pair(rough, defense, x[:PROBED])]
         while pairs[-1][1] < pairs[-1][0] and len(pairs) <= ROUNDS:
             pairs.append(_pair(rough, defense, x[:PROBED]))
