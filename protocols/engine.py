@@ -256,7 +256,9 @@ def _carried_out(
     records = [one.record for one in done]
     parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
     last = [entrant.name for entrant in entrants if passed_last(entrant.defense)]
-    more = {"micro_batch": parts, "channels_last": last, "begun_elsewhere": work.units.environments}
+    copied = [entrant.name for entrant in entrants if entrant.search.trunk is not None]
+    more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied}
+    more["begun_elsewhere"] = work.units.environments
     run = {**about, "taken_back": _taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})

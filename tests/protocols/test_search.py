@@ -188,6 +188,7 @@ def test_what_is_found_in_bf16_is_proved_in_float32(contexts: list[str], tmp_pat
         hpm, samples, protocol=protocol, precision="bf16", out=tmp_path, save_adversarial=True, save_gallery=False
     )
     assert results.run["search"] == {"asked": "bf16", "precision": "bf16"}
+    assert results.run["bf16_copy"] == ["defense", "fc"]
     assert results.run["precision"] == "float32"
     assert int((~results.samples["robust"] & results.samples["clean_correct"]).sum()) > 0
     assert verify(tmp_path, hpm, samples).passed
