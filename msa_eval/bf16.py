@@ -53,8 +53,7 @@ def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
         allowed = ROUGHER * _apart(bf16_features(defense, x), expected)
         for prepare in (_fold, _keep):
             try:
-                other = InParts(copy.deepcopy(whole), parts_of(defense))
-                other.channels_last = last
+                other = InParts(copy.deepcopy(whole), parts_of(defense), last)
                 if not prepare(other, x):
                     continue
                 _round(other.whole, last=last)

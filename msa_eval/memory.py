@@ -39,23 +39,24 @@ class InParts:
     Args:
         defense: the target; features come from their own image alone.
         size: the largest part from the start, in images.
+        channels_last: whether images are passed so, if that is not for each process to find out.
 
     Attributes:
         size: the largest part that fits, as far as was found out; ``None`` while all batches have fitted.
         channels_last: whether images are passed so; ``None`` before the first were.
     """
 
-    def __init__(self, defense: Defense, size: int | None = None) -> None:
+    def __init__(self, defense: Defense, size: int | None = None, channels_last: bool | None = None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"expected parts of at least 1 image, but got {size}")
         self.whole, self.size = defense, size
-        self.channels_last: bool | None = None
+        self.channels_last = self._told = channels_last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
     def __reduce__(self) -> tuple[Any, ...]:  # else unpickling would ask for attributes before there are any
-        return InParts, (self.whole, self.size)
+        return InParts, (self.whole, self.size, self._told)
 
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""

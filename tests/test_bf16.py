@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -113,6 +114,9 @@ def test_a_copy_passes_images_as_the_target_does() -> None:
     assert other.channels_last
     assert other.whole.trunk.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(bf16_features(other, x), target.features(x), rtol=0.02, atol=0.02)
+    sent = pickle.loads(pickle.dumps(other))  # as to another process, which has to search the same points
+    assert (sent.size, sent.channels_last) == (4, True)
+    assert torch.equal(bf16_features(sent, x), bf16_features(other, x))
 
 
 class Locked(HPM):
