@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from msa_eval.defense import Defense, modules_of
-from msa_eval.memory import InParts, parts_of, passed_last, plain
+from msa_eval.defense import Defense, WholeModel, modules_of
+from msa_eval.memory import InParts, in_parts, parts_of, passed_last, plain
 
 PROBED = 2
 
@@ -27,6 +28,38 @@ FLOOR = 1e-3
 
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weights autocast would round; subclasses may do more with theirs, and stay as they are."""
+
+
+class Copied(InParts):
+    """A copy that takes a batch in the same parts as the target: where memory is short for one, it is for both.
+
+    Args:
+        defense: the copy.
+        target: what it is a copy of.
+        channels_last: whether images are passed so.
+    """
+
+    def __init__(self, defense: Defense, target: Defense, channels_last: bool | None) -> None:
+        self._target = target
+        super().__init__(defense, parts_of(target), channels_last)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Copied, (self.whole, self._target, self._told)
+
+    def passed(self, part: Tensor) -> Tensor:
+        """Features of what fits; in a backward pass by parts there is no autocast around it."""
+        with torch.autocast(part.device.type, dtype=torch.bfloat16):
+            return super().passed(part).float()
+
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        """The largest part that fits."""
+        return parts_of(self._target)
+
+    @size.setter
+    def size(self, size: int | None) -> None:
+        assert isinstance(self._target, InParts)
+        self._target.size = size
 
 
 def bf16_features(defense: Defense, x: Tensor) -> Tensor:
@@ -46,14 +79,14 @@ def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
         the copy, whose features alone are of use; ``None`` where it would gain nothing, or gives others.
     """
     x, whole, last = x[:PROBED].detach(), plain(defense), passed_last(defense)
-    if not any(type(module) in ROUNDED for module in _modules(whole)):
+    if isinstance(whole, WholeModel) or not any(type(module) in ROUNDED for module in _modules(whole)):
         return None
     with torch.no_grad():
         expected = defense.features(x)
         allowed = ROUGHER * _apart(bf16_features(defense, x), expected)
         for prepare in (_fold, _keep):
             try:
-                other = InParts(copy.deepcopy(whole), parts_of(defense), last)
+                other = Copied(copy.deepcopy(whole), in_parts(defense), last)
                 if not prepare(other, x):
                     continue
                 _round(other.whole, last=last)

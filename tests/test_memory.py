@@ -188,8 +188,17 @@ PROTOCOL: dict[str, Any] = {
 }  # fmt: skip
 
 
+PRECISION = "fp32"
+
+
+@pytest.fixture(autouse=True, params=["fp32", "bf16"])
+def _searched_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both precisions, and never as a trial of the time decides."""
+    monkeypatch.setitem(globals(), "PRECISION", request.param)
+
+
 def _evaluate(trunk: Cramped, samples: Samples, **more: Any) -> Results:
-    return evaluate(_hpm(trunk), samples, protocol=make_protocol(PROTOCOL), **more)
+    return evaluate(_hpm(trunk), samples, protocol=make_protocol(PROTOCOL), precision=PRECISION, **more)
 
 
 def _check_alike(one: Results, other: Results) -> None:
