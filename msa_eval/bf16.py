@@ -52,7 +52,7 @@ class Copied(InParts):
             return super().passed(part).float()
 
     @property
-    def size(self) -> int | None:  # type: ignore[override]
+    def size(self) -> int | None:
         """The largest part that fits."""
         return parts_of(self._target)
 
