@@ -84,11 +84,15 @@ def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
     with torch.no_grad():
         expected = defense.features(x)
         allowed = ROUGHER * _apart(bf16_features(defense, x), expected)
-        for prepare in (_fold, _keep):
+        for fold in (True, False):
+            defense.features(1 - x[:1])  # what a trunk keeps of its last pass must not look like a copy's answer
             try:
-                other = Copied(copy.deepcopy(whole), in_parts(defense), last)
-                if not prepare(other, x):
+                other = Copied(_duplicate(whole), in_parts(defense), last)
+                pairs = _followed(other, x)
+                if fold and not pairs:
                     continue
+                if fold:
+                    _fold(other.whole, pairs)
                 _round(other.whole, last=last)
                 if _apart(bf16_features(other, x), expected) <= max(allowed, FLOOR):
                     return other
@@ -97,8 +101,28 @@ def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
     return None
 
 
+def _duplicate(whole: Defense) -> Defense:
+    """A copy that shares no module, weight or buffer with the target: it will be changed.
+
+    Raises:
+        ValueError: when it shares one.
+    """
+    other = copy.deepcopy(whole)
+    ours, theirs = ({id(part) for part in _parts(defense)} for defense in (whole, other))
+    if ours & theirs:
+        raise ValueError("a copy of the defence shares modules with it")
+    return other
+
+
+def _parts(defense: Defense) -> list[object]:
+    modules = _modules(defense)
+    return [*modules, *(values for module in modules for values in (*module.parameters(), *module.buffers()))]
+
+
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """How far features lie apart, as a share of their norm; infinity where they are not finite."""
+    """How far features lie apart, as a share of their norm; infinity where they are others or not finite."""
+    if found.shape != expected.shape:
+        return math.inf
     share = float((found - expected).norm() / (expected.norm() + 1e-30))
     return math.inf if math.isnan(share) else share
 
@@ -107,13 +131,8 @@ def _modules(defense: Defense) -> set[nn.Module]:
     return {module for root in modules_of(defense) for module in root.modules()}
 
 
-def _keep(defense: Defense, x: Tensor) -> bool:
-    return True
-
-
-def _fold(defense: InParts, x: Tensor) -> bool:
-    """Fold each batch norm into the convolution before it; whether there was one."""
-    pairs = _followed(defense, x)
+def _fold(defense: Defense, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> None:
+    """Fold each batch norm into the convolution before it."""
     for conv, norm in pairs:
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -126,11 +145,15 @@ def _fold(defense: InParts, x: Tensor) -> bool:
         for name, child in parent.named_children():
             if child in gone:
                 setattr(parent, name, nn.Identity())
-    return bool(pairs)
 
 
-def _followed(defense: Defense, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """The convolutions whose output goes straight into a batch norm, each called once."""
+def _followed(other: Copied, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """The convolutions of a copy whose output goes straight into a batch norm, each called once.
+
+    Raises:
+        ValueError: when the copy's features are made by none of its own layers.
+    """
+    modules = _modules(other.whole)
     made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
     calls: Counter[nn.Module] = Counter()
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -147,17 +170,20 @@ def _followed(defense: Defense, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm
         if conv is not None and out._version == version and norm.running_mean is not None:
             pairs.append((conv, norm))
 
-    hooks = []
-    for module in _modules(defense):
+    used: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda layer, given: used.add(layer)) for module in modules]
+    for module in modules:
         if type(module) is nn.Conv2d:
             hooks.append(module.register_forward_hook(leave))
         elif type(module) is nn.BatchNorm2d:
             hooks.append(module.register_forward_pre_hook(enter))
     try:
-        defense.features(x)
+        other.features(x)
     finally:
         for hook in hooks:
             hook.remove()
+    if not any(type(module) in ROUNDED for module in used):
+        raise ValueError("the copy passes images through layers that are not its own")
     return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
 
 

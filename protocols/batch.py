@@ -39,22 +39,47 @@ class Batch:
 
 @dataclass(frozen=True)
 class Point:
-    """A batch of points ``(B, C, H, W)`` and their features ``(B, ...)``."""
+    """A batch of points and their features.
+
+    Attributes:
+        x: points ``(B, C, H, W)``.
+        z: features ``(B, ...)``.
+        rounded: the rows ``(B,)`` whose features only serve to search: no verdict rests on them. ``None``: no row's.
+    """
 
     x: Tensor
     z: Tensor
+    rounded: Tensor | None = None
 
     def with_rows(self, mask: Tensor, other: Point) -> Point:
         """The same batch with some rows (a mask ``(B,)``) taken from another."""
+        rounded = self._rounded_with(mask, other.rounded)
         if not asynchronous(mask):  # by place is cheaper, where places can be known without waiting
             rows = mask.nonzero().flatten()
-            return other if len(rows) == len(mask) else self.with_new(rows, other.x[rows], other.z[rows])
+            if len(rows) == len(mask):
+                return other
+            x, z = self.x.index_copy(0, rows, other.x[rows]), self.z.index_copy(0, rows, other.z[rows])
+            return Point(x, z, rounded)
         x = torch.where(per_image(mask, self.x), other.x, self.x)
-        return Point(x, torch.where(per_image(mask, self.z), other.z, self.z))
+        return Point(x, torch.where(per_image(mask, self.z), other.z, self.z), rounded)
 
-    def with_new(self, rows: Tensor, x: Tensor, z: Tensor) -> Point:
+    def with_new(self, rows: Tensor, x: Tensor, z: Tensor, *, rounded: bool) -> Point:
         """The same batch with new points ``(n, C, H, W)`` and features ``(n, ...)`` in some places ``(n,)``."""
-        return Point(self.x.index_copy(0, rows, x), self.z.index_copy(0, rows, z))
+        marked = self.rounded
+        if rounded or marked is not None:
+            marked = self.marked().index_fill(0, rows, rounded)
+        return Point(self.x.index_copy(0, rows, x), self.z.index_copy(0, rows, z), marked)
+
+    def marked(self) -> Tensor:
+        """The rows with rounded features ``(B,)``."""
+        if self.rounded is None:
+            return torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        return self.rounded
+
+    def _rounded_with(self, mask: Tensor, other: Tensor | None) -> Tensor | None:
+        if self.rounded is None:
+            return None if other is None else mask & other
+        return self.rounded & ~mask if other is None else torch.where(mask, other, self.rounded)
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,31 @@ class Search:
         return bf16_features(self.trunk or defense, x)
 
     def of(self, defense: Defense, x: Tensor) -> Search:
-        """The same for one target, with a copy of its trunk where that is of use, tried on some images."""
-        return dataclasses.replace(self, trunk=bf16_copy(defense, x)) if self.rough else self
+        """The same for one target, with a copy of its trunk where that is of use, tried on some images.
+
+        Raises:
+            ValueError: when bf16 is asked for and the trunk can't be passed so.
+        """
+        if not self.rough:
+            return self
+        try:
+            return dataclasses.replace(self, trunk=bf16_copy(defense, x))
+        except FAILS as error:
+            return Search(_unless_asked(self.asked, error))
 
 
 EXACT = Search()
 """Points are passed as the target is."""
+
+FAILS = (RuntimeError, TypeError, ValueError)
+"""What a trunk raises that can't be passed in bfloat16."""
+
+
+def _unless_asked(asked: str, error: Exception) -> str:
+    if asked == "bf16":
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use --precision fp32") from error
+    return asked
 
 
 def choose(asked: str, defense: Defense, x: Tensor) -> Search:
@@ -97,11 +116,8 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
         while pairs[-1][1] < pairs[-1][0] and len(pairs) <= ROUNDS:
             pairs.append(_pair(rough, defense, x[:PROBED]))
         gain = statistics.median(first / second for first, second in pairs[1:] or pairs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        if asked == "bf16":
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use --precision fp32") from error
-        return Search(asked)
+    except FAILS as error:
+        return Search(_unless_asked(asked, error))
     return Search(asked, rough=gain >= WORTH, gain=gain)
 
 

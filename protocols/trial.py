@@ -97,10 +97,11 @@ class Trial:
         self.eot = setting.eot
         self._setting = setting
         self._defense = defense
+        self._view = setting.view
         self._attacked = setting.view or defense
         self._surrogate = surrogate
         self._mixes_rows = mixes_rows
-        # Whether iterates come with features of the search's own; without a gradient they are passed as the target is.
+        # Whether points come with features of the search's own. A surrogate on images has no use for such.
         self._rough = setting.search.rough and not (surrogate is not None and surrogate.on_images)
         self._forwards = self._backwards = self._decisions = 0
         # Rows decided apart need no pass unless they are searched for, and none if they are wrong already.
@@ -108,7 +109,7 @@ class Trial:
         everyone = batch.correct if self._apart else torch.ones_like(batch.correct)
         self.counted = everyone if setting.counted is None else setting.counted
         self._stays = self._apart or setting.stays
-        self.stops_early = self._stays and setting.early_stop and setting.view is None
+        self.stops_early = self._stays and setting.early_stop and self._view is None
         self.rows = self.counted.nonzero().flatten()
         self._moving = self.rows if self._stays and len(self.rows) < len(batch.y) else None
         self._passed = self.counted
@@ -122,6 +123,10 @@ class Trial:
         self._scale = batch.logits.abs().amax(dim=1)
         self._final = Point(batch.x, batch.z)
         self._trail: list[Point] = []
+        if not self._rough and self.start.rounded is not None:  # another run searched in bfloat16, and this one doesn't
+            self.start = self._exact(self.start)
+            if self._view is not None:
+                self._attacked = self._view = self._view.beside(self.start.z)
         self.latest = self.start
         self.attached = self.start.z
         kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
@@ -209,7 +214,7 @@ class Trial:
         self._calls += 1
         if self._calls % self.eot == 0:
             self._iterate += 1
-            self._judge_point(Point(x.detach(), z.detach()), logits.detach())
+            self._judge_point(Point(x.detach(), z.detach(), self._rounded()), logits.detach())
         return logits
 
     def ask(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -260,8 +265,8 @@ class Trial:
         kept, index = self._kept.point, rows.nonzero().flatten()
         self._record.hold(points, index)
         with torch.no_grad():
-            z = self._trunk(points).to(kept.z)
-        point = kept.with_new(index, points, z)
+            z = self._trunk(points)
+        point = kept.with_new(index, points, z, rounded=self._rough)
         self._iterate += 1
         self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows) and not self._rough)
         return self._proposed.logits
@@ -357,8 +362,8 @@ class Trial:
         if not self.stops_early or not self._apart or self._setting.draws > 1:
             return self._features(x)
         z, moved = self.start.z, (x != self.start.x).flatten(1).any(dim=1)
-        if self._rough:  # of those searched for, the start may have rounded features
-            moved = moved | self.counted
+        if self.start.rounded is not None:
+            moved = moved | self.start.rounded
         return z.index_put((moved.nonzero().flatten(),), self._features(x[moved])) if bool(moved.any()) else z
 
     def _pass(self, x: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -387,7 +392,16 @@ class Trial:
             with torch.no_grad():
                 return self._features(x)
         self._forwards += len(x)
-        return self._watched(self._setting.search.features(self._defense, x))
+        z = self._setting.search.features(self._defense, x)
+        return self._watched(z.to(self.batch.z.dtype) if self._rough else z)
+
+    def _rounded(self) -> Tensor | None:
+        """The rows of the batch just passed that have rounded features ``(B,)``."""
+        if not self._rough:
+            return None
+        if self._moving is None:
+            return torch.ones_like(self._passed)
+        return self._passed if self.start.rounded is None else self._passed | self.start.rounded
 
     def _watched(self, values: Tensor) -> Tensor:
         """Count the images that a gradient passes back through."""
@@ -467,7 +481,7 @@ class Trial:
             self._judge_rough(point)
             return
         # The naive surrogate is the target's own decision on these features: its value is the verdict.
-        if self._surrogate == STE and setting.view is None and setting.draws == 1 and self._moving is None:
+        if self._surrogate == STE and self._view is None and setting.draws == 1 and self._moving is None:
             verdict = logits.float()
         elif self._moving is None or (self._mixes_rows and self._apart):
             verdict = self._decide(self._defense, point.z)
@@ -475,8 +489,8 @@ class Trial:
             self._judge_moved(point, self._moving)
             return
         self._enter(point, verdict)
-        if setting.view is not None:
-            self._enter_apart(point, self._decide(setting.view, point.z))
+        if self._view is not None:
+            self._enter_apart(point, self._decide(self._view, point.z))
         self._stop_early(point)
 
     def _judge_moved(self, point: Point, moving: Tensor) -> None:
@@ -504,7 +518,7 @@ class Trial:
         if self._apart and self.stops_early:
             self._judge_each(point, logits)
             return
-        iterate, view = self._iterate, self._setting.view
+        iterate, view = self._iterate, self._view
 
         def confirm() -> None:
             exact = self._exact(point)
@@ -528,7 +542,9 @@ class Trial:
         logits = self._decide(view, point.z)
 
         def confirm() -> None:
-            exact, self.start = self._exact(point), self._exact(self.start)
+            exact = self._exact(point)
+            if self.start.rounded is not None:
+                self.start = self._exact(self.start)
             self._enter_apart(exact, self._decide(view.beside(self.start.z), exact.z), iterate=iterate)
 
         def prefer() -> None:
@@ -539,8 +555,9 @@ class Trial:
 
     def _judge_each(self, point: Point, logits: Tensor) -> None:
         """The same where rows are decided apart: only what seems broken is passed again."""
-        iterate, passed = self._iterate, self._passed
-        claimed = passed & (logits.argmax(dim=1) != self.batch.y)
+        iterate, rounded = self._iterate, point.marked()
+        # What stays where it was is not passed again for it: in the same company it can't have come to seem broken.
+        claimed = self._passed & rounded & (logits.argmax(dim=1) != self.batch.y)
         seen = torch.where(claimed.unsqueeze(1), self.batch.logits, logits)
         self._record.prefer(point, seen, self._company(self._defense))
 
@@ -548,12 +565,10 @@ class Trial:
             rows = claimed.nonzero().flatten()
             with torch.no_grad():
                 z = point.z.index_copy(0, rows, self._features(point.x[rows]).to(point.z))
-            enter(Point(point.x, z), self._decide(self._defense, z))
+            enter(Point(point.x, z, rounded & ~claimed), self._decide(self._defense, z))
 
         def enter(point: Point, logits: Tensor) -> None:
-            # What is searched for on has rounded features: of these nothing is entered.
-            entered = claimed | ~passed
-            verdict = torch.where(entered.unsqueeze(1), logits, self.batch.logits)
+            verdict = torch.where(point.marked().unsqueeze(1), self.batch.logits, logits)
             self._enter(point, verdict, iterate=iterate)
             self._stop_early(point)
 

@@ -147,6 +147,50 @@ def test_where_there_is_no_such_copy_the_target_is_passed_itself() -> None:
     assert bf16_copy(drifting, x) is None
 
 
+class Closed:
+    """Reaches its net past what a copy copies."""
+
+    def __init__(self) -> None:
+        whole = make()
+        self.net, self.logits = whole.trunk, whole.logits
+        self.features = lambda x: self.net(2 * x - 1)
+
+
+class Single(Closed):
+    """There is only one of it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Single:
+        return self
+
+
+class Keeping(HPM):
+    """Its features are what a hook kept of the last pass, and the hook of a copy keeps it for the target."""
+
+    kept: Tensor
+
+    def features(self, x: Tensor) -> Tensor:
+        self.trunk(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("kind", [Closed, Single, Keeping])
+def test_what_a_copy_shares_with_the_target_is_not_changed(kind: type) -> None:
+    target: Any = make() if kind is Keeping else kind()
+    if kind is Keeping:
+        target.__class__ = Keeping
+        target.trunk.out.register_forward_hook(lambda layer, given, out: setattr(target, "kept", out))
+    net: nn.Module = target.trunk if kind is Keeping else target.net
+    x = images()
+    before, expected, layers = copy.deepcopy(net.state_dict()), target.features(x), list(map(type, net.modules()))
+    assert bf16_copy(in_parts(target), x) is None
+    assert list(map(type, net.modules())) == layers
+    assert net.state_dict().keys() == before.keys()
+    for name, value in net.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    assert torch.equal(target.features(x), expected)
+
+
 def test_without_layers_to_round_a_copy_gains_nothing() -> None:
     class Flat:
         weight = torch.randn(192, 6, generator=torch.Generator().manual_seed(0))

@@ -73,7 +73,7 @@ class Ball:
         def onto(points: Tensor) -> Tensor:
             delta = points.sub_(x)
             size = _like(self.size(delta), delta)
-            return delta.div_(size + 1e-12).mul_(size.clamp(max=self.eps)).add_(x).clamp_(0, 1)
+            return (delta / (size + 1e-12) * size.clamp(max=self.eps)).add_(x).clamp_(0, 1)
 
         return onto
 

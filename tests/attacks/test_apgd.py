@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, apgd
+from msa_eval.attacks.ball import Norm
 from msa_eval.attacks.losses import LOSSES, most_likely_others, targeted_dlr
 
 
@@ -231,6 +232,15 @@ def test_excess_finds_what_left_and_passes_what_stayed() -> None:
     points = torch.tensor([[0.6, 0.5], [0.7, 0.5], [1.5, 0.5], [math.nan, 0.5]])
     assert (Ball("Linf", 0.1).excess(points, x) > 0).tolist() == [False, True, True, True]
     assert (Ball("L2", 5.0).excess(points, x) > 0).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_projection_has_a_gradient(norm: Norm) -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    points = (x + torch.tensor([0.1, 0.02]).view(2, 1, 1, 1)).requires_grad_()
+    (slope,) = torch.autograd.grad(Ball(norm, 0.05).project(points, x).sum(), points)
+    assert slope[0].abs().max() < 1e-6  # along the edge's normal nothing moves
+    torch.testing.assert_close(slope[1], torch.ones_like(slope[1]))
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

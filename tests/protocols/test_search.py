@@ -158,7 +158,7 @@ def test_a_start_with_rounded_features_is_passed_again_before_it_is_judged() -> 
     target = OneAtATime(hpm, batch.z)
     far = batch.x + 0.05
     with torch.no_grad():
-        start = Point(far, Search("bf16", rough=True).features(hpm, far))
+        start = Point(far, Search("bf16", rough=True).features(hpm, far), batch.correct)
         exact = -margin(target.logits(hpm.features(far)), batch.y)
     setting = Setting(start=start, counted=batch.correct, early_stop=True, search=_distorted(0.0))
     outcome = Trial(target, get("ste"), batch, BALL, setting=setting).finish(far)
@@ -178,6 +178,9 @@ def test_false_claims_cost_passes_and_nothing_else() -> None:
 @pytest.mark.parametrize("contexts", [["joint"], ["solo", "alone"], ["composed"]])
 def test_what_is_found_in_bf16_is_proved_in_float32(contexts: list[str], tmp_path: Path) -> None:
     hpm = make_hpm()
+    layer = nn.Linear(12, 6, bias=False)  # with a layer to round, there is a copy to search through
+    layer.weight.data = hpm.trunk.get_parameter("weight").data.T.clone()
+    hpm.trunk = nn.Sequential(nn.Flatten(), layer).eval()
     samples = make_samples(hpm, 16)
     apgd = {"combine": "cascade", "surrogates": ["fc-oracle", "soft-hybrid"], "losses": ["margin"], "steps": 5}
     small = {"threat": {"norm": "Linf", "eps": 0.1, "contexts": contexts}, "batches": {"size": 8}}
@@ -252,6 +255,16 @@ def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
     assert choose("fp32", hpm, x) == Search("fp32")
     with pytest.raises(ValueError, match="unknown precision 'fp16'"):
         choose("fp16", hpm, x)
+
+
+def test_a_second_target_that_bf16_does_not_suit_is_passed_in_float32_too() -> None:
+    hpm, other = make_hpm().requires_grad_(False), make_hpm().requires_grad_(False)
+    x = make_batch(hpm, 8).x
+    other.trunk = Picky()
+    assert Search("auto", rough=True).of(hpm, x).rough
+    assert not Search("auto", rough=True).of(other, x).rough
+    with pytest.raises(ValueError, match="float32 only"):
+        Search("bf16", rough=True).of(other, x)
 
 
 class Rounding(HPM):
