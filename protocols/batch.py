@@ -51,24 +51,32 @@ class Point:
     z: Tensor
     rounded: Tensor | None = None
 
+    def images(self, rows: Tensor) -> Tensor:
+        """The points in some places ``(n,)``: ``(n, C, H, W)``."""
+        return self.x.index_select(0, rows)
+
     def with_rows(self, mask: Tensor, other: Point) -> Point:
         """The same batch with some rows (a mask ``(B,)``) taken from another."""
-        rounded = self._rounded_with(mask, other.rounded)
         if not asynchronous(mask):  # by place is cheaper, where places can be known without waiting
-            rows = mask.nonzero().flatten()
-            if len(rows) == len(mask):
-                return other
-            x, z = self.x.index_copy(0, rows, other.x[rows]), self.z.index_copy(0, rows, other.z[rows])
-            return Point(x, z, rounded)
+            whole = bool(mask.all())
+            return other if whole else Point(self.x.clone(), self.z.clone(), self.rounded).take(mask, other)
         x = torch.where(per_image(mask, self.x), other.x, self.x)
-        return Point(x, torch.where(per_image(mask, self.z), other.z, self.z), rounded)
+        z = torch.where(per_image(mask, self.z), other.z, self.z)
+        return Point(x, z, self._rounded_with(mask, other.rounded))
 
-    def with_new(self, rows: Tensor, x: Tensor, z: Tensor, *, rounded: bool) -> Point:
+    def take(self, mask: Tensor, other: Point | Placed) -> Point:
+        """The same, in the place of this one, which is written over: its tensors must be nobody else's."""
+        rows = mask.nonzero().flatten()
+        self.x.index_copy_(0, rows, other.images(rows))
+        self.z.index_copy_(0, rows, other.z.index_select(0, rows))
+        return Point(self.x, self.z, self._rounded_with(mask, other.rounded))
+
+    def placing(self, rows: Tensor, x: Tensor, z: Tensor, *, rounded: bool) -> Placed:
         """The same batch with new points ``(n, C, H, W)`` and features ``(n, ...)`` in some places ``(n,)``."""
         marked = self.rounded
         if rounded or marked is not None:
             marked = self.marked().index_fill(0, rows, rounded)
-        return Point(self.x.index_copy(0, rows, x), self.z.index_copy(0, rows, z), marked)
+        return Placed(self.x, rows, x, self.z.index_copy(0, rows, z), marked)
 
     def marked(self) -> Tensor:
         """The rows with rounded features ``(B,)``."""
@@ -80,6 +88,43 @@ class Point:
         if self.rounded is None:
             return None if other is None else mask & other
         return self.rounded & ~mask if other is None else torch.where(mask, other, self.rounded)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A batch with new points in some places: a `Point` that is put together where it is asked for as a whole.
+
+    Attributes:
+        base: the points in the other places ``(B, C, H, W)``.
+        places: of the new ones ``(n,)``.
+        new: these ``(n, C, H, W)``.
+        z: features of the whole ``(B, ...)``.
+        rounded: as in `Point`.
+    """
+
+    base: Tensor
+    places: Tensor
+    new: Tensor
+    z: Tensor
+    rounded: Tensor | None
+
+    @property
+    def x(self) -> Tensor:
+        """All points ``(B, C, H, W)``."""
+        return self.base.index_copy(0, self.places, self.new)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The points in some places ``(n,)``: ``(n, C, H, W)``."""
+        at = self._at.index_select(0, rows)
+        hit = (at >= 0).nonzero().flatten()
+        new = self.new.index_select(0, at.index_select(0, hit))
+        return new if len(hit) == len(rows) else self.base.index_select(0, rows).index_copy_(0, hit, new)
+
+    @cached_property
+    def _at(self) -> Tensor:
+        """Of each place, which of the new ones it has, or -1."""
+        nobody = torch.full((len(self.base),), -1, device=self.places.device)
+        return nobody.index_copy_(0, self.places, torch.arange(len(self.places), device=self.places.device))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from msa_eval.protocols.batch import Batch, Finding, Point
-from msa_eval.protocols.later import Later
+from msa_eval.protocols.batch import Batch, Finding, Placed, Point
+from msa_eval.protocols.later import Later, asynchronous
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
@@ -39,32 +39,34 @@ class Record:
         self, batch: Batch, ball: Ball, later: Later, *, known: Tensor | None, keep: bool, company: Tensor | None
     ) -> None:
         self._batch, self._ball, self._later, self._known, self._keep = batch, ball, later, known, keep
+        self._answer: tuple[Tensor, Tensor, Tensor] | None = None
         self.broken = torch.zeros_like(batch.y, dtype=torch.bool)
         self.first = torch.full_like(batch.y, -1)
-        self.lead = self.best_lead = self._lead_of(batch.logits)
-        self.best = Point(batch.x, batch.z)
+        self.lead = self.best_lead = self._read(batch.logits)[1]
+        self.best, self._owned = Point(batch.x, batch.z), False
         self.company = company
-        self.committed = batch.correct
+        self.committed, self._left = batch.correct, batch.correct.sum()
         self.findings: list[Finding] = []
         self.finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
         self.excess = torch.zeros((), device=batch.y.device)
 
     def claims(self, logits: Tensor) -> Tensor:
         """Whether a batch would add to the record ``()``: a sample newly broken, or fewer left right than ever."""
-        right = (logits.argmax(dim=1) == self._batch.y) & self._batch.correct
-        return self.newly_broken(logits).any() | (right.sum() < self.committed.sum())
+        wrong = self._read(logits)[0]
+        right = self._batch.correct & ~wrong
+        return (self._batch.correct & wrong & ~self.broken).any() | (right.sum() < self._left)
 
     def newly_broken(self, logits: Tensor) -> Tensor:
         """The samples that logits ``(B, k)`` would break, right on the clean batch and not broken yet ``(B,)``."""
-        return self._batch.correct & (logits.argmax(dim=1) != self._batch.y) & ~self.broken
+        return self._batch.correct & self._read(logits)[0] & ~self.broken
 
     def hold(self, points: Tensor, rows: Tensor | None = None) -> None:
         """Hold a batch, or the points of some rows, by place ``(n,)``, to the ball and the box."""
-        clean = self._batch.x if rows is None else self._batch.x[rows]
+        clean = self._batch.x if rows is None else self._batch.x.index_select(0, rows)
         if len(points):
             self.excess = torch.maximum(self.excess, self._ball.excess(points, clean).amax())
 
-    def enter(self, iterate: int, point: Point, logits: Tensor, company: Tensor | None) -> None:
+    def enter(self, iterate: int, point: Point | Placed, logits: Tensor, company: Tensor | None) -> None:
         """Enter the verdict on a batch.
 
         Args:
@@ -73,10 +75,12 @@ class Record:
             logits: the hard target's ``(B, k)``.
             company: who sat beside each row ``(B, B - 1)``, where that is a choice.
         """
-        lead = self._lead_of(logits)
-        right = ~self._enter(iterate, logits, lead, point.x, None) & self._batch.correct
+        lead = self._read(logits)[1]
+        right = ~self._enter(iterate, logits, point, None) & self._batch.correct
         self._prefer(point, lead, lead < self.best_lead, company)
-        self.committed = torch.where(right.sum() < self.committed.sum(), right, self.committed)
+        left = right.sum()
+        self.committed = torch.where(left < self._left, right, self.committed)
+        self._left = torch.minimum(left, self._left)
 
     def enter_apart(self, iterate: int, point: Point, logits: Tensor, companions: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once.
@@ -87,29 +91,32 @@ class Record:
             logits: the hard target's, row i on the i-th ``(B, k)``.
             companions: what the i-th has in all rows but i ``(B, C, H, W)``.
         """
-        lead = self._lead_of(logits)
-        self._enter(iterate, logits, lead, companions, point.x)
+        lead = self._read(logits)[1]
+        self._enter(iterate, logits, Point(companions, point.z), point.x)
         self._prefer(point, lead, lead < self.best_lead, None)
 
     def enter_companions(self, iterate: int, point: Point, logits: Tensor, own: Tensor) -> None:
         """The same where it is the companions that moved, to ``point``, and the rows of their own that stay."""
-        self._enter(iterate, logits, self._lead_of(logits), point.x, own)
+        self._enter(iterate, logits, point, own)
 
-    def prefer(self, point: Point, logits: Tensor, company: Tensor | None = None) -> None:
+    def prefer(self, point: Point | Placed, logits: Tensor, company: Tensor | None = None) -> None:
         """Keep each sample's point of the lowest lead by logits that are no verdict: one that seems broken is not."""
-        lead = self._lead_of(logits)
+        lead = self._read(logits)[1]
         self._prefer(point, lead, (lead < self.best_lead) & (lead > 0), company)
 
-    def _lead_of(self, logits: Tensor) -> Tensor:
-        return -margin(logits, self._batch.y)
+    def _read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples logits ``(B, k)`` get wrong, and by how much their labels lead ``(B,)``."""
+        if self._answer is None or self._answer[0] is not logits:
+            self._answer = logits, logits.argmax(dim=1) != self._batch.y, -margin(logits, self._batch.y)
+        return self._answer[1:]
 
-    def _enter(self, iterate: int, logits: Tensor, lead: Tensor, x: Tensor, own: Tensor | None) -> Tensor:
+    def _enter(self, iterate: int, logits: Tensor, shown: Point | Placed, own: Tensor | None) -> Tensor:
         """Note which samples are broken for the first time, and by what; the mask ``(B,)`` of those wrong."""
-        wrong = logits.argmax(dim=1) != self._batch.y
+        wrong, lead = self._read(logits)
         if self._keep:
             known = self.broken if self._known is None else self.broken | self._known
             breaks = wrong & self._batch.correct
-            self._later.when((breaks & ~known).any(), lambda: self._find(Finding(breaks, x, own)))
+            self._later.when((breaks & ~known).any(), lambda: self._find(Finding(breaks, shown.x, own)))
         self.first = torch.where(wrong & ~self.broken, iterate, self.first)
         self.broken = self.broken | wrong
         self.lead = torch.minimum(self.lead, lead)
@@ -121,12 +128,16 @@ class Record:
         self.findings = [old for old in self.findings if bool((old.breaks & ~finding.breaks).any())]
         self.findings.append(finding)
 
-    def _prefer(self, point: Point, lead: Tensor, lower: Tensor, company: Tensor | None) -> None:
+    def _prefer(self, point: Point | Placed, lead: Tensor, lower: Tensor, company: Tensor | None) -> None:
         """Keep each sample's own point of the lowest lead; of a broken one, only a point that was seen to break it."""
         self.best_lead = torch.where(lower, lead, self.best_lead)
-        self._later.when(lower.any(), lambda: self._take(point, lower, company))
-
-    def _take(self, point: Point, lower: Tensor, company: Tensor | None) -> None:
-        self.best = self.best.with_rows(lower, point)
+        if asynchronous(lower):  # cheaper than to know whether there is any
+            self.best = self.best.with_rows(lower, Point(point.x, point.z, point.rounded))
+        elif bool(lower.any()):
+            if not self._owned:
+                self.best, self._owned = Point(self.best.x.clone(), self.best.z.clone(), self.best.rounded), True
+            self.best = self.best.take(lower, point)
+        else:
+            return
         if company is not None and self.company is not None:
             self.company = torch.where(lower.unsqueeze(1), company, self.company)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.batch import Batch, Outcome, Point, Trace, per_image
+from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace, per_image
 from msa_eval.protocols.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
-from msa_eval.protocols.later import Later
+from msa_eval.protocols.later import Later, asynchronous
 from msa_eval.protocols.record import Record
 from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
@@ -131,6 +131,7 @@ class Trial:
         self.attached = self.start.z
         kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
         self._kept = self._proposed = _Answered(self.start, kept)
+        self._held: Tensor | None = None
 
     @property
     def target(self) -> Defense:
@@ -263,10 +264,11 @@ class Trial:
         """Logits ``(B, k)`` of the kept batch with new points ``(n, C, H, W)`` in some rows (a mask ``(B,)``)."""
         self._later.settle()
         kept, index = self._kept.point, rows.nonzero().flatten()
+        assert isinstance(kept, Point)
         self._record.hold(points, index)
         with torch.no_grad():
             z = self._trunk(points)
-        point = kept.with_new(index, points, z, rounded=self._rough)
+        point = kept.placing(index, points, z, rounded=self._rough)
         self._iterate += 1
         self._proposed = self._believed(point, rows, confirmed=len(index) == len(rows) and not self._rough)
         return self._proposed.logits
@@ -275,13 +277,17 @@ class Trial:
         """Keep these rows of the last proposal; logits ``(B, k)`` of the mixed batch that results."""
         if not bool(rows.any()):
             return self._kept.logits
-        mixed = self._kept.point.with_rows(rows, self._proposed.point)
+        kept = self._kept.point
+        if self._held is None or asynchronous(rows):  # where things are done late, what they look at must not change
+            self._held = kept.x.clone()
+        mixed = Point(self._held, kept.z.clone(), kept.rounded).take(rows, self._proposed.point)
         if self._mixes_rows:
             self._kept = self._believed(mixed, torch.ones_like(rows), confirmed=False)
         else:
             # Put together, not decided: the next proposal or the final pass judges a batch that was.
             logits = torch.where(rows.unsqueeze(1), self._proposed.logits, self._kept.logits)
             self._kept = _Answered(mixed, logits)
+        self._proposed = self._kept
         return self._kept.logits
 
     def regroup(self, company: Company) -> Tensor:
@@ -455,7 +461,7 @@ class Trial:
         logits[rows] = self._decide(self._defense, z[rows], rows)
         return logits
 
-    def _believed(self, point: Point, rows: Tensor, *, confirmed: bool) -> _Answered:
+    def _believed(self, point: Point | Placed, rows: Tensor, *, confirmed: bool) -> _Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole."""
         if self._mixes_rows:
             logits = self._decide(self._defense, point.z)
@@ -587,12 +593,13 @@ class Trial:
 
         self._later.when(done.any(), leave)
 
-    def _exact(self, point: Point) -> Point:
+    def _exact(self, point: Point | Placed) -> Point:
         """The same points with the target's own features."""
+        x = point.x.clone() if point.x is self._held else point.x
         with torch.no_grad():
-            return Point(point.x, self._features(point.x))
+            return Point(x, self._features(x))
 
-    def _enter(self, point: Point, logits: Tensor, *, iterate: int | None = None) -> None:
+    def _enter(self, point: Point | Placed, logits: Tensor, *, iterate: int | None = None) -> None:
         """Enter the verdict on a batch, by default the latest iterate."""
         number = self._iterate if iterate is None else iterate
         self._record.enter(number, point, logits, self._company(self._defense))
@@ -614,5 +621,5 @@ class Trial:
 class _Answered:
     """A batch of points and the target's logits."""
 
-    point: Point
+    point: Point | Placed
     logits: Tensor

@@ -80,10 +80,11 @@ def square(
         if not len(active):
             break
         side = _side(p_init, query, queries, x.shape)
-        points = propose(best[active], x[active], side, ball, generator)
+        points = propose(best, x, active, side, ball, generator)
         proposed = target.propose(points, rows)
         better = rows & ((margin(proposed, y) > now) | (proposed.argmax(dim=1) != y))
-        best[better] = points[better[active]]
+        kept = better.index_select(0, active).nonzero().flatten()
+        best.index_copy_(0, active.index_select(0, kept), points.index_select(0, kept))
         logits = target.accept(better)
     return best
 
@@ -121,12 +122,14 @@ def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     return (x + ball.eps * _signs((batch, channels, 1, width), x, generator)).clamp(0, 1)
 
 
-def _squares(best: Tensor, x: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
-    """Linf proposal, drawn over the points given: one square of ±ε, a sign a channel (Algorithm 2)."""
+def _squares(best: Tensor, x: Tensor, active: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Linf proposal for some places ``(n,)``: one square of ±ε, a sign a channel (Algorithm 2)."""
     rows, columns = _corner(x.shape, side, generator)
-    signs = _signs((*x.shape[:2], 1, 1), x, generator)
-    best[:, :, rows, columns] = (x[:, :, rows, columns] + ball.eps * signs).clamp(0, 1)
-    return best
+    signs = _signs((len(active), x.shape[1], 1, 1), x, generator)
+    points = best.index_select(0, active)
+    square = x[:, :, rows, columns].index_select(0, active)
+    points[:, :, rows, columns] = square.add_(signs, alpha=ball.eps).clamp_(0, 1)
+    return points
 
 
 def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
@@ -141,8 +144,14 @@ def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     return (x + ball.eps * ball.unit(delta)).clamp(0, 1)
 
 
-def _moved_mass(best: Tensor, x: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
-    """L2 proposal: the norm of one window is moved to another, with what the budget still allows (Algorithm 3)."""
+def _moved_mass(
+    best: Tensor, x: Tensor, active: Tensor, side: int, ball: Ball, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """L2 proposal for some places ``(n,)``: the norm of one window is moved to another (Algorithm 3).
+
+    The window gets what the budget still allows, too.
+    """
+    best, x = best.index_select(0, active), x.index_select(0, active)
     odd = max(side, 3)
     odd = min(odd + 1 - odd % 2, *x.shape[2:])
     delta = best - x

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols.batch import Batch, Outcome, Point
+from hypothesis import given
+from hypothesis import strategies as st
+from msa_eval.protocols.batch import Batch, Finding, Outcome, Point
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.record import Record
 from msa_eval.protocols.runs import ApgdAttack, SquareAttack
+from msa_eval.protocols.search import Search
 from msa_eval.protocols.trial import AttackError, Setting, Trial
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
@@ -155,6 +160,58 @@ def test_square_is_judged_on_the_mixed_batch(make: Any, mixes: bool) -> None:
     found = SquareAttack(queries=40, p_init=0.8)(trial, torch.Generator().manual_seed(0))
     assert torch.equal(found, trial.held)
     _check(trial.finish(found), _naive(defense, batch, [*trial.asked, found]))
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_what_a_query_found_stays_as_it_was_found(rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept points are written over; findings, and each sample's best point, are not."""
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    before = batch.x.clone()
+    found: list[tuple[Finding, Tensor]] = []
+    keep = Record._find
+
+    def find(record: Record, finding: Finding) -> None:
+        found.append((finding, finding.x.clone()))
+        keep(record, finding)
+
+    monkeypatch.setattr(Record, "_find", find)
+    setting = Setting(keep=True, search=Search("bf16", rough=rough))
+    trial = AskedInQueries(hpm, None, batch, Ball("Linf", 0.08), setting=setting)
+    trial.finish(SquareAttack(60, 0.8)(trial, torch.Generator().manual_seed(0)))
+    assert len(found) > 4
+    for finding, x in found:
+        assert torch.equal(finding.x, x)
+        assert torch.equal(finding.breaks, (decide(hpm, hpm.features(x)).argmax(dim=1) != batch.y) & batch.correct)
+    points = torch.stack([batch.x, *trial.asked, trial._final.x])
+    leads = torch.stack([-margin(decide(hpm, hpm.features(x)), batch.y) for x in points])
+    trace = trial.trace()
+    for row, point in enumerate(trace.best.x):
+        same = (points[:, row] == point).flatten(1).all(dim=1)
+        assert float((leads[same, row] - trace.best_lead[row]).abs().min()) < (0.05 if rough else 1e-5)
+    assert torch.equal(batch.x, before)
+
+
+@given(st.integers(0, 2**30))
+def test_a_batch_that_is_put_together_late_is_the_same(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.rand, generator=generator)
+    whole, places = Point(draw(6, 1, 2, 2), draw(6, 3)), (draw(6) < 0.5).nonzero().flatten()
+    new, z = draw(len(places), 1, 2, 2), draw(len(places), 3)
+    placed = whole.placing(places, new, z, rounded=True)
+    x = whole.x.clone()
+    x[places] = new
+    rows = torch.randint(6, (4,), generator=generator)
+    assert torch.equal(placed.x, x)
+    assert torch.equal(placed.images(rows), x[rows])
+    assert placed.rounded is not None
+    assert placed.rounded.nonzero().flatten().tolist() == places.tolist()
+    mask, other = draw(6) < 0.5, Point(draw(6, 1, 2, 2), draw(6, 3))
+    expected = other.with_rows(mask, Point(placed.x, placed.z, placed.rounded))
+    taken = other.take(mask, placed)
+    assert taken.x is other.x
+    for one, two in ((taken.x, expected.x), (taken.z, expected.z), (taken.marked(), mask & placed.rounded)):
+        assert torch.equal(one, two)
 
 
 def test_square_passes_only_what_it_proposes_and_what_it_confirms() -> None:
