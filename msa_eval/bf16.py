@@ -64,6 +64,8 @@ class Copied(InParts):
 
 def bf16_features(defense: Defense, x: Tensor) -> Tensor:
     """Features ``(B, ...)`` of images ``(B, C, H, W)`` as bfloat16 passes make them, in float32."""
+    if isinstance(defense, Copied):  # which does so by itself
+        return defense.features(x)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         return defense.features(x).float()
 

@@ -7,7 +7,7 @@ The split is what makes an evaluation cheap: one trunk pass serves every surroga
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
@@ -125,7 +125,9 @@ def decide(defense: Defense, z: Tensor) -> Tensor:
     Raises:
         ValueError: when the target returns something else.
     """
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    kind = z.device.type
+    rounding = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with torch.no_grad(), rounding:
         logits = defense.logits(z.float())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
         raise ValueError(f"expected logits of shape ({len(z)}, k), but got {describe(logits)}")

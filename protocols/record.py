@@ -31,8 +31,6 @@ class Record:
         company: who sat beside it.
         committed: right on the one batch shown that leaves the fewest right ``(B,)``.
         findings: adversarial batches that together break all that are broken and not known, where these are kept.
-        finite: whether all logits were ``()``.
-        excess: how far a point left the ball or the box, 0 where none did ``()``.
     """
 
     def __init__(
@@ -47,8 +45,8 @@ class Record:
         self.company = company
         self.committed, self._left = batch.correct, batch.correct.sum()
         self.findings: list[Finding] = []
-        self.finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
-        self.excess = torch.zeros((), device=batch.y.device)
+        self._total = torch.zeros((), dtype=torch.float64, device=batch.y.device)
+        self._far = self._low = self._high = torch.zeros((), device=batch.y.device)
 
     def claims(self, logits: Tensor) -> Tensor:
         """Whether a batch would add to the record ``()``: a sample newly broken, or fewer left right than ever."""
@@ -64,9 +62,26 @@ class Record:
         """Hold a batch, or the points of some rows, by place ``(n,)``, to the ball and the box."""
         clean = self._batch.x if rows is None else self._batch.x.index_select(0, rows)
         if len(points):
-            self.excess = torch.maximum(self.excess, self._ball.excess(points, clean).amax())
+            self._far = torch.maximum(self._far, self._ball.size(points - clean).amax())
+            self._low, self._high = torch.minimum(self._low, points.amin()), torch.maximum(self._high, points.amax())
 
-    def enter(self, iterate: int, point: Point | Placed, logits: Tensor, company: Tensor | None) -> None:
+    def watch(self, logits: Tensor) -> None:
+        """Watch out for logits ``(B, k)`` that are not finite, a surrogate's too."""
+        self._total = self._total + logits.sum(dtype=torch.float64)  # finite float32 values can't overflow it
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all logits were ``()``."""
+        return torch.isfinite(self._total)
+
+    @property
+    def excess(self) -> Tensor:
+        """How far a point left the ball or the box, 0 where none did ``()``."""
+        return self._ball.beyond(self._far, self._low, self._high)
+
+    def enter(
+        self, iterate: int, point: Point | Placed, logits: Tensor, company: Tensor | None, *, claims: bool = True
+    ) -> None:
         """Enter the verdict on a batch.
 
         Args:
@@ -74,10 +89,14 @@ class Record:
             point: the batch.
             logits: the hard target's ``(B, k)``.
             company: who sat beside each row ``(B, B - 1)``, where that is a choice.
+            claims: whether it may add to the record, as `claims` tells; if not, only leads are lowered by it.
         """
-        lead = self._read(logits)[1]
-        right = ~self._enter(iterate, logits, point, None) & self._batch.correct
+        wrong, lead = self._read(logits)
+        self._enter(iterate, logits, point if claims else None, None)
         self._prefer(point, lead, lead < self.best_lead, company)
+        if not claims:
+            return
+        right = ~wrong & self._batch.correct
         left = right.sum()
         self.committed = torch.where(left < self._left, right, self.committed)
         self._left = torch.minimum(left, self._left)
@@ -110,18 +129,17 @@ class Record:
             self._answer = logits, logits.argmax(dim=1) != self._batch.y, -margin(logits, self._batch.y)
         return self._answer[1:]
 
-    def _enter(self, iterate: int, logits: Tensor, shown: Point | Placed, own: Tensor | None) -> Tensor:
-        """Note which samples are broken for the first time, and by what; the mask ``(B,)`` of those wrong."""
+    def _enter(self, iterate: int, logits: Tensor, shown: Point | Placed | None, own: Tensor | None) -> None:
+        """Note which samples are broken for the first time, and by what, if by anything."""
         wrong, lead = self._read(logits)
-        if self._keep:
+        if self._keep and shown is not None:
             known = self.broken if self._known is None else self.broken | self._known
             breaks = wrong & self._batch.correct
             self._later.when((breaks & ~known).any(), lambda: self._find(Finding(breaks, shown.x, own)))
         self.first = torch.where(wrong & ~self.broken, iterate, self.first)
         self.broken = self.broken | wrong
         self.lead = torch.minimum(self.lead, lead)
-        self.finite = self.finite & torch.isfinite(logits).all()
-        return wrong
+        self.watch(logits)
 
     def _find(self, finding: Finding) -> None:
         """Keep a finding, and drop those it makes needless."""

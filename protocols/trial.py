@@ -438,7 +438,7 @@ class Trial:
                 f"surrogate {surrogate.name!r} returned logits of shape {tuple(logits.shape)} "
                 f"where the target returns {(len(x), self.batch.logits.shape[1])}"
             )
-        self._record.finite = self._record.finite & torch.isfinite(logits.detach()).all()
+        self._record.watch(logits.detach())
         return logits
 
     def _decide(self, target: Defense, z: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -472,7 +472,7 @@ class Trial:
             point = self._exact(point)
             logits = self._decide(self._defense, point.z)
         if claimed or not self._rough:
-            self._enter(point, logits)
+            self._enter(point, logits, claims=claimed or confirmed)
         else:
             self._record.prefer(point, logits, self._company(self._defense))
         return _Answered(point, logits)
@@ -599,10 +599,12 @@ class Trial:
         with torch.no_grad():
             return Point(x, self._features(x))
 
-    def _enter(self, point: Point | Placed, logits: Tensor, *, iterate: int | None = None) -> None:
+    def _enter(
+        self, point: Point | Placed, logits: Tensor, *, iterate: int | None = None, claims: bool = True
+    ) -> None:  # fmt: skip
         """Enter the verdict on a batch, by default the latest iterate."""
         number = self._iterate if iterate is None else iterate
-        self._record.enter(number, point, logits, self._company(self._defense))
+        self._record.enter(number, point, logits, self._company(self._defense), claims=claims)
 
     def _enter_apart(self, point: Point, logits: Tensor, *, iterate: int | None = None) -> None:
         """Enter the verdicts on batches that differ in one row."""

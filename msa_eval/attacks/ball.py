@@ -94,12 +94,14 @@ class Ball:
 
         What rounding in float32 can cause is not counted; a NaN is infinitely far outside.
         """
-        tolerance = 1e-6 + 1e-5 * (self.eps if self.norm == "L2" else 0.0)
-        ball = self.size(points - x) - self.eps - tolerance
         flat = points.flatten(1)
-        box = torch.maximum(-flat.amin(dim=1), flat.amax(dim=1) - 1)
-        worst: Tensor = torch.maximum(ball, box).nan_to_num(nan=float("inf"))
-        return worst.clamp(min=0)
+        return self.beyond(self.size(points - x), flat.amin(dim=1), flat.amax(dim=1))
+
+    def beyond(self, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """`excess` of points whose perturbations have such norms, and whose pixels such bounds: as they are shaped."""
+        tolerance = 1e-6 + 1e-5 * (self.eps if self.norm == "L2" else 0.0)
+        outside = torch.maximum(size - self.eps - tolerance, torch.maximum(-low, high - 1))
+        return outside.nan_to_num(nan=float("inf")).clamp(min=0)
 
 
 def _like(values: Tensor, images: Tensor) -> Tensor:
