@@ -257,7 +257,9 @@ def _carried_out(
     parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
     last = [entrant.name for entrant in entrants if passed_last(entrant.defense)]
     copied = [entrant.name for entrant in entrants if entrant.search.trunk is not None]
-    more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied}
+    rounds = about["search"]["precision"] == "bf16"
+    exact = [entrant.name for entrant in entrants if rounds and not entrant.search.rough]
+    more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied, "fp32_search": exact}
     more["begun_elsewhere"] = work.units.environments
     run = {**about, "taken_back": _taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}

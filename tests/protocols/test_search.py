@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
+from msa_eval.protocols import engine, make_protocol
 from msa_eval.protocols import search as module
 from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
@@ -25,6 +25,11 @@ from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def steady() -> None:
+    """Here `auto` finds what it finds."""
 
 
 class Distorted(Search):
@@ -265,6 +270,21 @@ def test_a_second_target_that_bf16_does_not_suit_is_passed_in_float32_too() -> N
     assert not Search("auto", rough=True).of(other, x).rough
     with pytest.raises(ValueError, match="float32 only"):
         Search("bf16", rough=True).of(other, x)
+
+
+def test_a_target_that_is_searched_in_float32_beside_one_that_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hpm, other = make_hpm(), make_hpm().fc_target
+    other.trunk = Picky()
+    monkeypatch.setattr(engine, "choose", lambda *_: Search("auto", rough=True))
+    attack = {"apgd": {"surrogates": ["ste"], "losses": ["margin"], "steps": 2}}
+    small = {"threat": {"norm": "Linf", "eps": 0.1}, "batches": {"size": 8}, "audit": {"samples": 0}}
+    about = {"schema": 1, "name": "small", "version": 1, "description": "A test."}
+    protocol = make_protocol({**about, **small, "attack": attack})
+    results = evaluate(hpm, make_samples(hpm, 16), fc=other, protocol=protocol)
+    assert not results.run.get("failures")
+    assert results.run["search"] == {"asked": "auto", "precision": "bf16"}
+    assert results.run["fp32_search"] == ["fc"]
+    assert "fp32_search" not in evaluate(hpm, make_samples(hpm, 16), fc=False, protocol=protocol).run
 
 
 class Rounding(HPM):
