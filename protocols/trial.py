@@ -123,6 +123,7 @@ class Trial:
         self._scale = batch.logits.abs().amax(dim=1)
         self._final = Point(batch.x, batch.z)
         self._trail: list[Point] = []
+        self._held: Tensor | None = None
         if not self._rough and self.start.rounded is not None:  # another run searched in bfloat16, and this one doesn't
             self.start = self._exact(self.start)
             if self._view is not None:
@@ -131,7 +132,6 @@ class Trial:
         self.attached = self.start.z
         kept = batch.logits if setting.start is None else self._decide(defense, self.start.z)
         self._kept = self._proposed = _Answered(self.start, kept)
-        self._held: Tensor | None = None
 
     @property
     def target(self) -> Defense:
