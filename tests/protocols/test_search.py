@@ -318,3 +318,14 @@ def test_points_that_are_mixed_have_features_of_the_target_itself(
     evaluate(hpm, make_samples(hpm, 16), protocol=protocol, fc=False, precision="bf16")
     assert any(hpm.rounded) == rounds
     assert not all(hpm.rounded)
+
+
+def test_a_start_that_another_run_rounded_is_passed_again_where_points_are_not() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = make_batch(hpm, 16, seed=1)
+    start = Point(batch.x + 0.05, torch.randn_like(batch.z), batch.correct)
+    setting = Setting(start=start, view=OneAtATime(hpm, start.z))
+    trial = Trial(hpm, get("ste"), batch, BALL, setting=setting)
+    assert trial.forwards == 16
+    assert trial.start.rounded is None
+    assert torch.equal(trial.start.z, hpm.features(start.x))
