@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
+
+from msa_eval.arithmetic import exact
+from msa_eval.attacks.ball import Ball
+from msa_eval.data import Samples
+from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
+from msa_eval.device import check_device
+from msa_eval.memory import fitting, in_parts
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
@@ -27,14 +35,6 @@ from msa_eval.protocols.subject import Subject
 from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
-from torch import Tensor
-
-from msa_eval.arithmetic import exact
-from msa_eval.attacks.ball import Ball
-from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
-from msa_eval.device import check_device
-from msa_eval.memory import fitting, in_parts
 from msa_eval.targets import resolve
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]

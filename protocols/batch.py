@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from msa_eval.protocols.later import asynchronous
 from torch import Tensor
 
 from msa_eval.peers import Fault
+from msa_eval.protocols.later import asynchronous
 
 
 @dataclass(frozen=True)

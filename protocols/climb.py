@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.losses import Loss
+from msa_eval.protocols.trial import Trial
 
 
 def climb(

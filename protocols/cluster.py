@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from msa_eval.protocols.guard import StateGuard
-from msa_eval.protocols.ledger import Ledger, Tick
-from msa_eval.protocols.packing import pack, unpack
-from msa_eval.protocols.provenance import place
-from msa_eval.protocols.series import Series
-from msa_eval.protocols.work import Job, Searched, Work
 
 import msa_eval
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.memory import InParts, parts_of
 from msa_eval.progress import ticking
+from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.ledger import Ledger, Tick
+from msa_eval.protocols.packing import pack, unpack
+from msa_eval.protocols.provenance import place
+from msa_eval.protocols.series import Series
+from msa_eval.protocols.work import Job, Searched, Work
 
 INSTALL = "pip install 'msa-eval[ray]'"
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.protocols.contexts import Company, decide_each, decide_offers
-from msa_eval.protocols.trial import Trial
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin, most_likely_others
 from msa_eval.defense import Defense
+from msa_eval.protocols.contexts import Company, decide_each, decide_offers
+from msa_eval.protocols.trial import Trial
 
 Candidates = Callable[[int, Company], Tensor]
 """``(place, company) -> (n, w)``: what each row may put in a place of its company, as places in the pool."""

@@ -16,6 +16,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
+
+import msa_eval
+from msa_eval.arithmetic import exact
+from msa_eval.data import Samples
+from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
+from msa_eval.device import check_device
+from msa_eval.memory import fitting, in_parts, parts_of, passed_last, plain
+from msa_eval.progress import Progress, silent
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
@@ -42,15 +51,6 @@ from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
 from msa_eval.surrogates.registry import Own
-from torch import Tensor
-
-import msa_eval
-from msa_eval.arithmetic import exact
-from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
-from msa_eval.device import check_device
-from msa_eval.memory import fitting, in_parts, parts_of, passed_last, plain
-from msa_eval.progress import Progress, silent
 from msa_eval.targets import resolve
 
 

@@ -7,10 +7,9 @@ from types import TracebackType
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
+from msa_eval.progress import ticking
 from msa_eval.protocols.ledger import Ledger
 from msa_eval.protocols.work import Work
-
-from msa_eval.progress import ticking
 
 ENGINES = ("local", "ray")
 

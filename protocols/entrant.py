@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from msa_eval.defense import Defense, WholeModel
+from msa_eval.memory import fitting
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.gallery import Candidate, Exhibit, exhibit
 from msa_eval.protocols.ledger import Evaluated, Ledger
@@ -19,9 +21,6 @@ from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.spec import Protocol
 from msa_eval.surrogates.registry import Own
-
-from msa_eval.defense import Defense, WholeModel
-from msa_eval.memory import fitting
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
 from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.spec import CONTEXTS
-
 from msa_eval.strangers import check_inside, told
 
 SCHEMA_VERSION = 1

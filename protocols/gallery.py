@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from msa_eval.protocols.archive import Proof
-from msa_eval.protocols.evidence import GALLERY
-from msa_eval.protocols.replay import Replay
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.evidence import GALLERY
+from msa_eval.protocols.replay import Replay
 from msa_eval.strangers import check_inside, told
 
 LIMIT = 12

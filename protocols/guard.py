@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import torch
-from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.clean import seeded
-from msa_eval.protocols.signs import SAME, Sign, change, state_guard
 from torch import Tensor, nn
 
 from msa_eval.defense import Defense, decide, modules_of
 from msa_eval.memory import plain
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.clean import seeded
+from msa_eval.protocols.signs import SAME, Sign, change, state_guard
 
 
 class StateGuard:

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from msa_eval.attacks.losses import margin
+from msa_eval.peers import told
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
@@ -15,10 +19,6 @@ from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step, Work
-from torch import Tensor
-
-from msa_eval.attacks.losses import margin
-from msa_eval.peers import told
 
 Tick = Callable[[], None]
 """Called once for each run on a batch that is made."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from msa_eval.exchange import Exchange, Mixtures
 from msa_eval.protocols.batch import Point
 from msa_eval.protocols.composition import best_offer, descend
 from msa_eval.protocols.contexts import Company
 from msa_eval.protocols.history import capacity
 from msa_eval.protocols.trial import Trial
-from torch import Tensor
-
-from msa_eval.exchange import Exchange, Mixtures
 
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""

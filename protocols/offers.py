@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+from msa_eval.defense import Defense
+from msa_eval.memory import is_out_of_memory
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import AmongOthers
 from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
 from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
 from msa_eval.surrogates.registry import Own
-from torch import Tensor
-
-from msa_eval.defense import Defense
-from msa_eval.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

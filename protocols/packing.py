@@ -10,15 +10,15 @@ import json
 from typing import Any
 
 import numpy as np
-from msa_eval.protocols.archive import Proof
-from msa_eval.protocols.batch import Finding, Outcome, Point, Trace
-from msa_eval.protocols.signs import Sign
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from msa_eval.peers.guard import Fault
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.batch import Finding, Outcome, Point, Trace
+from msa_eval.protocols.signs import Sign
 
 RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Fault, Finding, Outcome, Point, Proof, Sign, Trace)}
 """The dataclasses that may be packed, by name; a module adds its own."""

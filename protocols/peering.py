@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from msa_eval.attacks.ball import Ball
+from msa_eval.defense import Defense, modules_of
+from msa_eval.peers import Peer, Seat, find, meet
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.runs import OWN, Run
@@ -13,11 +18,6 @@ from msa_eval.protocols.spec import ApgdBudget, PeerSpec
 from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import Surrogate
 from msa_eval.surrogates.registry import Own
-from torch import Tensor
-
-from msa_eval.attacks.ball import Ball
-from msa_eval.defense import Defense, modules_of
-from msa_eval.peers import Peer, Seat, find, meet
 
 TARGET = "target"
 """Among a peer's surrogates, the hard target itself."""

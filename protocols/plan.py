@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from msa_eval.protocols.spec import Protocol
 from torch import Tensor
+
+from msa_eval.protocols.spec import Protocol
 
 
 def select(y: Tensor, protocol: Protocol) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from msa_eval.protocols.batch import Batch, Finding, Placed, Point
-from msa_eval.protocols.later import Later, asynchronous
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
+from msa_eval.protocols.batch import Batch, Finding, Placed, Point
+from msa_eval.protocols.later import Later, asynchronous
 
 
 class Record:

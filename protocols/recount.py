@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
 from msa_eval.protocols import metrics
 
 Mask = npt.NDArray[np.bool_]

@@ -10,15 +10,6 @@ from typing import Any
 from typing import Protocol as Interface
 
 import torch
-from msa_eval.protocols.climb import climb
-from msa_eval.protocols.composition import RANKS
-from msa_eval.protocols.contexts import AmongOthers, OneAtATime
-from msa_eval.protocols.history import History
-from msa_eval.protocols.offers import Offers
-from msa_eval.protocols.overtime import OvertimeAttack
-from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
-from msa_eval.protocols.trial import Setting, Trial
-from msa_eval.surrogates import Ensemble, Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.losses import (
@@ -36,6 +27,15 @@ from msa_eval.attacks.losses import (
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense
+from msa_eval.protocols.climb import climb
+from msa_eval.protocols.composition import RANKS
+from msa_eval.protocols.contexts import AmongOthers, OneAtATime
+from msa_eval.protocols.history import History
+from msa_eval.protocols.offers import Offers
+from msa_eval.protocols.overtime import OvertimeAttack
+from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
+from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.surrogates import Ensemble, Surrogate
 
 COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 3
 """In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, so often towards

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from msa_eval.defense import WholeModel
+from msa_eval.memory import fitting, plain
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome, Trace
 from msa_eval.protocols.clean import CleanBatches, Pool, seeded
@@ -21,10 +25,6 @@ from msa_eval.protocols.runs import OWN, Attack, Run
 from msa_eval.protocols.search import EXACT
 from msa_eval.protocols.trial import AttackError, Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
-from torch import Tensor
-
-from msa_eval.defense import WholeModel
-from msa_eval.memory import fitting, plain
 
 if TYPE_CHECKING:
     from msa_eval.protocols.entrant import Entrant

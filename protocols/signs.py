@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from msa_eval.protocols.evidence import Results
 from scipy.stats import binomtest
 from torch import Tensor
+
+from msa_eval.protocols.evidence import Results
 
 Severity = Literal["note", "suspect", "unreliable"]
 Mask = npt.NDArray[np.bool_]

@@ -10,13 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from msa_eval.protocols import signs
-from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.guard import answer
-from msa_eval.protocols.offers import answer_with_gradient
-from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
-from msa_eval.protocols.trial import AttackError, Setting, Trial
-from msa_eval.surrogates import STE, Surrogate
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
@@ -24,6 +17,13 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense, decide
+from msa_eval.protocols import signs
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.guard import answer
+from msa_eval.protocols.offers import answer_with_gradient
+from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
+from msa_eval.protocols.trial import AttackError, Setting, Trial
+from msa_eval.surrogates import STE, Surrogate
 
 STEPS, LARGE_STEPS, QUERIES = 40, 20, 200
 NEIGHBOURS = 8

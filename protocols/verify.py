@@ -20,13 +20,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from msa_eval.protocols.archive import Archive, Proof
-from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
-from msa_eval.protocols.plan import batch_of, plan_batches, select
-from msa_eval.protocols.provenance import defense_hash
-from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
-from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.spec import Protocol, make_protocol
 from torch import Tensor
 
 from msa_eval.arithmetic import exact
@@ -36,6 +29,13 @@ from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gra
 from msa_eval.device import check_device
 from msa_eval.memory import in_parts
 from msa_eval.progress import Progress, silent
+from msa_eval.protocols.archive import Archive, Proof
+from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
+from msa_eval.protocols.plan import batch_of, plan_batches, select
+from msa_eval.protocols.provenance import defense_hash
+from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
+from msa_eval.protocols.replay import Replay
+from msa_eval.protocols.spec import Protocol, make_protocol
 from msa_eval.targets import resolve
 
 NEAR_TIE = 1e-5

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from msa_eval.progress import Progress
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Outcome, Trace
 from msa_eval.protocols.packing import RECORDS
 from msa_eval.protocols.units import Units
-from torch import Tensor
-
-from msa_eval.progress import Progress
 
 
 @dataclass(frozen=True)

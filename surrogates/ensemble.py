@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from msa_eval.surrogates.registry import Surrogate
 from torch import Tensor
 
 from msa_eval.defense import Defense
+from msa_eval.surrogates.registry import Surrogate
 
 
 @dataclass(frozen=True)

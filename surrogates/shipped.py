@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from msa_eval.surrogates.registry import Surrogate, register, register_family
 from torch import Tensor
+
+from msa_eval.surrogates.registry import Surrogate, register, register_family
 
 
 def fc_oracle(defense: Any, z: Tensor) -> Tensor:

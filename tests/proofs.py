@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from msa_eval import Results, Samples, WholeModel, evaluate
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.archive import Proof, Written, cover, write
 from msa_eval.protocols.evidence import ARCHIVE
 from msa_eval.protocols.replay import Replay
-from torch import Tensor, nn
-
-from msa_eval import Results, Samples, WholeModel, evaluate
 
 
 def make_content(**overrides: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from msa_eval.protocols import load_protocol
 from msa_eval.protocols.evidence import Results, RunRecord, TargetRecord, tabulate
 

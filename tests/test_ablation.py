@@ -17,8 +17,6 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from msa_eval.protocols import Protocol, load_protocol, make_protocol
-from msa_eval.surrogates import get
 from safetensors.torch import save_file
 from torch import Tensor
 from toys import make_classifier, make_samples
@@ -42,7 +40,9 @@ from msa_eval import (
 from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.checkpoint import weights_hash
 from msa_eval.cli import main
+from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
+from msa_eval.surrogates import get
 from msa_eval.targets import Target
 
 SETTINGS = FinetuneSettings(batch_size=8, lr=1e-2, steps=2, eps=0.1, step_size=0.05)

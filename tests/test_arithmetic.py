@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
-from msa_eval.protocols.audit import audit
-from msa_eval.protocols.crosscheck import crosscheck
-from msa_eval.protocols.verify import verify
 from proofs import make_results
 from torch import Tensor
 from toys import make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
 from msa_eval.arithmetic import WORKSPACE, _settings, exact
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.audit import audit
+from msa_eval.protocols.crosscheck import crosscheck
+from msa_eval.protocols.verify import verify
 
 
 def _state() -> list[object]:

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
 from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import HPM, Classifier, Results, Samples, WholeModel, audit, evaluate, verify
 from msa_eval.memory import InParts, in_parts, is_out_of_memory, plain
+from msa_eval.protocols import make_protocol
 
 ROOM = 16
 ERRORS: dict[str, Callable[[], BaseException]] = {

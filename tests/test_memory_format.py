@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
 from torch import Tensor, nn
 
 from msa_eval import Defense, evaluate
 from msa_eval.memory import InParts, in_parts
 from msa_eval.memory_format import channels_last, takes_channels_last
+from msa_eval.protocols import make_protocol
 
 LAST = torch.channels_last
 PROTOCOL = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from msa_eval.protocols.batch import Batch, Outcome, Point
-from msa_eval.protocols.runs import ApgdAttack
-from msa_eval.protocols.trial import Trial
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples
 from msa_eval.defense import decide
+from msa_eval.protocols.batch import Batch, Outcome, Point
+from msa_eval.protocols.runs import ApgdAttack
+from msa_eval.protocols.trial import Trial
 
 
 class LinearTrunk(nn.Module):

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.trial import Trial
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
@@ -18,6 +16,8 @@ from msa_eval.attacks import Ball, apgd, spsa, square
 from msa_eval.attacks.losses import ce, margin
 from msa_eval.attacks.spsa import _schedule
 from msa_eval.defense import Defense, decide
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 

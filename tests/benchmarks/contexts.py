@@ -13,17 +13,17 @@ import statistics
 import time
 
 import torch
+
+from msa_eval import HPM, load_checkpoint, load_samples
+from msa_eval.attacks import Ball
+from msa_eval.defense import without_weight_gradients
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.plan import plan_batches
 from msa_eval.protocols.runs import ApgdAttack
 from msa_eval.protocols.trial import Trial
-from msa_eval.surrogates import get
-
-from msa_eval import HPM, load_checkpoint, load_samples
-from msa_eval.attacks import Ball
-from msa_eval.defense import without_weight_gradients
 from msa_eval.references import reference_path
+from msa_eval.surrogates import get
 
 from .subjects import cifar10
 

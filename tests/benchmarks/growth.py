@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from msa_eval.protocols import make_protocol
-
 from msa_eval import Samples, evaluate
+from msa_eval.protocols import make_protocol
 
 from .clock import spend
 from .passes import counted

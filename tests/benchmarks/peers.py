@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from msa_eval.protocols import Protocol
-from msa_eval.protocols.spec import load_protocol
 from torch import Tensor, nn
 
 from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.attacks.ball import Ball
 from msa_eval.peers import Seat, find, meet
+from msa_eval.protocols import Protocol
+from msa_eval.protocols.spec import load_protocol
 from msa_eval.references import reference_path
 
 from .subjects import cifar10

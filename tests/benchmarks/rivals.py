@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from msa_eval.surrogates import get
 from torch import Tensor, nn
 
 from msa_eval import HPM
 from msa_eval.attacks import Ball
 from msa_eval.peers import Seat, find, meet
+from msa_eval.surrogates import get
 
 Model = Callable[[Tensor], Tensor]
 Search = Callable[[Tensor, Tensor], Tensor]

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from msa_eval.protocols import Protocol, make_protocol
 from torch import Tensor
 
 from msa_eval import Samples, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.peers import find, installed, library_of
+from msa_eval.protocols import Protocol, make_protocol
 
 from . import rivals
 from .paper import OURS, enter, right

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from msa_eval.protocols.plan import plan_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval import HPM, Classifier, Samples, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
+from msa_eval.protocols.plan import plan_batches
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import autoattack_resnet18
 

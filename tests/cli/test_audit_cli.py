@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from msa_eval.protocols.audit import AuditReport, Sign
 
 from msa_eval.cli import main
 from msa_eval.cli.audit import render
+from msa_eval.protocols.audit import AuditReport, Sign
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from msa_eval.protocols import make_protocol, runs
 from torch import Tensor
 
 import msa_eval.paper
 from msa_eval import load_target
 from msa_eval.cli import main
 from msa_eval.paper import PaperModel, Reported
+from msa_eval.protocols import make_protocol, runs
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))

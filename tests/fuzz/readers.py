@@ -15,8 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from msa_eval.protocols import archive, gallery, load_protocol
-from msa_eval.protocols.evidence import Results
 from PIL import Image
 from records import make_results
 
@@ -25,6 +23,8 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_checkpoint, save_checkpoint
 from msa_eval.data import load_samples
 from msa_eval.hpm import HPM
+from msa_eval.protocols import archive, gallery, load_protocol
+from msa_eval.protocols.evidence import Results
 from msa_eval.report import page
 
 MARK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'"

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from fuzz.mutations import Payload
 from fuzz.readers import READERS, pack_header, valid
-from msa_eval.protocols import gallery
-from msa_eval.protocols.evidence import GALLERY, Results
 from PIL import Image
 from records import make_results
 
 from msa_eval.architectures import Blueprint
 from msa_eval.checkpoint import load_checkpoint
 from msa_eval.data import load_samples
+from msa_eval.protocols import gallery
+from msa_eval.protocols.evidence import GALLERY, Results
 
 
 @pytest.mark.parametrize("name", ["run.json", "samples.csv", "outcomes.csv"])

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from msa_eval.protocols.batch import Batch, Outcome
-from msa_eval.protocols.peering import PeerAttack
-from msa_eval.protocols.trial import Trial
-from msa_eval.surrogates import FC_ORACLE, STE
 from torch import Tensor, nn
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.defense import decide
 from msa_eval.peers import Fault, Found, Peer, PeerError, Seat, find, meet, told
+from msa_eval.protocols.batch import Batch, Outcome
+from msa_eval.protocols.peering import PeerAttack
+from msa_eval.protocols.trial import Trial
+from msa_eval.surrogates import FC_ORACLE, STE
 
 BALL = Ball("Linf", 0.06)
 SEED = 5

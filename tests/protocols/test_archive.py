@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msa_eval.protocols.archive import Archive, Broken, Proof, Written, cover, read, write
-from msa_eval.protocols.replay import Replay
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.protocols.archive import Archive, Broken, Proof, Written, cover, read, write
+from msa_eval.protocols.replay import Replay
 
 LINF, L2 = Ball("Linf", 8 / 255), Ball("L2", 0.5)
 SIZE, IMAGE = 6, (3, 4, 4)

@@ -10,6 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor, nn
+from toys import make_classifier, make_hpm, make_samples
+
+from msa_eval import HPM, Classifier, Samples, WholeModel
+from msa_eval.attacks import Ball
+from msa_eval.defense import decide
 from msa_eval.protocols.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.evidence import Results
@@ -23,12 +29,6 @@ from msa_eval.protocols.signs import (
 )
 from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import STE, get
-from torch import Tensor, nn
-from toys import make_classifier, make_hpm, make_samples
-
-from msa_eval import HPM, Classifier, Samples, WholeModel
-from msa_eval.attacks import Ball
-from msa_eval.defense import decide
 
 COMMITTED = Path(__file__).parents[2] / "results/cifar10-wrn10-2"
 OVERRIDES = {"threat.eps": 0.2, "batches.size": 24}

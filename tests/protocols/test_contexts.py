@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
-from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
-from msa_eval.surrogates import get
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
+from msa_eval.surrogates import get
 
 
 def _by_hand(defense: Any, z: Tensor, companions: Tensor | None, decide: Any) -> Tensor:

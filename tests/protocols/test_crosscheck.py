@@ -11,15 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from msa_eval.protocols import crosscheck as module
-from msa_eval.protocols import load_protocol
-from msa_eval.protocols.crosscheck import crosscheck
-from msa_eval.protocols.evidence import CROSSCHECK
 from torch import nn
 
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.cli import main
 from msa_eval.peers import Peer
+from msa_eval.protocols import crosscheck as module
+from msa_eval.protocols import load_protocol
+from msa_eval.protocols.crosscheck import crosscheck
+from msa_eval.protocols.evidence import CROSSCHECK
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from msa_eval.protocols import load_protocol
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Results, evaluate
+from msa_eval.protocols import load_protocol
 
 COLUMNS = {
     "summary": "target context metric value low high n",

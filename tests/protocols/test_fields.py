@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from msa_eval.protocols.evidence import TABLES, TRIMMED, Results
-from msa_eval.protocols.fields import COLUMNS, MOST, RUN, check_run
 from records import make_results
 
 from msa_eval.cli import main
+from msa_eval.protocols.evidence import TABLES, TRIMMED, Results
+from msa_eval.protocols.fields import COLUMNS, MOST, RUN, check_run
 
 ROOT = Path(__file__).parents[2] / "results"
 WRONG = {"text": 7, "dict": ["a"], "list": "a", "int": "1", "float": "1", "bool": "yes"}

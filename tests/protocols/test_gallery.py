@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from msa_eval.protocols import gallery
-from msa_eval.protocols.archive import Proof
-from msa_eval.protocols.evidence import GALLERY
 from safetensors.numpy import save_file
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate, verify
+from msa_eval.protocols import gallery
+from msa_eval.protocols.archive import Proof
+from msa_eval.protocols.evidence import GALLERY
 
 FAST = {"attack.square.queries": 5, "attack.apgd.steps": 4, "threat.eps": 0.2, "audit.samples": 0}
 

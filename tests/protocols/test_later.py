@@ -7,13 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols import later
-from msa_eval.protocols.batch import Batch, Outcome, Point
-from msa_eval.protocols.later import Later
-from msa_eval.protocols.runs import ApgdAttack
-from msa_eval.protocols.search import Search
-from msa_eval.protocols.trial import Setting, Trial
-from msa_eval.surrogates import get
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import make_batch, make_classifier, make_hpm
@@ -21,6 +14,13 @@ from toys import make_batch, make_classifier, make_hpm
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
+from msa_eval.protocols import later
+from msa_eval.protocols.batch import Batch, Outcome, Point
+from msa_eval.protocols.later import Later
+from msa_eval.protocols.runs import ApgdAttack
+from msa_eval.protocols.search import Search
+from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)
 YES, NO = torch.tensor(True), torch.tensor(False)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msa_eval.protocols import metrics
 from scipy.optimize import brentq
 from scipy.stats import norm
+
+from msa_eval.protocols import metrics
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))

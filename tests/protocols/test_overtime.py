@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from msa_eval.protocols.batch import Batch, Point
-from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
-from msa_eval.protocols.trial import Setting, Trial
-from msa_eval.surrogates import get
 from torch import Tensor
 from toys import make_classifier, make_samples
 
@@ -15,6 +11,10 @@ from msa_eval import as_defense
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
+from msa_eval.protocols.batch import Batch, Point
+from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
+from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.surrogates import get
 
 STEPS = 5
 

@@ -9,11 +9,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import AttackError, load_protocol, make_protocol, peering
-from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.trial import Trial
-from msa_eval.protocols.verify import verify
-from msa_eval.surrogates import FC_ORACLE
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from toys import make_hpm, make_samples
@@ -22,7 +17,12 @@ from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
 from msa_eval.defense import decide
 from msa_eval.peers import Peer, find
+from msa_eval.protocols import AttackError, load_protocol, make_protocol, peering
+from msa_eval.protocols.batch import Batch
+from msa_eval.protocols.trial import Trial
+from msa_eval.protocols.verify import verify
 from msa_eval.report import render_page, render_table
+from msa_eval.surrogates import FC_ORACLE
 
 EPS = 0.06
 

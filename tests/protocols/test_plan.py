@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from msa_eval.protocols import load_protocol
 from msa_eval.protocols.plan import plan_batches, select
 

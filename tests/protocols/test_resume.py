@@ -13,16 +13,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import AttackError, Protocol, make_protocol
-from msa_eval.protocols.units import Units
-from msa_eval.protocols.verify import verify
-from msa_eval.surrogates import Surrogate
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, WholeModel, evaluate
+from msa_eval.protocols import AttackError, Protocol, make_protocol
+from msa_eval.protocols.units import Units
+from msa_eval.protocols.verify import verify
 from msa_eval.report import render_table
 from msa_eval.report.page import write_page
+from msa_eval.surrogates import Surrogate
 
 TIMES = {"seconds", "seconds_by_run", "sha256"}
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
-from msa_eval.protocols.batch import Outcome, Point
-from msa_eval.protocols.trial import Trial
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import evaluate
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.batch import Outcome, Point
+from msa_eval.protocols.trial import Trial
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]
 MOVES = ["fc-oracle:margin", "soft-hybrid@0.3:margin:companions", "ste:margin:image", "frozen-assignment:dlr:standing"]

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from toys import make_classifier, make_hpm
+
+from msa_eval import HPM
+from msa_eval.defense import decide
 from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.runs import ApgdAttack, Run, plan_runs
-from toys import make_classifier, make_hpm
-
-from msa_eval import HPM
-from msa_eval.defense import decide
 
 PRODUCT = {
     "schema": 1, "name": "product", "version": 1, "description": "A test.", "threat": {"norm": "Linf", "eps": 0.1},

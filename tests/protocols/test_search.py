@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
+
+from msa_eval import HPM, WholeModel, evaluate
+from msa_eval.attacks import Ball
+from msa_eval.attacks.losses import margin
+from msa_eval.defense import decide
 from msa_eval.protocols import engine, make_protocol
 from msa_eval.protocols import search as module
 from msa_eval.protocols.batch import Batch, Outcome, Point
@@ -16,13 +23,6 @@ from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
-from torch import Tensor, nn
-from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
-
-from msa_eval import HPM, WholeModel, evaluate
-from msa_eval.attacks import Ball
-from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
 

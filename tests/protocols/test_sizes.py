@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from msa_eval.protocols import make_protocol
-from msa_eval.protocols.sizes import batch_size_report
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Samples
+from msa_eval.protocols import make_protocol
+from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.report import render_sizes
 
 

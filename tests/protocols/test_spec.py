@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from msa_eval.protocols import load_protocol, make_protocol, shipped
 
 GOOD: dict[str, Any] = {

@@ -10,6 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from scipy.stats import binom
+from torch import Tensor, nn
+from toys import make_classifier, make_samples
+
+from msa_eval import Classifier, Results, Samples, WholeModel, evaluate, verify
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.batch import Outcome
 from msa_eval.protocols.replay import Replay
@@ -21,12 +27,6 @@ from msa_eval.protocols.verdict import (
     clear_majority,
     telling_draw,
 )
-from safetensors import safe_open
-from scipy.stats import binom
-from torch import Tensor, nn
-from toys import make_classifier, make_samples
-
-from msa_eval import Classifier, Results, Samples, WholeModel, evaluate, verify
 
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 

@@ -10,6 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from toys import AskedInQueries, attacked, make_classifier, make_hpm, make_samples
+
+from msa_eval import HPM, Classifier, WholeModel
+from msa_eval.attacks import Ball, apgd
+from msa_eval.attacks.losses import LOSSES, margin
+from msa_eval.defense import decide
 from msa_eval.protocols.batch import Batch, Finding, Outcome, Point
 from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.record import Record
@@ -18,13 +25,6 @@ from msa_eval.protocols.search import Search
 from msa_eval.protocols.trial import AttackError, Setting, Trial
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get
-from torch import Tensor, nn
-from toys import AskedInQueries, attacked, make_classifier, make_hpm, make_samples
-
-from msa_eval import HPM, Classifier, WholeModel
-from msa_eval.attacks import Ball, apgd
-from msa_eval.attacks.losses import LOSSES, margin
-from msa_eval.defense import decide
 
 BALL = Ball("Linf", 0.2)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from msa_eval.protocols import units
 from msa_eval.protocols.batch import Finding, Point
 from msa_eval.protocols.differences import differences

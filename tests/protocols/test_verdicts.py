@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import make_protocol
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, Results, evaluate, verify
+from msa_eval.protocols import make_protocol
 from msa_eval.report import render_table
 
 

@@ -14,11 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from msa_eval.protocols import metrics
-from msa_eval.protocols.archive import Proof, read
-from msa_eval.protocols.evidence import ARCHIVE, run_digest
-from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.verify import NEAR, Verification, verify
 from proofs import make_content, make_results
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +22,11 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
+from msa_eval.protocols import metrics
+from msa_eval.protocols.archive import Proof, read
+from msa_eval.protocols.evidence import ARCHIVE, run_digest
+from msa_eval.protocols.replay import Replay
+from msa_eval.protocols.verify import NEAR, Verification, verify
 
 NAMES = ["run.json", "hashes", "tables", "protocol", "weights", "data", "numbers", "batches", "samples", "trunk",
          "clean", "archive", "points", "replay"]  # fmt: skip

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-from msa_eval.protocols import gallery
 from records import make_results
 
 from msa_eval import Results
+from msa_eval.protocols import gallery
 from msa_eval.report import compare, write_page
 from msa_eval.report.sidebyside import write_comparison
 

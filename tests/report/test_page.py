@@ -16,12 +16,12 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
-from msa_eval.protocols import gallery
-from msa_eval.protocols.evidence import GALLERY
 from PIL import Image
 from records import RUNS, make_results
 
 from msa_eval import Results
+from msa_eval.protocols import gallery
+from msa_eval.protocols.evidence import GALLERY
 from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare
 from msa_eval.report.figures import write_figures

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from msa_eval.protocols import load_protocol
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Results, evaluate
+from msa_eval.protocols import load_protocol
 from msa_eval.report import render_sample, render_table
 
 

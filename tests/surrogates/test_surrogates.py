@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from msa_eval.surrogates import Surrogate, available, get, register
 from torch import nn
 from toys import make_classifier, make_hpm
 
 from msa_eval import WholeModel
+from msa_eval.surrogates import Surrogate, available, get, register
 
 
 def _features() -> torch.Tensor:
