@@ -21,9 +21,9 @@ from torch import Tensor
 from msa_eval.arithmetic import exact
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, brought_by, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, brought_by, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.memory import fitting, in_parts
+from msa_eval.memory import fitting
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches, seeded
 from msa_eval.protocols.guard import StateGuard
@@ -36,6 +36,7 @@ from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets import resolve
+from msa_eval.targets.pair import make_targets
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
 
@@ -111,15 +112,13 @@ def audit(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     samples, device = Samples.of(x, y), check_device(device)
     target, _ = resolve(target, samples)
-    defense = in_parts(as_defense(target))
-    beside = None if fc is None or fc is False else in_parts(as_defense(fc))
-    for module in [*modules_of(defense), *modules_of(beside)]:
-        module.to(device)
+    targets = make_targets(target, False if fc is None else fc, device)
+    defense, beside = targets["defense"], targets.get("fc")
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
-        without_weight_gradients(defense, *([] if beside is None else [beside])),
+        without_weight_gradients(*targets.values()),
     ):
         plain = None
         if beside is not None:

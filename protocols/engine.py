@@ -21,9 +21,9 @@ from torch import Tensor
 import msa_eval
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, as_defense, brought_by, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, brought_by, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.memory import fitting, in_parts, parts_of, passed_last, plain
+from msa_eval.memory import fitting, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
@@ -52,6 +52,7 @@ from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets import resolve
+from msa_eval.targets.pair import make_targets
 
 
 def evaluate(
@@ -135,7 +136,7 @@ def evaluate(
         exact(deterministic=deterministic),
         engine_of(engine, device) as maker,
     ):
-        targets = _targets(target, fc, device, micro_batch)
+        targets = make_targets(target, fc, device, micro_batch=micro_batch)
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
             targets,
@@ -437,19 +438,6 @@ def _write(
     finally:
         path.unlink(missing_ok=True)
     return results
-
-
-def _targets(target: object, fc: object, device: str, micro_batch: int | None) -> dict[str, Defense]:
-    """The defence and the plain classifier it was built on, on the device, sparing with memory."""
-    defense = as_defense(target)
-    targets = {"defense": in_parts(defense, micro_batch)}
-    beside = getattr(defense, "fc_target", None) if fc is None else fc
-    if beside is not None and beside is not False:
-        classifier = as_defense(beside)
-        targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
-    for module in (module for entrant in targets.values() for module in modules_of(entrant)):
-        module.to(device)
-    return targets
 
 
 def _taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dict[str, dict[str, int]]:

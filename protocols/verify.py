@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from torch import Tensor
 from msa_eval.arithmetic import exact
 from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, as_defense, modules_of, without_weight_gradients
+from msa_eval.defense import Defense, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.memory import in_parts
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.archive import Archive, Proof
 from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
@@ -37,6 +36,7 @@ from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import Protocol, make_protocol
 from msa_eval.targets import resolve
+from msa_eval.targets.pair import make_targets
 
 NEAR_TIE = 1e-5
 """Where two logits are closer than this share of their size, another machine may round to the other verdict."""
@@ -116,7 +116,8 @@ def verify(
         target: the defence, as for `msa_eval.evaluate`.
         x: `Samples`, or images ``(N, C, H, W)``: the whole data set that was given to `msa_eval.evaluate`.
         y: labels ``(N,)``, unless ``x`` is `Samples`.
-        fc: the plain classifier, if it was given to `msa_eval.evaluate`.
+        fc: the plain classifier, if it was given to `msa_eval.evaluate`; by default the defence's own, if the results
+            are of it too, and ``False`` for none.
         device: where to compute; modules are moved there.
         progress: shows how far the replay has come.
 
@@ -129,7 +130,8 @@ def verify(
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
     samples = Samples.of(x, y)
     device = check_device(device)
-    targets = _targets(resolve(target, samples)[0], fc, device)
+    only = _named_targets(folder / "run.json")
+    targets = make_targets(resolve(target, samples)[0], fc, device, only=only)
     case = _Case(folder, targets, samples, device, progress)
     # The verdicts are float32, whatever surrounds the call.
     with (
@@ -179,9 +181,8 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
         _check_hashes(folder, stated.run)
     _, tables = _read_tables(folder)
     _, protocol = _read_protocol(stated)
-    targets = {
-        name: one for name, one in _targets(resolve(target, samples)[0], fc, device).items() if name in stated.targets
-    }
+    made = make_targets(resolve(target, samples)[0], fc, device, only=stated.targets)
+    targets = {name: one for name, one in made.items() if name in stated.targets}
     _check_weights(stated, targets)
     _check_data(stated, samples)
     _, seats = _check_batches(tables, protocol, stated, samples)
@@ -189,13 +190,12 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
     return Reopened(protocol, tables.samples, seats, targets)
 
 
-def _targets(target: object, fc: object, device: str) -> dict[str, Defense]:
-    defense = as_defense(target)
-    plain = fc if fc is not None else getattr(defense, "fc_target", None)
-    targets = {"defense": in_parts(defense)} | ({} if plain is None else {"fc": in_parts(as_defense(plain))})
-    for module in (module for entrant in targets.values() for module in modules_of(entrant)):
-        module.to(device)
-    return targets
+def _named_targets(path: Path) -> Collection[str] | None:
+    """The targets that run.json names; ``None`` where it can't be read, which a check of its own says."""
+    try:
+        return _read_run(path)[1].targets
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ def test_batch_sizes(tmp_path: Path) -> None:
     clean = table.query("metric == 'clean' and context == 'joint'").set_index("batch_size")["value"]
     for size, value in clean.items():
         assert re.search(rf"\b{size} +{100 * value:.1f} \[", result.stdout)
+    checked = _run("verify", str(tmp_path / "r" / "batch-8"), DIGITS, "--data", "digits", "--quiet")
+    *checks, replay, _ = checked.stdout.splitlines()
+    assert all(line.startswith("ok ") for line in checks)
+    assert replay.endswith("the run was made without --save-adversarial")
     refused = _run("batch-sizes", DIGITS, "--data", "digits", "--out", str(tmp_path / "s"), "--sizes", "8,x")
     assert refused.exit_code == 2
     assert "is not a list of whole numbers" in refused.stderr

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval import Samples
+from msa_eval import Samples, verify
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.report import render_sizes
@@ -44,6 +44,17 @@ def test_a_batch_dependent_defence_is_seen_and_a_static_one_is_the_same_at_every
     assert clean["hpm"].nunique() > 1
     text = render_sizes(seen["hpm"].table)
     assert text.splitlines()[-1].split()[0] == "30"
+
+
+def test_what_is_written_verifies_though_the_defence_has_a_classifier_beside_it(tmp_path: Path) -> None:
+    hpm, samples = make_hpm(), make_samples(make_classifier(), 40)
+    batch_size_report(hpm, samples, protocol=_protocol(), sizes=(1, 8), out=tmp_path, save_adversarial=True)
+    for size in (1, 8):
+        found = verify(tmp_path / f"batch-{size}", hpm, samples)
+        assert [check for check in found.checks if not check.passed] == []
+        assert found.replayed == found.claims > 5
+        other = verify(tmp_path / f"batch-{size}", make_hpm(seed=1), samples)
+        assert [check.name for check in other.checks if check.passed is False] == ["weights"]
 
 
 def test_sizes_that_can_not_be_are_refused_before_any_attack() -> None:

@@ -26,7 +26,7 @@ from msa_eval.protocols import metrics
 from msa_eval.protocols.archive import Proof, read
 from msa_eval.protocols.evidence import ARCHIVE, run_digest
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.verify import NEAR, Verification, verify
+from msa_eval.protocols.verify import NEAR, Verification, reopen, verify
 
 NAMES = ["run.json", "hashes", "tables", "protocol", "weights", "data", "numbers", "batches", "samples", "trunk",
          "clean", "archive", "points", "replay"]  # fmt: skip
@@ -471,10 +471,23 @@ def test_another_checkpoint_other_data_and_another_fc(folder: Path, hpm: HPM, sa
     assert "the fc has other weights" in _failed(found)["weights"]
     found = verify(folder, make_classifier(), samples)
     assert _failed(found)["weights"] == "the results are of defense and fc, but what is given makes defense"
+    found = verify(folder, hpm, samples, fc=False)
+    assert _failed(found)["weights"] == "the results are of defense and fc, but what is given makes defense"
     darker = Samples(samples.x * 0.99, samples.y)
     found = verify(folder, hpm, darker)
     assert list(_failed(found)) == ["data"]
     assert list(_open(found)) == ["batches", "samples", "trunk", "clean", "replay"]
+
+
+def test_results_of_the_defence_alone(tmp_path: Path, hpm: HPM, samples: Samples) -> None:
+    evaluate(hpm, samples, protocol=make_content(), fc=False, out=tmp_path, save_adversarial=True, save_gallery=False)
+    for beside in (None, False):
+        found = verify(tmp_path, hpm, samples, fc=beside)
+        assert found.passed
+        assert found.claims > 10
+        assert set(reopen(tmp_path, hpm, samples, fc=beside).targets) == {"defense"}
+    given = verify(tmp_path, hpm, samples, fc=hpm.fc_target)
+    assert _failed(given) == {"weights": "the results are of defense, but what is given makes defense and fc"}
 
 
 def _protocol(old: str, new: str, *, rehash: bool) -> Callable[[dict[str, Any]], None]:
