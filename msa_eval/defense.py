@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,13 @@ class WholeModel:
         model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``. Its ``surrogates``, if it has any, are
             functions ``(model, x) -> (B, k)``.
         batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out on a clean batch.
+        why: of a model with a trunk, why it is evaluated as a whole.
     """
 
-    def __init__(self, model: nn.Module, *, batch_dependent: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, *, batch_dependent: bool | None = None, why: str = "") -> None:
         self.model = model
         self.batch_dependent = batch_dependent
+        self.why = why
 
     def features(self, x: Tensor) -> Tensor:
         """Return the images as they are."""
@@ -101,6 +103,8 @@ def as_defense(target: object) -> Defense:
     Args:
         target: an object with ``features`` and ``logits``, or a module from images to logits.
 
+    Whether a ``forward`` of its own answers the same is not looked at here (see `msa_eval.own_forward`).
+
     Raises:
         ValueError: when it is neither.
 
@@ -109,7 +113,7 @@ def as_defense(target: object) -> Defense:
     """
     if isinstance(target, type):
         raise ValueError(f"expected a defence, but got the class {target.__name__}; pass an instance of it")
-    if isinstance(target, Defense):
+    if has_trunk(target):
         return target
     if isinstance(target, nn.Module):
         return WholeModel(target)
@@ -117,6 +121,17 @@ def as_defense(target: object) -> Defense:
         f"expected an object with features(x) and logits(z), or a torch module from images to logits, "
         f"but got {type(target).__name__}"
     )
+
+
+def has_trunk(target: object) -> TypeGuard[Defense]:
+    """Whether a target has a trunk and a decision: ``features`` and ``logits`` that can be called.
+
+    >>> model = nn.Flatten()
+    >>> model.features, model.logits = 512, nn.Linear(512, 10)
+    >>> has_trunk(model)
+    False
+    """
+    return callable(getattr(target, "features", None)) and callable(getattr(target, "logits", None))
 
 
 def decide(defense: Defense, z: Tensor) -> Tensor:
@@ -209,6 +224,16 @@ def modules_of(thing: object) -> list[nn.Module]:
     return found
 
 
+def check_evaluating(*defenses: object) -> None:
+    """Check that no model is in training mode, where batch statistics and dropout would be measured.
+
+    Raises:
+        ValueError: when one is.
+    """
+    if any(module.training for defense in defenses for module in modules_of(defense)):
+        raise ValueError("the model is in training mode; call .eval() on it before it is evaluated")
+
+
 @contextmanager
 def without_weight_gradients(*defenses: object) -> Iterator[None]:
     """Switch weight gradients off for a while, and leave every parameter as it was found.
@@ -216,9 +241,8 @@ def without_weight_gradients(*defenses: object) -> Iterator[None]:
     Raises:
         ValueError: when a model is in training mode, where batch statistics and dropout would be measured.
     """
+    check_evaluating(*defenses)
     modules = [module for defense in defenses for module in modules_of(defense)]
-    if any(module.training for module in modules):
-        raise ValueError("the model is in training mode; call .eval() on it before it is evaluated")
     learning = [p for module in modules for p in module.parameters() if p.requires_grad]
     try:
         for parameter in learning:

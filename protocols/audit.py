@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets import resolve
-from msa_eval.targets.pair import make_targets
+from msa_eval.targets.pair import make_targets, why_whole
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
 
@@ -112,7 +113,9 @@ def audit(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     samples, device = Samples.of(x, y), check_device(device)
     target, _ = resolve(target, samples)
-    targets = make_targets(target, False if fc is None else fc, device)
+    targets = make_targets(target, False if fc is None else fc, samples, device)
+    for name, why in why_whole(targets).items():
+        warnings.warn(f"the {name} is audited as a whole, without a trunk, because {why}", stacklevel=3)
     defense, beside = targets["defense"], targets.get("fc")
     with (
         torch.inference_mode(False),

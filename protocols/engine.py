@@ -52,7 +52,7 @@ from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets import resolve
-from msa_eval.targets.pair import make_targets
+from msa_eval.targets.pair import make_targets, why_whole
 
 
 def evaluate(
@@ -136,7 +136,9 @@ def evaluate(
         exact(deterministic=deterministic),
         engine_of(engine, device) as maker,
     ):
-        targets = make_targets(target, fc, device, micro_batch=micro_batch)
+        targets = make_targets(target, fc, samples, device, micro_batch=micro_batch)
+        for name, why in why_whole(targets).items():
+            notify(f"the {name} is evaluated as a whole, without a trunk, because {why}")
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
             targets,
@@ -261,6 +263,7 @@ def _carried_out(
     rounds = about["search"]["precision"] == "bf16"
     exact = [entrant.name for entrant in entrants if rounds and not entrant.search.rough]
     more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied, "fp32_search": exact}
+    more["whole"] = why_whole({entrant.name: entrant.defense for entrant in entrants})
     more["begun_elsewhere"] = work.units.environments
     run = {**about, "taken_back": _taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}

@@ -131,7 +131,7 @@ def verify(
     samples = Samples.of(x, y)
     device = check_device(device)
     only = _named_targets(folder / "run.json")
-    targets = make_targets(resolve(target, samples)[0], fc, device, only=only)
+    targets = make_targets(resolve(target, samples)[0], fc, samples, device, only=only)
     case = _Case(folder, targets, samples, device, progress)
     # The verdicts are float32, whatever surrounds the call.
     with (
@@ -181,7 +181,7 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
         _check_hashes(folder, stated.run)
     _, tables = _read_tables(folder)
     _, protocol = _read_protocol(stated)
-    made = make_targets(resolve(target, samples)[0], fc, device, only=stated.targets)
+    made = make_targets(resolve(target, samples)[0], fc, samples, device, only=stated.targets)
     targets = {name: one for name, one in made.items() if name in stated.targets}
     _check_weights(stated, targets)
     _check_data(stated, samples)

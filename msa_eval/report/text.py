@@ -73,8 +73,14 @@ def _title(results: Results) -> str:
     return (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
         f"{run['data']['name']}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
-        f"{_untrained(run)}"
+        f"{_untrained(run)}{_whole(run)}"
     )
+
+
+def _whole(run: Mapping[str, Any]) -> str:
+    """Which targets count whole although they have a trunk, and why, a line each."""
+    told = [f"the {name} was evaluated as a whole, because {why}" for name, why in run.get("whole", {}).items()]
+    return "".join(f"\n{line}" for each in told for line in textwrap.wrap(each, 110, subsequent_indent="  "))
 
 
 def _untrained(run: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.checkpoint import load_checkpoint, misfits
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, brought_by, modules_of
+from msa_eval.defense import Defense, WholeModel, brought_by, has_trunk, modules_of
 from msa_eval.splitting import Cut, Trunk, split
 from msa_eval.targets import code
 from msa_eval.targets.weights import describe_file, file_digest, load_weights, read_weights
@@ -230,7 +230,7 @@ def _own(
             raise ValueError(f"{word} is made of {len(modules)} modules; let it load its weights itself")
         load_weights(modules[0], read_weights(weights), source=str(weights))
         about |= describe_file(weights)
-    if isinstance(made, Defense):
+    if has_trunk(made):
         if head is not None:
             raise ValueError(f"{word} is a defence with a trunk of its own; it takes no head")
         return Target(

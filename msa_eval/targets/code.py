@@ -15,7 +15,7 @@ from types import ModuleType
 
 from torch import nn
 
-from msa_eval.defense import Defense
+from msa_eval.defense import has_trunk
 
 
 def make(word: str) -> tuple[object, Path | None]:
@@ -55,14 +55,14 @@ def _make(word: str) -> tuple[object, Path | None]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{place} has no {part!r}{hint}")
         found = getattr(found, part)
-    if isinstance(found, type) or not isinstance(found, nn.Module | Defense):
+    if isinstance(found, type) or not (isinstance(found, nn.Module) or has_trunk(found)):
         if not callable(found):
             raise ValueError(f"{word} is a {type(found).__name__}, not a function that returns a model")
         try:
             found = found()
         except Exception as error:
             raise ValueError(f"{word} failed when it was called without arguments: {_said(error)}") from error
-    if not isinstance(found, nn.Module | Defense):
+    if not (isinstance(found, nn.Module) or has_trunk(found)):
         raise ValueError(
             f"{word} returned a {type(found).__name__}; expected a torch module from images to logits, or an object "
             f"with features(x) and logits(z)"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
+
+from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, as_defense, modules_of
+from msa_eval.device import onto
 from msa_eval.memory import in_parts
+from msa_eval.own_forward import IMAGES, counted
 
 
 def make_targets(
     target: object,
     fc: object,
+    samples: Samples,
     device: str,
     *,
     micro_batch: int | None = None,
@@ -18,10 +24,14 @@ def make_targets(
 ) -> dict[str, Defense]:
     """The defence and the plain classifier beside it, on the device, sparing with memory.
 
+    Of the same target and data the same is made everywhere: a model counts by its trunk and its decision, or whole (see
+    `msa_eval.own_forward`).
+
     Args:
         target: the defence.
         fc: the plain classifier; by default (``None``) the defence's own ``fc_target``, if it has one; ``False`` for
             none.
+        samples: the whole data set, of which the first images are passed.
         device: where to compute; modules are moved there.
         micro_batch: pass at most so many images through a trunk at once.
         only: the targets that results are of: a defence's own ``fc_target`` is left out where it is not among them. A
@@ -30,13 +40,26 @@ def make_targets(
     Raises:
         ValueError: when either is no model, or parts are asked of a defence without a trunk.
     """
-    defense = as_defense(target)
-    targets = {"defense": in_parts(defense, micro_batch)}
     if fc is None and (only is None or "fc" in only):
-        fc = getattr(defense, "fc_target", None)
+        fc = getattr(target, "fc_target", None)
+    defense = _counted(target, samples, device)
+    targets = {"defense": in_parts(defense, micro_batch)}
     if fc is not None and fc is not False:
-        classifier = as_defense(fc)
+        classifier = _counted(fc, samples, device)
         targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
-    for module in (module for made in targets.values() for module in modules_of(made)):
-        module.to(device)
     return targets
+
+
+def _counted(target: object, samples: Samples, device: str) -> Defense:
+    """The defence that a target is, on the device."""
+    defense = as_defense(target)
+    for module in modules_of(defense):
+        module.to(device)
+    if isinstance(defense, WholeModel):
+        return defense
+    return counted(defense, onto(samples.images(torch.arange(min(IMAGES, len(samples)))), device))
+
+
+def why_whole(targets: Mapping[str, Defense]) -> dict[str, str]:
+    """Of each target that counts whole though it has a trunk, why it does."""
+    return {name: one.why for name, one in targets.items() if isinstance(one, WholeModel) and one.why}
