@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-SCRIPTS = ("adaptive", "budget", "contexts", "levers", "peers")
+SCRIPTS = ("adaptive", "budget", "contexts", "levers", "peers", "strength")
 """Older ones, with options of their own: ``python -m tests.benchmarks budget --help``."""
 
 OUT = Path("results/benchmarks")
