@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @runtime_checkable
@@ -232,6 +234,29 @@ def check_evaluating(*defenses: object) -> None:
     """
     if any(module.training for defense in defenses for module in modules_of(defense)):
         raise ValueError("the model is in training mode; call .eval() on it before it is evaluated")
+
+
+def left_training(defense: object) -> list[str]:
+    """What is in training mode within models in evaluation mode, such as ``layer3.dropout (Dropout)``.
+
+    Of torch's own layers only those that answer differently in it; of others all, for they may.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    >>> model[0].training = model[1].training = True
+    >>> left_training(model)
+    ['1 (Dropout)']
+    """
+    named = (pair for model in modules_of(defense) for pair in model.named_modules() if not model.training)
+    return [f"{name} ({type(module).__name__})" for name, module in named if module.training and _has_modes(module)]
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether a layer may answer differently in training mode."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return float(module.dropout) > 0
+    return isinstance(module, _NormBase | nn.RReLU) or not type(module).__module__.startswith("torch.nn.")
 
 
 @contextmanager

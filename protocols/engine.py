@@ -21,7 +21,7 @@ from torch import Tensor
 import msa_eval
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, brought_by, without_weight_gradients
+from msa_eval.defense import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.memory import fitting, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
@@ -126,6 +126,7 @@ def evaluate(
     if save_adversarial and out is None:
         raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
+    protocol.ball.check_radius(samples.x.shape[1:].numel())
     device = check_device(device)
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
@@ -139,6 +140,9 @@ def evaluate(
         targets = make_targets(target, fc, samples, device, micro_batch=micro_batch)
         for name, why in why_whole(targets).items():
             notify(f"the {name} is evaluated as a whole, without a trunk, because {why}")
+        for name, one in targets.items():
+            if left := left_training(one):
+                notify(f"parts of the {name} are in training mode: {', '.join(left[:5])}")
         brought = {} if protocol.apgd is None else brought_by(targets["defense"])
         return _evaluate(
             targets,

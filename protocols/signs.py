@@ -146,6 +146,19 @@ def randomness(other_seeds: Change, *, repeats: bool = True) -> Sign:
     return Sign("randomness", fired, "note", other_seeds.drift, SAME, _sentence(reason))
 
 
+def training_mode(left: Sequence[str]) -> Sign:
+    """Whether parts of a model in evaluation mode are in training mode: names of what is (see `left_training`)."""
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        reason = (
+            f"in training mode: {', '.join(left[:5])}{more}; call .eval() on the whole model, unless the defence means "
+            f"it so"
+        )
+    else:
+        reason = "no part of the model is in training mode"
+    return Sign("training_mode", bool(left), "note", float(len(left)), 0.0, _sentence(reason))
+
+
 def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Change | None = None) -> Sign:
     """Whether an image's answer depends on who sits beside it.
 

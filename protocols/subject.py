@@ -16,7 +16,7 @@ from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
-from msa_eval.defense import Defense, decide
+from msa_eval.defense import Defense, decide, left_training
 from msa_eval.protocols import signs
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.guard import answer
@@ -105,7 +105,7 @@ class Subject:
     def measure(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
         """Measure all signs."""
         clean = torch.cat([batch.logits for batch in self.batches])
-        found = [signs.probabilities(clean), *self.determinism()]
+        found = [signs.probabilities(clean), signs.training_mode(left_training(self.defense)), *self.determinism()]
         found += self.gradients(surrogates)
         found += self.attacks(surrogates)
         if surrogates:

@@ -15,6 +15,7 @@ from msa_eval.defense import (
     brought_by,
     check_trunk,
     decide,
+    left_training,
     looks_batch_dependent,
     modules_of,
     without_weight_gradients,
@@ -141,6 +142,31 @@ def test_a_model_in_training_mode_is_refused() -> None:
     custom.trunk.train()
     with pytest.raises(ValueError, match=r"call \.eval\(\)"), without_weight_gradients(custom):
         pass
+
+
+def test_what_was_left_in_training_mode_is_named() -> None:
+    class Depth(nn.Module):
+        """Of a user: nobody knows what it does in training mode."""
+
+    parts = nn.Sequential(nn.Linear(12, 4), nn.Dropout(0.5), nn.Dropout(0.0), nn.BatchNorm1d(4), Depth(), nn.ReLU())
+    assert left_training(WholeModel(parts.eval())) == []
+    for part in parts:
+        part.train()
+    assert left_training(WholeModel(parts)) == ["1 (Dropout)", "3 (BatchNorm1d)", "4 (Depth)"]
+
+
+def test_an_evaluation_and_an_audit_name_what_was_left_in_training_mode() -> None:
+    dropping = nn.Sequential(make_classifier(), nn.Dropout(0.3)).eval()
+    samples, told = make_samples(make_classifier()), list[str]()
+    overrides = {"attack.apgd.steps": 1, "attack.square.queries": 1, "threat.eps": 0.1}
+    evaluate(dropping, samples, protocol="quick", overrides=overrides | {"audit.samples": 0}, notify=told.append)
+    assert told == []
+    dropping[1].train()
+    results = evaluate(dropping, samples, protocol="quick", overrides=overrides, notify=told.append)
+    assert told == ["parts of the defense are in training mode: 1 (Dropout)"]
+    row = results.audit.set_index("sign").loc["training_mode"]
+    assert (bool(row["fired"]), row["severity"]) == (True, "note")
+    assert "1 (Dropout)" in row["reason"]
 
 
 class _Rounding(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -34,6 +35,29 @@ class Ball:
             raise ValueError(f"expected norm to be one of {', '.join(get_args(Norm))}, but got {self.norm!r}")
         if not 0 <= self.eps < float("inf"):
             raise ValueError(f"expected eps to be a non-negative number, but got {self.eps}")
+
+    def check_radius(self, pixels: int) -> None:
+        """Check that the ball does not reach so far that every image can be erased.
+
+        Around each image in [0, 1] a ball of radius 0.5 (L2: 0.5 √d) holds the same grey one, and whoever can make all
+        images the same brings every classifier down to chance: nothing of it is measured.
+
+        Args:
+            pixels: d, the numbers an image has, channels included.
+
+        Raises:
+            ValueError: when it does.
+
+        >>> Ball("Linf", 8 / 255).check_radius(3072)
+        """
+        erasing = 0.5 if self.norm == "Linf" else 0.5 * math.sqrt(pixels)
+        if self.eps < erasing:
+            return
+        meant = f"; did you mean {self.eps:g}/255?" if self.eps >= 1 and self.eps / 255 < erasing else ""
+        raise ValueError(
+            f"threat.eps is {self.eps:g} in pixels from 0 to 1, but from {self.norm} {erasing:.4g} on "
+            f"every image can be made the same grey one, and no classifier withstands that{meant}"
+        )
 
     def size(self, delta: Tensor) -> Tensor:
         """The norm of each perturbation ``(B, ...)``: ``(B,)``.
