@@ -211,7 +211,7 @@ def _check(classifier: Classifier, train: Samples, test: Samples, variants: Mapp
         raise ValueError(f"the variant {FULL!r} is the paper's defence; give yours another name")
     if wrong := [name for name in variants if name in ("", "fc") or Path(name).name != name]:
         raise ValueError(f"{wrong[0]!r} can't be the name of a variant; choose a plain word")
-    shapes = [tuple(samples.x.shape[1:]) for samples in (train, test)]
+    shapes = [samples.shape for samples in (train, test)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"expected images of one shape, but {train.name} has {shapes[0]} and {test.name} has {shapes[1]}"

@@ -156,7 +156,7 @@ def _features(model: HPM, samples: Samples, batch_size: int, device: str, progre
     try:
         return torch.cat([model.features(samples.images(i).to(device)) for i in progress(index, "clean features")])
     except RuntimeError as error:
-        shape = tuple(samples.x.shape[1:])
+        shape = samples.shape
         raise ValueError(f"the classifier can't take images of shape {shape} ({samples.name}): {error}") from error
 
 

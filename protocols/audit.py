@@ -147,10 +147,9 @@ def _audit(
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     ends = np.cumsum([len(seat) for seat in seats])
-    clean = CleanBatches(
-        defense, samples, chosen, seats[: max(int((ends <= limit).sum()), 1)], device=device,
-        stochastic=protocol.stochastic,
-    )  # fmt: skip
+    seats = seats[: max(int((ends <= limit).sum()), 1)]
+    samples = samples.decoded(chosen[torch.cat(seats)])
+    clean = CleanBatches(defense, samples, chosen, seats, device=device, stochastic=protocol.stochastic)
     batches = list(clean)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):

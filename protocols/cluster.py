@@ -289,19 +289,19 @@ def _not_installed() -> list[ModuleType]:
     return found
 
 
-def _flat(samples: Samples) -> tuple[npt.NDArray[Any], npt.NDArray[Any], str]:
-    return samples.x.numpy(), samples.y.numpy(), samples.name
+_Flat = tuple[tuple[npt.NDArray[Any], ...], str]
 
 
-def _shared(flat: tuple[npt.NDArray[Any], npt.NDArray[Any], str]) -> Samples:
+def _flat(samples: Samples) -> _Flat:
+    return tuple(part.numpy() for part in samples.parts()), samples.name
+
+
+def _shared(flat: _Flat) -> Samples:
     """The samples again, on the store's own memory, which can't be written to; they have been checked before."""
-    samples: Samples = object.__new__(Samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x, y = (torch.from_numpy(np.asarray(part)) for part in flat[:2])
-    for name, value in (("x", x), ("y", y), ("name", flat[2])):
-        object.__setattr__(samples, name, value)
-    return samples
+        parts = [torch.from_numpy(np.asarray(part)) for part in flat[0]]
+    return Samples.of_parts(parts, flat[1])
 
 
 def _told(error: Any) -> BaseException:

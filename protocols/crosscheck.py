@@ -145,7 +145,7 @@ def crosscheck(
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
         opened = reopen(folder, target, samples, fc=fc, device=device)
-        ball = opened.protocol.ball
+        samples, ball = opened.data, opened.protocol.ball
         names, left_out = default_peers(ball) if not peers else (list(dict.fromkeys(peers)), [])
         if not names:
             raise ValueError("no library of peers is installed here; " + "; ".join(c for _, c in LIBRARIES.values()))

@@ -82,8 +82,10 @@ def evaluate(
     Args:
         target: an object with ``features(x)`` and ``logits(z)``, or a module from images to logits; in evaluation mode.
             Also the name of one, such as ``"hpm.safetensors"`` or ``"torchvision:resnet50"`` (see `msa_eval.targets`).
-        x: `Samples`, or images ``(N, C, H, W)``: float in [0, 1], or uint8.
-        y: labels ``(N,)`` from 0, unless ``x`` is `Samples`.
+        x: images ``(N, C, H, W)``, ``(N, H, W, C)`` or ``(N, H, W)``: float in [0, 1], or uint8. Or, without ``y``,
+            what holds images and labels: `Samples`, a pair ``(x, y)``, a ``DataLoader`` that doesn't shuffle, a
+            ``Dataset``, a split of Hugging Face's ``datasets``, or what `load_samples` takes.
+        y: labels from 0: ``(N,)``, ``(N, 1)`` or one-hot.
         protocol: the name of a shipped one, a TOML file, or a `Protocol`.
         fc: the plain classifier the defence was built on, evaluated beside it; its own ``fc_target`` by default, and
             ``False`` to leave it out.
@@ -190,6 +192,7 @@ def _evaluate(
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
         chosen, seats = batch_of(protocol.apgd.victim, chosen, seats)
+    samples = samples.decoded(chosen, progress=progress)
     with without_weight_gradients(*targets.values()):
         entrants = [
             Entrant.enter(
@@ -477,7 +480,7 @@ def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dic
             "sha256": protocol.digest(),
             "text": protocol.text(),
         },
-        "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen)},
+        "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen), **samples.about()},
         "targets": {
             entrant.name: {
                 "type": type(plain(entrant.defense)).__name__,

@@ -65,9 +65,11 @@ def batch_size_report(
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol, overrides=overrides)
     samples = Samples.of(x, y)
-    n = len(select(samples.y, protocol))
+    chosen = select(samples.y, protocol)
+    n = len(chosen)
     if n < max(sizes):
         raise ValueError(f"a batch of {max(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
+    samples = samples.decoded(chosen)
     target = named(target, samples)
     results: dict[int, Results] = {}
     for size in sizes:

@@ -152,12 +152,14 @@ class Reopened:
         samples: their rows of samples.csv.
         seats: the plan: indices into the data set, a tensor a batch.
         targets: by name, on the device.
+        data: the whole data set, with what was evaluated decoded.
     """
 
     protocol: Protocol
     samples: pd.DataFrame
     seats: Sequence[Tensor]
     targets: Mapping[str, Defense]
+    data: Samples
 
 
 def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object = None, device: str = "cpu") -> Reopened:
@@ -184,10 +186,11 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
     made = make_targets(resolve(target, samples)[0], fc, samples, device, only=stated.targets)
     targets = {name: one for name, one in made.items() if name in stated.targets}
     _check_weights(stated, targets)
+    samples = samples.decoded(_planned(protocol, samples)[0])
     _check_data(stated, samples)
     _, seats = _check_batches(tables, protocol, stated, samples)
     _check_samples(tables, seats, samples)
-    return Reopened(protocol, tables.samples, seats, targets)
+    return Reopened(protocol, tables.samples, seats, targets, samples)
 
 
 def _named_targets(path: Path) -> Collection[str] | None:
@@ -276,6 +279,9 @@ class _Case:
         tables = self._step("tables", lambda: _read_tables(self.folder))
         protocol = self._step("protocol", lambda: _read_protocol(stated))
         weights = self._step("weights", lambda: _check_weights(stated, self.targets))
+        with contextlib.suppress(ValueError):  # which the steps below meet again
+            if protocol is not None:
+                self.samples = self.samples.decoded(_planned(protocol, self.samples)[0], progress=self.progress)
         data = self._step("data", lambda: _check_data(stated, self.samples))
         if tables is not None:
             self.claims = _claims(tables.samples)
@@ -553,12 +559,18 @@ def _check_numbers(tables: Tables, protocol: Protocol, stated: _Stated) -> tuple
     return "summary.csv, attacks.csv and samples.csv follow from outcomes.csv, and the order of the numbers holds", None
 
 
-def _check_batches(tables: Tables, protocol: Protocol, stated: _Stated, samples: Samples) -> tuple[str, list[Tensor]]:
-    """Make the plan again; hand on indices into the data set, a tensor a batch."""
+def _planned(protocol: Protocol, samples: Samples) -> tuple[Tensor, list[Tensor]]:
+    """The samples that a protocol evaluates, and the places in these of every batch."""
     chosen = select(samples.y, protocol)
     plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
         chosen, plan = batch_of(protocol.apgd.victim, chosen, plan)
+    return chosen, plan
+
+
+def _check_batches(tables: Tables, protocol: Protocol, stated: _Stated, samples: Samples) -> tuple[str, list[Tensor]]:
+    """Make the plan again; hand on indices into the data set, a tensor a batch."""
+    chosen, plan = _planned(protocol, samples)
     seats = [chosen[places] for places in plan]
     expected = [(number, at, index) for number, seat in enumerate(seats) for at, index in enumerate(seat.tolist())]
     found = tables.batches[["batch", "position", "index"]].to_numpy().tolist()

@@ -19,7 +19,7 @@ from msa_eval.finetune import FinetuneSettings
 @options.target
 @options.bare
 @click.option("--train", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
-@options.data
+@options.data()
 @options.protocol
 @options.out
 @click.option(
@@ -35,13 +35,12 @@ from msa_eval.finetune import FinetuneSettings
 @options.assignments
 @options.seed
 @options.device
-@options.data_root
 @options.anew
 @options.quiet
 def ablate(
     target: options.Chosen,
     train: str,
-    data: str,
+    data: options.Data,
     protocol: str,
     out: Path,
     variants: tuple[str, ...],
@@ -52,7 +51,6 @@ def ablate(
     assignments: tuple[tuple[str, Any], ...],
     seed: int,
     device: str,
-    data_root: str,
     force: bool,
     quiet: bool,
     **described: Any,
@@ -65,10 +63,9 @@ def ablate(
     started again with the same options, it goes on with the variants that are not done.
     """
     from msa_eval.ablation import ablate as ablate_classifier
-    from msa_eval.data import load_samples
     from msa_eval.report import render_ablation
 
-    training = load_samples(train, split="train", root=data_root)
+    training = data.like(train, split="train", quiet=quiet)
     start = options.load_classifier(target, training, **described, quiet=quiet)
     settings = _changed(settings_of(start), dict(given))
     if click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
@@ -77,7 +74,7 @@ def ablate(
         ablation = ablate_classifier(
             start,
             options.drawn(training, train_limit, seed=seed),
-            load_samples(data, root=data_root),
+            data.load(quiet=quiet),
             protocol=protocol,
             overrides=options.overrides(assignments, context=context, limit=limit),
             settings=settings,

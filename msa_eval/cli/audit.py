@@ -19,7 +19,7 @@ WIDTH = 100
 
 @click.command()
 @options.target
-@options.data
+@options.data()
 @options.protocol
 @click.option(
     "--limit", type=click.IntRange(min=1), default=128, show_default=True, help="Look at so many samples at most."
@@ -28,27 +28,24 @@ WIDTH = 100
 @click.option("--strict", is_flag=True, help=f"Exit with status {options.NOT_SOUND} unless the verdict is sound.")
 @options.seed
 @options.device
-@options.data_root
 def audit(
     target: options.Chosen,
-    data: str,
+    data: options.Data,
     protocol: str,
     limit: int,
     assignments: tuple[tuple[str, Any], ...],
     strict: bool,
     seed: int,
     device: str,
-    data_root: str,
 ) -> None:
     """Look for signs that a robustness figure of TARGET should not be believed.
 
     A short look at the first batches of a protocol, no evaluation: randomness, state, batch dependence, vanishing
     gradients, and attacks that do better or worse than they should.
     """
-    from msa_eval.data import load_samples
     from msa_eval.protocols.audit import audit as audit_target
 
-    samples = load_samples(data, root=data_root)
+    samples = data.load()
     loaded = target.load(samples)
     report = audit_target(
         loaded,

@@ -25,7 +25,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 
 @click.command("batch-sizes")
 @options.target
-@options.data
+@options.data()
 @options.protocol
 @options.out
 @click.option("--sizes", type=_Sizes(), default="1,8,64,256", show_default=True, help="Batch sizes to evaluate at.")
@@ -34,29 +34,26 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @options.assignments
 @options.seed
 @options.device
-@options.data_root
 @options.anew
 @options.quiet
 def batch_sizes(
     target: options.Chosen,
-    data: str,
+    data: options.Data,
     protocol: str,
     out: Path,
     sizes: tuple[int, ...],
     limit: int | None,
     context: tuple[str, ...],
     assignments: tuple[tuple[str, Any], ...],
-    data_root: str,
     quiet: bool,
     **common: Any,
 ) -> None:
     """Show how the accuracy of TARGET depends on the batch size."""
-    from msa_eval.data import load_samples
     from msa_eval.protocols import load_protocol
     from msa_eval.protocols.sizes import batch_size_report
     from msa_eval.report import render_sizes
 
-    samples = load_samples(data, root=data_root)
+    samples = data.load(quiet=quiet)
     report = batch_size_report(
         target.load(samples, quiet=quiet),
         samples,

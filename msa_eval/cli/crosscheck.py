@@ -16,7 +16,7 @@ from msa_eval.cli.evaluate import evaluate
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @options.optional_target
-@click.option("--data", help="The data that was evaluated; by default as the results' command line says.")
+@options.data(required=False, help="The data that was evaluated; by default as the results' command line says.")
 @click.option(
     "--peer",
     "peers",
@@ -32,12 +32,11 @@ from msa_eval.cli.evaluate import evaluate
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; crosscheck.csv in RESULTS by default.")
 @options.seed
 @options.device
-@options.data_root
 @options.quiet
 def crosscheck(
     results: Path,
     target: options.Chosen,
-    data: str | None,
+    data: options.Data,
     peers: tuple[str, ...],
     surrogates: tuple[str, ...],
     targets: tuple[str, ...],
@@ -47,7 +46,6 @@ def crosscheck(
     out: Path | None,
     seed: int,
     device: str,
-    data_root: str,
     quiet: bool,
 ) -> None:
     """Run attacks of others on the samples that RESULTS call robust, on the same target and batches.
@@ -55,18 +53,17 @@ def crosscheck(
     Lists every sample that one of them broke. TARGET and the data are by default those of the command line in run.json.
     Exit status 0 if nothing was broken and every peer came to its end, else 1.
     """
-    from msa_eval.data import load_samples
     from msa_eval.protocols.crosscheck import crosscheck as check
     from msa_eval.protocols.evidence import CROSSCHECK, Results
     from msa_eval.report.page import write_whole
     from msa_eval.report.text import render_crosscheck
 
-    recorded = _recorded(Results.load(results).run, results) if data is None or not target.word else {}
+    recorded = _recorded(Results.load(results).run, results) if not data.source or not target.word else {}
     target = target if target.word else recorded["target"]
     try:
-        samples = load_samples(data or recorded["data"], root=recorded.get("data_root", data_root))
+        samples = (data if data.source else recorded["data"]).load(quiet=quiet)
     except ValueError as error:
-        if data is not None:
+        if data.source:
             raise
         raise ValueError(f"{error}, which the results' command line names; give the data with --data") from error
     path = out or results / CROSSCHECK
@@ -103,5 +100,5 @@ def _recorded(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise ValueError(f"the command line in run.json names no target or no data; {give}")
     if options.imports_code(str(word)) or how.get("trunk"):
         raise ValueError(f"the target, {word}, is code that would be imported, which has to be asked for; {give}")
-    wanted = {"data": context.params["data"], "data_root": context.params.get("data_root") or "data"}
-    return {"target": options.Chosen(str(word), how)} | wanted
+    read = {name: context.params.get(name) for name in options.READING}
+    return {"target": options.Chosen(str(word), how), "data": options.Data(str(context.params["data"]), read)}

@@ -23,4 +23,11 @@ def demo(out: Path, quiet: bool) -> None:
     """Evaluate the packaged digits defence on 600 real test digits, offline."""
     from msa_eval.references import reference_path
 
-    run(options.Chosen(str(reference_path("digits")), {}), "digits", "digits", out, overrides={}, quiet=quiet)
+    run(
+        options.Chosen(str(reference_path("digits")), {}),
+        options.Data("digits"),
+        "digits",
+        out,
+        overrides={},
+        quiet=quiet,
+    )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @options.target
-@options.data
+@options.data()
 @options.protocol
 @options.out
 @options.limit
@@ -43,12 +43,11 @@ if TYPE_CHECKING:
 @options.precision
 @options.deterministic
 @options.engine
-@options.data_root
 @options.anew
 @options.quiet
 def evaluate(
     target: options.Chosen,
-    data: str,
+    data: options.Data,
     protocol: str,
     out: Path,
     limit: int | None,
@@ -69,14 +68,13 @@ def evaluate(
 
 def run(
     target: options.Chosen,
-    data: str,
+    data: options.Data,
     protocol: str,
     out: Path,
     *,
     overrides: dict[str, Any],
     seed: int = 0,
     device: str = "cpu",
-    data_root: str = "data",
     micro_batch: int | None = None,
     precision: str = "auto",
     deterministic: bool = False,
@@ -88,13 +86,12 @@ def run(
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
-    from msa_eval.data import load_samples
     from msa_eval.protocols import evaluate as evaluate_target
     from msa_eval.protocols import load_protocol
     from msa_eval.report import render_sample, render_table
 
     loaded = load_protocol(protocol, overrides=overrides)
-    samples = load_samples(data, root=data_root)
+    samples = data.load(quiet=quiet)
     results = evaluate_target(
         target.load(samples, quiet=quiet),
         samples,

@@ -14,7 +14,7 @@ from msa_eval.cli import options
 
 @click.command()
 @options.target
-@click.option("--data", required=True, help="Training data: digits, cifar10, cifar100, an .npz file or a folder.")
+@options.data(help="Training data: digits, cifar10, cifar100, an .npz or .pt file, or a folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint to write.")
 @options.bare
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
@@ -27,16 +27,14 @@ from msa_eval.cli import options
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples, uniformly drawn.")
 @options.seed
 @options.device
-@options.data_root
 @options.force
 @options.quiet
 def finetune(
     target: options.Chosen,
-    data: str,
+    data: options.Data,
     out: Path,
     limit: int | None,
     device: str,
-    data_root: str,
     force: bool,
     quiet: bool,
     **described: Any,
@@ -46,7 +44,6 @@ def finetune(
     TARGET is what 'msa-eval evaluate' takes, or a safetensors file with a bare state dict and --architecture.
     """
     from msa_eval.checkpoint import save_checkpoint
-    from msa_eval.data import load_samples
     from msa_eval.finetune import FinetuneSettings, history
     from msa_eval.finetune import finetune as finetune_classifier
     from msa_eval.targets import Target
@@ -62,7 +59,7 @@ def finetune(
     chosen = FinetuneSettings(
         **{field.name: described.pop(field.name) for field in fields(FinetuneSettings) if field.name in described}
     )
-    samples = load_samples(data, split="train", root=data_root)
+    samples = data.load(split="train", quiet=quiet)
     loaded = options.load_classifier(target, samples, **described, quiet=quiet)
     samples = options.drawn(samples, limit, seed=chosen.seed)
     hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))

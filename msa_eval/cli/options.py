@@ -6,7 +6,7 @@ import functools
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from msa_eval.checkpoint import Checkpoint, load_bare_classifier
-from msa_eval.data import Samples
+from msa_eval.data import Samples, Split
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import evidence
 
@@ -59,7 +59,6 @@ class _Assignment(click.ParamType[tuple[str, Any]]):
 NUMBER = _Number()
 ASSIGNMENT = _Assignment()
 
-data = click.option("--data", required=True, help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
 protocol = click.option(
     "--protocol",
     default="msa",
@@ -75,9 +74,6 @@ context = click.option(
 )
 assignments = click.option(
     "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
-)
-data_root = click.option(
-    "--data-root", default="data", show_default=True, help="Folder of torchvision's data sets (cifar10, cifar100)."
 )
 device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 precision = click.option(
@@ -130,6 +126,62 @@ def target(command: Callable[..., None], *, required: bool = True) -> Callable[.
 
 optional_target = functools.partial(target, required=False)
 """The same where TARGET may be left out; its word is then empty."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data that a command was given, and how it is to be read."""
+
+    source: str
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, *, split: Split = "test", quiet: bool = False) -> Samples:
+        """Load it, and say on stderr what its user should know."""
+        return self.like(self.source, split=split, quiet=quiet)
+
+    def like(self, source: str, *, split: Split, quiet: bool = False) -> Samples:
+        """Load other data in the same way."""
+        from msa_eval.data import load_samples
+
+        loaded = load_samples(source, split=split, **self.how)
+        for note in () if quiet else loaded.notes:
+            click.echo(f"note: {note}", err=True)
+        return loaded
+
+
+READING = {
+    "root": click.option(
+        "--data-root", "root", default="data", show_default=True,
+        help="Folder of torchvision's data sets (cifar10, cifar100).",
+    ),
+    "classes": click.option(
+        "--classes", type=click.Path(path_type=Path),
+        help="Of a folder: a file that names the model's classes in its own order, one a line.",
+    ),
+    "resize": click.option(
+        "--resize", type=click.IntRange(min=1), help="Of a folder: bring the shorter side to so many pixels."
+    ),
+    "crop": click.option("--crop", type=click.IntRange(min=1), help="Of a folder: keep so many pixels of the middle."),
+}  # fmt: skip
+"""How data is read; the names are those of `load_samples`."""
+
+_DATA = "digits, cifar10, cifar100, an .npz or .pt file with x and y, or a folder of class folders."
+
+
+def data(*, required: bool = True, help: str = _DATA) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option --data and those that say how it is read, as one parameter ``data``; its source may be empty."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def gathered(data: str | None, **given: Any) -> None:
+            how = {name: given.pop(name) for name in READING}
+            command(data=Data(data or "", how), **given)
+
+        for option in reversed([click.option("--data", required=required, help=help), *READING.values()]):
+            gathered = option(gathered)
+        return gathered
+
+    return decorated
 
 
 def imports_code(word: str) -> bool:
@@ -294,4 +346,4 @@ def drawn(samples: Samples, limit: int | None, *, seed: int) -> Samples:
     if limit is None or limit >= len(samples):
         return samples
     index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:limit]
-    return Samples(samples.x[index], samples.y[index], f"{limit} of {samples.name}")
+    return samples.only(index, f"{limit} of {samples.name}")

@@ -12,7 +12,7 @@ from msa_eval.cli import options
 
 @click.command("paper-table")
 @click.argument("dataset", type=click.Choice(["cifar10", "cifar100", "imagenet"]))
-@click.option("--data", help="The test set, as for 'msa-eval evaluate'; the data set itself by default.")
+@options.data(required=False, help="The test set, as for 'msa-eval evaluate'; the data set itself by default.")
 @options.out
 @click.option(
     "--models", default="models", show_default=True, type=click.Path(path_type=Path),
@@ -23,16 +23,14 @@ from msa_eval.cli import options
 @options.assignments
 @options.seed
 @options.device
-@options.data_root
 @options.anew
 @options.quiet
 def paper_table(
     dataset: str,
-    data: str | None,
+    data: options.Data,
     out: Path,
     limit: int | None,
     assignments: tuple[tuple[str, Any], ...],
-    data_root: str,
     quiet: bool,
     **common: Any,
 ) -> None:
@@ -40,11 +38,10 @@ def paper_table(
 
     Rows whose weights are not to be had say so. What fails otherwise is named, and the exit status is then 4.
     """
-    from msa_eval.data import load_samples
     from msa_eval.paper import paper_table as measure
     from msa_eval.report.text import render_paper_table
 
-    samples = load_samples(data or dataset, root=data_root)
+    samples = data.like(data.source or dataset, split="test", quiet=quiet)
     table = measure(
         dataset, samples, overrides=options.overrides(assignments, limit=limit), out=out,
         progress=options.bars(quiet), notify=options.notes(quiet), **common,

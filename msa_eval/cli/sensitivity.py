@@ -34,7 +34,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 
 @click.command()
 @options.target
-@click.option("--data", help="digits, cifar10, cifar100, an .npz file with x and y, or a folder.")
+@options.data(required=False)
 @click.option("--train", help="Training data: its class means take the place of the checkpoint's prototypes.")
 @options.out
 @click.option(
@@ -59,9 +59,8 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack and --change."
 )
 @options.seed
-@options.data_root
 @options.quiet
-def sensitivity(target: options.Chosen, data: str | None, out: Path, data_root: str, **chosen: Any) -> None:
+def sensitivity(target: options.Chosen, data: options.Data, out: Path, **chosen: Any) -> None:
     """Measure how sensitive the FC head and the ℓ2 head of TARGET are to changes of their features.
 
     Writes tables and figures on the paper's sections 3.3 and 3.4: relative sensitivities S_c and sup S_d of every
@@ -72,34 +71,30 @@ def sensitivity(target: options.Chosen, data: str | None, out: Path, data_root: 
     may also be 'autoattack-resnet18', the CIFAR-10 network that comes with AutoAttack (give --train), or 'paper', for
     Figures 2 and 3 of the paper from its formulas and its ResNet-50's angles, without data.
     """
-    from msa_eval.data import load_samples
-
     if target.word in (PAPER, RESNET18) and any(value for name, value in target.how.items() if name != "models"):
         raise ValueError(f"{target.word!r} says all of itself; it takes no weights, head or code")
     if target.word == PAPER:
-        if any(given is not None for given in (data, chosen["train"], chosen["attack"], chosen["change"])):
+        if data.source or any(chosen[name] is not None for name in ("train", "attack", "change")):
             raise ValueError("'paper' stands for the paper's own figures, which need no data and no attack")
         click.echo(_paper(out))
         return
-    if data is None:
+    if not data.source:
         raise ValueError("give the images to measure on with --data")
-    samples = load_samples(data, root=data_root)
-    training = _training(chosen.pop("train"), chosen.pop("train_limit"), data_root, chosen["seed"])
+    samples = data.load(quiet=chosen["quiet"])
+    training = _training(data, chosen.pop("train"), chosen.pop("train_limit"), chosen["seed"])
     click.echo(_measure(target, samples, training, out, **chosen))
 
 
-def _training(source: str | None, limit: int | None, root: str, seed: int) -> Samples | None:
+def _training(data: options.Data, source: str | None, limit: int | None, seed: int) -> Samples | None:
     import torch
-
-    from msa_eval.data import Samples, load_samples
 
     if source is None:
         if limit is not None:
             raise ValueError("--train-limit is of training data; give --train too")
         return None
-    found = load_samples(source, split="train", root=root)
+    found = data.like(source, split="train")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-    return Samples(found.x[order], found.y[order], found.name)
+    return found.only(order)
 
 
 def _paper(out: Path) -> str:

@@ -15,21 +15,19 @@ _MARKS = {True: "ok", False: "FAILED", None: "--"}
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @options.target
-@click.option("--data", required=True, help="The data that was evaluated, as it was given to 'msa-eval evaluate'.")
+@options.data(help="The data that was evaluated, as it was given to 'msa-eval evaluate'.")
 @options.device
-@options.data_root
 @options.quiet
-def verify(results: Path, target: options.Chosen, data: str, device: str, data_root: str, quiet: bool) -> None:
+def verify(results: Path, target: options.Chosen, data: options.Data, device: str, quiet: bool) -> None:
     """Check RESULTS against TARGET and the data, without attacking anything again.
 
     Replays the adversarial batches kept by 'msa-eval evaluate --save-adversarial': each must lie in the ball and break
     on the real target what it is said to break. Exit status 0 if all was checked and holds, else 1.
     """
-    from msa_eval.data import load_samples
     from msa_eval.protocols.verify import LEAST
     from msa_eval.protocols.verify import verify as verify_results
 
-    samples = load_samples(data, root=data_root)
+    samples = data.load(quiet=quiet)
     found = verify_results(
         results,
         target.load(samples, quiet=quiet),

@@ -25,6 +25,7 @@ from msa_eval.report.exhibits import NONE, Pictures, exhibits, pictures_of
 from msa_eval.report.inline import csv_link, inline_svg, script_json
 from msa_eval.report.samples import sample_table
 from msa_eval.report.style import NAMES
+from msa_eval.report.text import named_data
 
 MEANINGS = {
     "clean": "on the clean batch",
@@ -230,7 +231,7 @@ def describe(results: Results) -> str:
     changed = ", modified" if protocol["modified"] else ""
     return (
         f"{_kind(run)} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples "
-        f"of {run['data']['name']} in {run['batches']['count']} batches, seed {run['seed']}"
+        f"of {named_data(run)} in {run['batches']['count']} batches, seed {run['seed']}"
     )
 
 
@@ -323,7 +324,8 @@ def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = {
         "Protocol's changes": ", ".join(f"{k} = {json.dumps(v)}" for k, v in run["protocol"]["overrides"].items()),
         "Seed": run.get("seed"),
-        "Data": f"{run['data']['name']}, SHA-256 {run['data']['sha256']}",
+        "Data": f"{named_data(run)}, SHA-256 {run['data']['sha256']}",
+        "Class of each label": ", ".join(map(str, run["data"].get("classes", ()))),
         **{
             f"Weights, {NAMES.get(name, name)}": f"{about.get('type', '')}, SHA-256 {about.get('sha256')}"
             for name, about in run["targets"].items()

@@ -72,9 +72,15 @@ def _title(results: Results) -> str:
     changed = " (modified: " + ", ".join(f"{k}={v}" for k, v in protocol["overrides"].items()) + ")"
     return (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
-        f"{run['data']['name']}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
+        f"{named_data(run)}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
         f"{_untrained(run)}{_whole(run)}"
     )
+
+
+def named_data(run: Mapping[str, Any]) -> str:
+    """The name of the data, and what was done to its images."""
+    prepared = run["data"].get("prepared")
+    return f"{run['data']['name']}, {prepared}" if prepared else str(run["data"]["name"])
 
 
 def _whole(run: Mapping[str, Any]) -> str:

@@ -243,7 +243,7 @@ def analyse_model(
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for number, seat in enumerate(progress(seats, "sensitivity")):
-        seated = Samples(samples.x[chosen[seat]], samples.y[chosen[seat]], samples.name)
+        seated = samples.only(chosen[seat])
         z = features(head, seated)
         change = None if eps is None else _attacked(head.fc_target, seated, eps, steps, generator) - z
         vectors = head.prototypes if kind == "global" else head.hybrid_prototypes(z)

@@ -52,7 +52,7 @@ def features(
     try:
         return torch.cat([model.features(samples.images(i)) for i in progress(batches, f"features of {samples.name}")])
     except RuntimeError as error:
-        shape = tuple(samples.x.shape[1:])
+        shape = samples.shape
         raise ValueError(f"the trunk can't take images of shape {shape} ({samples.name}): {error}") from error
 
 

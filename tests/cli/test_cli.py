@@ -59,6 +59,27 @@ def test_evaluate_shows_a_table_and_writes_the_evidence(tmp_path: Path) -> None:
     assert "fc joint" in result.stderr
 
 
+def test_a_folder_in_the_models_own_order_prepared(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("8", "3"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (12, 10), 90 * i).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("".join(f"{label}\n" for label in range(10)))
+    given = ["--data", str(tmp_path / "data"), "--classes", str(tmp_path / "classes.txt"), "--resize", "9", "--crop",
+             "8"]  # fmt: skip
+    result = _run("evaluate", DIGITS, *given, "--protocol", "digits", "--out", str(tmp_path / "r"), *FAST)
+    assert result.exit_code == 0, result.stderr
+    assert "note: labels by class folder: 3 = 3, 8 = 8" in result.stderr
+    assert "data, shorter side resized to 9 (bilinear), center crop of 8: 4 samples in 1 batches" in result.stdout
+    samples = pd.read_csv(tmp_path / "r" / "samples.csv")
+    assert sorted(samples[samples["target"] == "fc"]["label"]) == [3, 3, 8, 8]
+    assert _run("verify", str(tmp_path / "r"), DIGITS, *given[:2], "--quiet").exit_code == 1
+    checked = _run("verify", str(tmp_path / "r"), DIGITS, *given, "--quiet")
+    assert "ok      data" in checked.stdout
+
+
 def test_quiet_means_nothing_on_stderr(tmp_path: Path) -> None:
     result = _evaluate(tmp_path / "r", "--quiet")
     assert result.exit_code == 0
