@@ -265,7 +265,7 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path: Path, digits: Samples) -
         "there is no file .*none.npz": evaluate(DIGITS, str(tmp_path / "none.npz")),
         r"images in \[0, 1\]": evaluate(DIGITS, _npz(tmp_path, "bright.npz", 16 * x, y)),
         "NaN or infinite": evaluate(DIGITS, _npz(tmp_path, "nan.npz", x + np.nan, y)),
-        "1 or 3 channels": evaluate(DIGITS, _npz(tmp_path, "flat.npz", x.reshape(8, 64), y)),
+        r"shape \(N, C, H, W\), \(N, H, W, C\) or": evaluate(DIGITS, _npz(tmp_path, "flat.npz", x.reshape(8, 64), y)),
         "can't take a float32 batch of images of shape": evaluate(
             DIGITS, _npz(tmp_path, "rgb.npz", np.repeat(x, 3, axis=1), y)
         ),
