@@ -7,6 +7,7 @@ it means in `msa_eval.protocols.signs`.
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ def audit(
     elif overrides:
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     samples, device = Samples.of(x, y), check_device(device)
-    protocol.ball.check_radius(samples.x.shape[1:].numel())
+    protocol.ball.check_radius(math.prod(samples.shape))
     target, _ = resolve(target, samples)
     targets = make_targets(target, False if fc is None else fc, samples, device)
     for name, why in why_whole(targets).items():

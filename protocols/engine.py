@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import tempfile
 import time
 import warnings
@@ -128,7 +129,7 @@ def evaluate(
     if save_adversarial and out is None:
         raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
-    protocol.ball.check_radius(samples.x.shape[1:].numel())
+    protocol.ball.check_radius(math.prod(samples.shape))
     device = check_device(device)
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
