@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-import msa_eval
+from msa_eval._version import __version__
 from msa_eval.architectures import Classifier
 from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint, weights_hash
 from msa_eval.data import Samples
@@ -143,7 +143,7 @@ def ablate(
             "text": protocol.text(),
         },
         "seed": seed,
-        "msa_eval": msa_eval.__version__,
+        "msa_eval": __version__,
     }
     origin = {"target": dict(start.about)} if isinstance(start, Target) else {}
     record = _Record.open(None if out is None else Path(out), common, variants, origin, force=force)

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import msa_eval
+from msa_eval._version import __version__
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.memory import InParts, parts_of
@@ -159,7 +159,7 @@ class RayEngine:
     def _take(self, message: Any, flight: _Flight, work: Work, tick: Tick) -> bool:
         """Note what a worker sent; whether that was the last of its batch."""
         if isinstance(message, dict):
-            if message["packages"]["msa-eval"] != (own := msa_eval.__version__):
+            if message["packages"]["msa-eval"] != (own := __version__):
                 raise ValueError(
                     f"a worker has msa-eval {message['packages']['msa-eval']}, but {own} runs here; install the same "
                     f"release on every node"

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import msa_eval
+from msa_eval._version import __version__
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, brought_by, left_training, without_weight_gradients
@@ -495,7 +495,7 @@ def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dic
             for entrant in entrants
         },
         "batches": {"sha256": plan, "count": len(seats)},
-        "msa_eval": msa_eval.__version__,
+        "msa_eval": __version__,
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from msa_eval import __version__
+from msa_eval._version import __version__
 from msa_eval.cli.ablate import ablate
 from msa_eval.cli.audit import audit
 from msa_eval.cli.batch_sizes import batch_sizes

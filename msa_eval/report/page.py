@@ -16,7 +16,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-import msa_eval
+from msa_eval._version import __version__
 from msa_eval.protocols.evidence import METRICS, PAGE, Results
 from msa_eval.report import frames
 from msa_eval.report.charts import KINDS, Kind, percent
@@ -195,7 +195,7 @@ def render(template: str, **values: Any) -> str:
     script = source("samples.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shared = {
-        "css": Markup(source("style.css")), "names": NAMES, "version": msa_eval.__version__,
+        "css": Markup(source("style.css")), "names": NAMES, "version": __version__,
         "script": Markup(script), "script_hash": Markup(f"'sha256-{digest}'"),
     }  # fmt: skip
     return _environment().get_template(template).render(shared | values)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import msa_eval
 from msa_eval.data import Samples
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
+from msa_eval.protocols.engine import evaluate
+from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.metrics import rate
 
 EPS = (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -75,7 +76,7 @@ def accuracy_curves(
         raise ValueError(f"expected radii above 0 (clean accuracy comes with them), but got {list(eps)}")
     rows: list[dict[str, Any]] = []
     for radius in sorted(set(eps)):
-        results = msa_eval.evaluate(
+        results = evaluate(
             head,
             samples,
             protocol=_protocol(radius, steps, surrogates, losses, limit, batch_size),
@@ -106,7 +107,7 @@ def _protocol(
     return make_protocol(content, source="figure-1")
 
 
-def _rows(results: msa_eval.Results, radius: float, *, with_clean: bool) -> list[dict[str, Any]]:
+def _rows(results: Results, radius: float, *, with_clean: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for target, head in (("fc", "fc"), ("defense", "l2")):
         of_target = results.summary[results.summary["target"] == target].to_dict(orient="records")
