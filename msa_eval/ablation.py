@@ -20,9 +20,11 @@ import torch
 
 from msa_eval._version import __version__
 from msa_eval.architectures import Classifier
-from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint, weights_hash
+from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint
 from msa_eval.data import Samples
+from msa_eval.files import write_whole
 from msa_eval.finetune import FinetuneSettings, finetune, history
+from msa_eval.hashing import bytes_of, weights_hash
 from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import Protocol, Results, evaluate, load_protocol
@@ -193,7 +195,7 @@ def _answers(classifier: Classifier, test: Samples) -> str:
         logits = classifier.eval()(x)
     except RuntimeError as error:
         raise ValueError(f"the classifier can't take images of shape {tuple(x.shape[1:])}: {error}") from error
-    return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(bytes_of(logits.float())).hexdigest()
 
 
 def _of(start: object, name: str, model: HPM) -> HPM | Target:
@@ -355,8 +357,8 @@ class _Record:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if table is not None:
-            _replace(self.folder / TABLE, table.to_csv(index=False, lineterminator="\n"))
-        _replace(self.folder / ABOUT, _json(self.about))
+            write_whole(self.folder / TABLE, table.to_csv(index=False, lineterminator="\n").encode())
+        write_whole(self.folder / ABOUT, _json(self.about).encode())
 
 
 def _changes(
@@ -391,10 +393,3 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)

@@ -6,12 +6,12 @@ its blueprint and, for HPM, its momentum and variant. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msa_eval.architectures import Blueprint, Classifier
+from msa_eval.files import replacing
 from msa_eval.hpm import HPM, Variant
 from msa_eval.splitting import Cut
 from msa_eval.strangers import told
@@ -47,20 +48,6 @@ class Checkpoint:
         return self.model.fc_target if isinstance(self.model, HPM) else self.model
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's parameters and buffers.
-
-    >>> weights_hash(nn.Identity())[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_checkpoint(
     path: str | Path, model: HPM | Classifier, blueprint: Blueprint, *, history: Mapping[str, Any] | None = None
 ) -> None:
@@ -75,22 +62,12 @@ def save_checkpoint(
     Raises:
         OSError: when the file can't be written.
     """
-    path = Path(path)
     about: dict[str, Any] = {"kind": "classifier", "blueprint": asdict(blueprint), "history": dict(history or {})}
     if isinstance(model, HPM):
         about |= {"kind": "hpm", "momentum": model.momentum, "variant": asdict(model.variant)}
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": json.dumps(about, sort_keys=True)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, partial, metadata=header)
-        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_safetensors(path, tensors, header)
 
 
 def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint:
@@ -180,6 +157,33 @@ def load_bare_classifier(
         raise ValueError(f"{path} does not fit {architecture} {dict(arguments)}: {error}") from error
     model.load_state_dict(renamed)
     return Checkpoint(model.eval().requires_grad_(False), blueprint, {"file": path.name})
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and metadata to a safetensors file that appears whole or not at all; the same bytes each time.
+
+    Raises:
+        OSError: when it can't be written.
+    """
+    with replacing(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(header))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
+        with partial.open("rb+") as opened:
+            _order(opened)
+
+
+def _order(opened: BinaryIO) -> None:
+    """Put the metadata in order, which safetensors writes in another one each time."""
+    length = int.from_bytes(opened.read(8), "little")
+    header = json.loads(opened.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= length, "the same header, in another order, is no longer"
+    opened.seek(8)
+    opened.write(text.ljust(length))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

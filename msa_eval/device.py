@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ASYNCHRONOUS = ("cuda",)
+"""Devices that compute while the host goes on, and that reading a value would stop."""
+
+
+def asynchronous(values: Tensor) -> bool:
+    """Whether reading values would make the host wait for what it has just asked for."""
+    return values.device.type in ASYNCHRONOUS
+
 
 def check_device(device: str) -> str:
     """Check that tensors can be made on a device, and return its name.

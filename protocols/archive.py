@@ -15,24 +15,21 @@ proof i has the tensors ``i/positions``, ``i/x`` and, by its kind, ``i/own`` or 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.checkpoint import write_safetensors
+from msa_eval.hashing import file_hash
 from msa_eval.strangers import told
 
 T = TypeVar("T")
@@ -191,10 +188,9 @@ def write(
             tensors |= {f"{len(kept)}/{name}": part for name, part in parts.items()}
             kept.append(entry)
             size, samples = size + needed, samples + held
-    _save(Path(path), tensors, kept)
-    with Path(path).open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
-    return Written(Path(path).stat().st_size, digest, len(kept), samples, left_out, tuple(unconfirmed))
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "proofs": json.dumps(kept)}
+    write_safetensors(path, tensors, header)
+    return Written(Path(path).stat().st_size, file_hash(path), len(kept), samples, left_out, tuple(unconfirmed))
 
 
 def read(path: str | Path, clean_images: Callable[[int], Tensor], ball: Ball) -> list[Proof]:
@@ -414,36 +410,3 @@ def _check_tensors(opened: Any, entries: Sequence[Mapping[str, Any]]) -> None:
 def _stored(proof: Proof) -> dict[str, Tensor]:
     """Its tensors as they are written; indices take 32 bits."""
     return {name: (part if name in ("x", "own") else part.int()).contiguous() for name, part in _tensors(proof).items()}
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "proofs": json.dumps(entries)}
-    partial = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial, metadata=header)
-        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
-        with partial.open("rb+") as opened:
-            _order(opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, f"could not write {path}: {error}") from error
-    except OSError as error:
-        hint = "; free some space" if error.errno == errno.ENOSPC else ""
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _order(opened: BinaryIO) -> None:
-    """Put the metadata in order, which safetensors writes in another one each time: the same proofs, the same bytes."""
-    length = int.from_bytes(opened.read(8), "little")
-    header = json.loads(opened.read(length))
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(text) <= length, "the same header, in another order, is no longer"
-    opened.seek(8)
-    opened.write(text.ljust(length))

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from msa_eval.peers import Fault
-from msa_eval.protocols.later import asynchronous
+from msa_eval.attacks.ball import per_image
+from msa_eval.device import asynchronous
+from msa_eval.peers.faults import Fault
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,3 @@ class Outcome:
             min_margin=torch.where(taken, self.min_margin.clamp(min=0), self.min_margin),
             committed=last if int(last.sum()) < int(committed.sum()) else committed,
         )
-
-
-def per_image(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of samples ``(B,)`` in a shape that broadcasts over images or features ``(B, ...)``."""
-    return mask.view(-1, *[1] * (like.ndim - 1))

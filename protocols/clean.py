@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,20 +13,13 @@ from torch import Tensor
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, check_trunk, decide, describe, looks_batch_dependent
 from msa_eval.device import onto
+from msa_eval.hashing import bytes_of
 from msa_eval.memory import plain
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import Company, in_context, own_companions
 from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
 from msa_eval.protocols.verdict import decide_by_majority
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators for a while, for targets that draw from them, and leave them as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+from msa_eval.randomness import seeded
 
 
 class Pool(NamedTuple):
@@ -152,7 +144,7 @@ class CleanBatches:
         """SHA-256 of all verdicts: it tells apart what weights alone do not."""
         digest = hashlib.sha256()
         for number in range(len(self)):
-            digest.update(self._logits[number].cpu().contiguous().numpy().tobytes())
+            digest.update(bytes_of(self._logits[number]))
         return digest.hexdigest()
 
     def _answers_at_random(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import margin, most_likely_others
 from msa_eval.defense import Defense
 from msa_eval.protocols.contexts import Company, decide_each, decide_offers
@@ -176,7 +177,7 @@ class CompositionAttack:
         Returns:
             the last points.
         """
-        ball, y, moves = trial.ball, trial.batch.y, trial.counted.view(-1, 1, 1, 1)
+        ball, y, moves = trial.ball, trial.batch.y, per_image(trial.counted, trial.batch.x)
         again, rank = divmod(turn, min(RANKS, trial.batch.logits.shape[1] - 1))
         toward = most_likely_others(trial.regroup(self.company), y, rank)
         gathered = self._gathered(y, toward, self.own, STARTS[again % len(STARTS)], generator)

@@ -21,7 +21,7 @@ from msa_eval.device import check_device
 from msa_eval.peers import LIBRARIES, Fault, find, installed, told
 from msa_eval.progress import Progress, silent, ticking
 from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.clean import CleanBatches, seeded
+from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.history import History
 from msa_eval.protocols.peering import PeerAttack, peer_runs
 from msa_eval.protocols.replay import Replay
@@ -29,6 +29,7 @@ from msa_eval.protocols.runs import Run
 from msa_eval.protocols.spec import PeerSpec
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import Reopened, reopen
+from msa_eval.randomness import seeded
 
 SURROGATES = ("fc-oracle", "ste")
 """What a peer with gradients is run on by default: the FC head, and the target's own gradient."""

@@ -24,12 +24,13 @@ from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.hashing import bytes_of
 from msa_eval.memory import fitting, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
-from msa_eval.protocols.clean import CleanBatches, seeded
+from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.engines import Engine, engine_of
 from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.evidence import (
@@ -51,6 +52,7 @@ from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
+from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets import resolve
 from msa_eval.targets.pair import make_targets, why_whole
@@ -469,7 +471,7 @@ def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dic
             + " and ".join(str(entrant.clean.num_classes) for entrant in entrants)
         )
     samples, chosen, seats = clean.samples, clean.chosen, clean.seats
-    plan = hashlib.sha256(b"".join(chosen[seat].numpy().tobytes() + b"|" for seat in seats)).hexdigest()
+    plan = hashlib.sha256(b"".join(bytes_of(chosen[seat]) + b"|" for seat in seats)).hexdigest()
     decisive = {
         "schema_version": SCHEMA_VERSION,
         "seed": seed,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from msa_eval.defense import Defense, WholeModel
 from msa_eval.memory import fitting
-from msa_eval.protocols.clean import CleanBatches, seeded
+from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.gallery import Candidate, Exhibit, exhibit
 from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.offers import Offers, offer
@@ -20,6 +20,7 @@ from msa_eval.protocols.runs import Run, plan_runs
 from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.spec import Protocol
+from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
 
 

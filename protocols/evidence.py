@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
-import os
 import tempfile
 import time
 import warnings
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from msa_eval.files import write_all
 from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.spec import CONTEXTS
@@ -197,7 +196,7 @@ class Results:
         run["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         run["sha256"] = run_digest(run)
         contents["run.json"] = f"{json.dumps(run, indent=2, ensure_ascii=False)}\n".encode()
-        _write(folder, contents)
+        write_all(folder, {name: [content] for name, content in contents.items()})
         if archive is not None:
             archive.replace(folder / ARCHIVE)
         stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK} - set(contents) | (
@@ -368,25 +367,6 @@ def _check_known(name: str, table: pd.DataFrame) -> None:
         others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
         if others:
             raise ValueError(f"{name} names the {column} {others[0]!a:.40}; expected one of {', '.join(known)}")
-
-
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files whole, and all or none: each beside its place first, so that a full disk is noticed in time."""
-    partials = {folder / name: folder / f"{name}.part" for name in contents}
-    try:
-        for path, content in zip(partials, contents.values(), strict=True):
-            with partials[path].open("wb") as opened:
-                opened.write(content)
-                opened.flush()
-                os.fsync(opened.fileno())
-        for path, partial in partials.items():
-            partial.replace(path)
-    except OSError as error:
-        hint = "; free some space" if error.errno == errno.ENOSPC else ""
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}{hint}") from error
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def tabulate(records: Sequence[TargetRecord], run: Mapping[str, Any]) -> Results:

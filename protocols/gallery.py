@@ -6,7 +6,6 @@ looked at; the proofs are in the archive. Nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
+from msa_eval.hashing import file_hash
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.evidence import GALLERY
 from msa_eval.protocols.replay import Replay
@@ -154,9 +154,7 @@ def of_results(folder: str | Path, files: Mapping[str, Any]) -> list[Exhibit]:
         if GALLERY in files:
             raise ValueError(f"{GALLERY}, which run.json lists, is missing")
         return []
-    with check_inside(path, path.parent).open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if files.get(GALLERY) != digest:
+    if files.get(GALLERY) != file_hash(check_inside(path, path.parent)):
         raise ValueError(f"{GALLERY} is not of these results: it does not match the hash in run.json")
     return read(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.defense import Defense, decide, modules_of
+from msa_eval.hashing import tensor_hash
 from msa_eval.memory import plain
 from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.clean import seeded
 from msa_eval.protocols.signs import SAME, Sign, change, state_guard
+from msa_eval.randomness import seeded
 
 
 class StateGuard:
@@ -83,16 +83,9 @@ class StateGuard:
 def _fingerprints(module: nn.Module) -> dict[str, str]:
     """A hash of each parameter and buffer, and the mode of each module, by what a user calls them."""
     kinds = (("parameter", module.named_parameters()), ("buffer", module.named_buffers()))
-    found = {f"{kind} {name}": _hash(tensor) for kind, named in kinds for name, tensor in named}
+    found = {f"{kind} {name}": tensor_hash(tensor) for kind, named in kinds for name, tensor in named}
     modes = {f"training mode of {name or 'the model'}": str(part.training) for name, part in module.named_modules()}
     return found | modes
-
-
-def _hash(tensor: Tensor) -> str:
-    value = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-    digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def answer(defense: Defense, x: Tensor, seed: int) -> Tensor:

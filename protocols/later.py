@@ -8,13 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ASYNCHRONOUS = ("cuda",)
-"""Devices that compute while the host goes on, and that reading a value would stop."""
-
-
-def asynchronous(values: Tensor) -> bool:
-    """Whether reading values would make the host wait for what it has just asked for."""
-    return values.device.type in ASYNCHRONOUS
+from msa_eval.device import asynchronous
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
-from msa_eval.peers import told
+from msa_eval.peers.faults import told
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.evidence import RunRecord, TargetRecord

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.defense import Defense
+from msa_eval.hashing import bytes_of
 from msa_eval.memory import is_out_of_memory
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import AmongOthers
@@ -99,7 +100,7 @@ def offer(
     for surrogate in usable:
         answer = answers[surrogate.name]
         assert answer is not None
-        digest.update(answer.float().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(answer.float()))
     offers = Offers(
         usable,
         [s.name for s in known if s not in usable],

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from msa_eval.peers.guard import Fault
+from msa_eval.peers.faults import Fault
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Finding, Outcome, Point, Trace
 from msa_eval.protocols.signs import Sign

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import margin
 from msa_eval.protocols.batch import Point
 from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM
@@ -165,12 +166,12 @@ def roles(trial: Trial, mixture: Tensor, row: int, toward: int) -> Rise:
     classes = torch.where(stays, toward, y)
     # The prototype of a class moves with the mean of those in it, so all of them are drawn the same way.
     pulls = {k: slope[companion & (assigned == k)].sum(dim=0) for k in (y, toward)}
-    pull = torch.where(_like(stays, mixture), pulls[toward], pulls[y])
+    pull = torch.where(per_image(stays, mixture), pulls[toward], pulls[y])
 
     def rise(z: Tensor, _: list[Tensor]) -> Tensor:
         inside = -margin(target.fc_logits(z), classes) / sure
         parts = inside.clamp(max=1) + (z * pull).flatten(1).sum(dim=1)
-        own = torch.where(_like(companion, mixture), mixture, z)
+        own = torch.where(per_image(companion, mixture), mixture, z)
         return parts[companion].sum() + rise_of(own)
 
     return rise
@@ -203,7 +204,3 @@ def _climb(trial: Trial, start: Tensor, steps: int, rise: Rise, keep: Callable[[
 
 def _median_margin(logits: Tensor) -> Tensor:
     return margin(logits.float(), logits.argmax(dim=1)).abs().median().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _like(mask: Tensor, z: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (z.ndim - 1))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin
+from msa_eval.device import asynchronous
 from msa_eval.protocols.batch import Batch, Finding, Placed, Point
-from msa_eval.protocols.later import Later, asynchronous
+from msa_eval.protocols.later import Later
 
 
 class Record:

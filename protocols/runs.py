@@ -12,6 +12,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import (
     LOSSES,
     MIN_CLASSES,
@@ -129,7 +130,7 @@ def _query(trial: Trial, search: Callable[..., Tensor], **budget: Any) -> Tensor
     batch = trial.batch
     attacked = batch.correct & trial.counted
     found = search(trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, **budget)
-    return torch.where(attacked.view(-1, 1, 1, 1), found, trial.start.x)
+    return torch.where(per_image(attacked, found), found, trial.start.x)
 
 
 @dataclass(frozen=True)

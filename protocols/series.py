@@ -16,7 +16,7 @@ from msa_eval.defense import WholeModel
 from msa_eval.memory import fitting, plain
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome, Trace
-from msa_eval.protocols.clean import CleanBatches, Pool, seeded
+from msa_eval.protocols.clean import CleanBatches, Pool
 from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.history import History
@@ -25,6 +25,7 @@ from msa_eval.protocols.runs import OWN, Attack, Run
 from msa_eval.protocols.search import EXACT
 from msa_eval.protocols.trial import AttackError, Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
+from msa_eval.randomness import seeded
 
 if TYPE_CHECKING:
     from msa_eval.protocols.entrant import Entrant

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +21,7 @@ from msa_eval.protocols.guard import answer
 from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
 from msa_eval.protocols.trial import AttackError, Setting, Trial
+from msa_eval.randomness import all_seeded
 from msa_eval.surrogates import STE, Surrogate
 
 STEPS, LARGE_STEPS, QUERIES = 40, 20, 200
@@ -31,19 +30,6 @@ NEIGHBOURS = 8
 
 DRAWS, EOT = 9, 4
 """Of a target that answers at random: answers to the final points of a run, and answers a gradient is averaged over."""
-
-
-@contextmanager
-def _all_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's and Python's global generators for a while, and leave them as they were."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ class Subject:
         ]
 
     def _ask_all_seeded(self, x: Tensor) -> Tensor:
-        with _all_seeded(self.seed):
+        with all_seeded(self.seed):
             return self._ask(x)
 
     def _repeats(self, ask: Callable[[Tensor], Tensor]) -> Change:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.defense import Defense, decide
-from msa_eval.peers import Fault
-from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace, per_image
+from msa_eval.device import asynchronous
+from msa_eval.peers.faults import Fault
+from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace
 from msa_eval.protocols.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
-from msa_eval.protocols.later import Later, asynchronous
+from msa_eval.protocols.later import Later
 from msa_eval.protocols.record import Record
 from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority

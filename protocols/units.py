@@ -12,7 +12,6 @@ unit is there whole or not at all; one that has been changed since is told of, a
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msa_eval.files import write_whole
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.evidence import LOCK, UNFINISHED, claim_folder, set_aside
 from msa_eval.protocols.packing import pack, unpack
@@ -90,7 +90,7 @@ class Units:
                     f"differ by rounding from one made in one place")  # fmt: skip
         if self.folder is not None:
             stated = json.loads((self.folder / ABOUT).read_bytes())
-            write_whole(self.folder / ABOUT, json.dumps(stated | {"where": [*stated["where"], where]}).encode())
+            _write(self.folder / ABOUT, json.dumps(stated | {"where": [*stated["where"], where]}).encode())
 
     def names(self) -> set[str]:
         """Of the units that are there."""
@@ -140,7 +140,7 @@ class Units:
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        write_whole(self._path(name), digest.hexdigest().encode() + b"\n", *parts)
+        _write(self._path(name), digest.hexdigest().encode() + b"\n", *parts)
 
     def drop(self, *names: str) -> None:
         """Take units away that another one stands for."""
@@ -237,33 +237,16 @@ def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:
     others = held.get("where", []) if isinstance(held, dict) else []
     stated["where"] += [place for place in others if place not in stated["where"]]
     folder.mkdir(exist_ok=True)
-    write_whole(folder / ABOUT, json.dumps(stated).encode())
+    _write(folder / ABOUT, json.dumps(stated).encode())
     return folder, key
 
 
-def write_whole(path: Path, *parts: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: when it can't be written.
-    """
-    partial = path.with_name(f"{path.name}.part")
+def _write(path: Path, *parts: bytes) -> None:
     try:
-        with partial.open("wb") as opened:
-            opened.writelines(parts)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(path)
+        write_whole(path, *parts)
     except OSError as error:
-        hint = "; free some space" if error.errno == errno.ENOSPC else ""
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror}{hint}; the units finished before are kept, and the same command "
-            f"goes on from there",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        kept = "the units finished before are kept, and the same command goes on from there"
+        raise OSError(error.errno, f"{error.strerror}; {kept}") from error
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.hashing import bytes_of, file_hash
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.archive import Archive, Proof
 from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
@@ -491,7 +492,7 @@ def _check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
     recorded = run.get("files")
     files = recorded if isinstance(recorded, dict) else {}
     paths = [*(path for path in folder.glob("*.csv") if path.name != CROSSCHECK), *folder.glob(GALLERY)]
-    held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    held = {path.name: file_hash(path) for path in paths}
     left_out = {GALLERY} & set(files) - set(held)
     due = {*held, *files, *(f"{name}.csv" for name in TABLES)} - left_out
     for name in sorted(due):
@@ -576,7 +577,7 @@ def _check_batches(tables: Tables, protocol: Protocol, stated: _Stated, samples:
     found = tables.batches[["batch", "position", "index"]].to_numpy().tolist()
     if [tuple(row) for row in found] != expected:
         raise ValueError("batches.csv is not the plan that the protocol makes")
-    digest = hashlib.sha256(b"".join(seat.numpy().tobytes() + b"|" for seat in seats)).hexdigest()
+    digest = hashlib.sha256(b"".join(bytes_of(seat) + b"|" for seat in seats)).hexdigest()
     if digest != stated.plan_sha256 or stated.n != len(chosen):
         raise ValueError("run.json states another batch plan than the protocol makes")
     return f"{len(chosen)} samples in {len(seats)} batches, as the protocol plans them", seats
@@ -643,9 +644,7 @@ def _open_archive(folder: Path, stated: _Stated, referee: _Referee) -> tuple[str
         raise ValueError(f"run.json does not know of {ARCHIVE}: it is not of this run, or its entry was removed")
     if stated.archive.get("file") != ARCHIVE or not path.is_file():
         raise ValueError(f"{ARCHIVE}, which run.json names, is not there")
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != stated.archive.get("sha256"):
+    if file_hash(path) != stated.archive.get("sha256"):
         raise ValueError(f"{ARCHIVE} was tampered with: it does not match the hash in run.json")
     archive = Archive(path, referee.images, referee.protocol.ball)
     return f"{len(archive)} proofs in {path.stat().st_size} bytes, as hashed", archive

@@ -72,7 +72,7 @@ class Ball:
 
     def unit(self, delta: Tensor) -> Tensor:
         """Scale each perturbation ``(B, ...)`` to norm 1 (zero stays zero)."""
-        return delta / (_like(self.size(delta), delta) + 1e-12)
+        return delta / (per_image(self.size(delta), delta) + 1e-12)
 
     def ascent(self, gradient: Tensor) -> Tensor:
         """The direction of norm 1 that raises a loss of this gradient ``(B, ...)`` fastest; a tensor of its own."""
@@ -96,7 +96,7 @@ class Ball:
 
         def onto(points: Tensor) -> Tensor:
             delta = points.sub_(x)
-            size = _like(self.size(delta), delta)
+            size = per_image(self.size(delta), delta)
             return (delta / (size + 1e-12) * size.clamp(max=self.eps)).add_(x).clamp_(0, 1)
 
         return onto
@@ -128,6 +128,6 @@ class Ball:
         return outside.nan_to_num(nan=float("inf")).clamp(min=0)
 
 
-def _like(values: Tensor, images: Tensor) -> Tensor:
+def per_image(values: Tensor, images: Tensor) -> Tensor:
     """Shape one value a sample ``(B,)`` so that it broadcasts over images ``(B, ...)``."""
     return values.view(-1, *[1] * (images.ndim - 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.attacks.losses import margin
 from msa_eval.attacks.square import Queries
 from msa_eval.device import onto
@@ -99,7 +99,7 @@ class _Search:
         """The estimated gradient ``(B, C, H, W)`` of each margin from a pair of probes, up to a factor."""
         ahead, lead = self._probe(self.kept + direction)
         behind, other = self._probe(self.kept - direction)
-        return _per_image(lead - other) * (ahead - behind)
+        return per_image(lead - other, ahead) * (ahead - behind)
 
     def go_to(self, points: Tensor) -> None:
         """Move all samples that are searched for."""
@@ -119,7 +119,7 @@ class _Search:
         if ask:
             self._target.propose(points[rows], rows)
         if bool(rows.any()):
-            self.kept = torch.where(_per_image(rows), points, self.kept)
+            self.kept = torch.where(per_image(rows, points), points, self.kept)
             self.rows = self._attacked & (self._target.accept(rows).argmax(dim=1) == self._y)
 
 
@@ -137,7 +137,3 @@ def _schedule(queries: int, samples: int) -> list[int]:
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(0, 2, like.shape, generator=generator, device=generator.device)
     return onto(2 * drawn - 1, like.device).to(like)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.attacks.losses import margin
 from msa_eval.device import onto
 
@@ -70,7 +70,7 @@ def square(
     start, propose = (_stripes, _squares) if ball.norm == "Linf" else (_tiles, _moved_mass)
     if not bool(attacked.any()):
         return x
-    best = torch.where(_per_image(attacked), start(x, ball, generator), x)
+    best = torch.where(per_image(attacked, x), start(x, ball, generator), x)
     target.propose(best[attacked], attacked)
     logits = target.accept(attacked)
     for query in range(1, queries):
@@ -87,10 +87,6 @@ def square(
         best.index_copy_(0, active.index_select(0, kept), points.index_select(0, kept))
         logits = target.accept(better)
     return best
-
-
-def _per_image(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)
 
 
 def _side(p_init: float, query: int, queries: int, shape: torch.Size) -> int:

@@ -53,9 +53,9 @@ def crosscheck(
     Lists every sample that one of them broke. TARGET and the data are by default those of the command line in run.json.
     Exit status 0 if nothing was broken and every peer came to its end, else 1.
     """
+    from msa_eval.files import write_whole
     from msa_eval.protocols.crosscheck import crosscheck as check
     from msa_eval.protocols.evidence import CROSSCHECK, Results
-    from msa_eval.report.page import write_whole
     from msa_eval.report.text import render_crosscheck
 
     recorded = _recorded(Results.load(results).run, results) if not data.source or not target.word else {}
@@ -74,7 +74,8 @@ def crosscheck(
         targets=targets, steps=steps, passes=passes, seed=seed, device=device, progress=options.bars(quiet),
     )  # fmt: skip
     click.echo(render_crosscheck(found))
-    write_whole(path, found.table.to_csv(index=False, lineterminator="\n"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, found.table.to_csv(index=False, lineterminator="\n").encode())
     click.echo(f"table in {path}")
     if not found.passed:
         sys.exit(1)

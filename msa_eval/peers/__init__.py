@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers.guard import Fault, Found, PeerError, meet, told
+from msa_eval.peers.faults import Fault, PeerError, told
+from msa_eval.peers.guard import Found, meet
 from msa_eval.peers.peer import Peer
 from msa_eval.peers.seat import Seat
 

@@ -8,56 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from msa_eval.peers.peer import Peer
-    from msa_eval.peers.seat import Seat
-
-TOLD = {
-    "outside": "{count} points left the ball by up to {size:.3g} and were projected",
-    "dtype": "{count} points came in {detail} and were converted to float32",
-    "rounded": "{count} points were rounded to whole grey levels",
-    "mode": "the model's training mode was changed in {count} batches and put back",
-    "clean": "{count} samples came back clean, and the point shown that its model liked least stands in",
-    "unmoved": "{count} samples were never moved",
-    "seed": "the global generators were seeded in {count} batches, ours are kept apart",
-    "logits": "the logits handed out were written into in {count} batches, they are copies",
-}
-"""The kinds of faults, and how each is told."""
-
-LOUD = ("outside", "dtype", "rounded", "mode")
-"""Those that a table tells; the others are an attack's habit, and change nothing here."""
-
-
-class PeerError(RuntimeError):
-    """An attack of others failed in a way that must never read as robustness."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that an attack did and should not have.
-
-    Attributes:
-        kind: what.
-        count: of how many samples, or in how many batches.
-        size: how far, where that is a question.
-        detail: what exactly.
-    """
-
-    kind: str
-    count: int
-    size: float = 0.0
-    detail: str = ""
+from msa_eval.attacks.ball import per_image
+from msa_eval.peers.faults import Fault, PeerError
+from msa_eval.peers.peer import Peer
+from msa_eval.peers.seat import Seat
+from msa_eval.randomness import Chance
 
 
 class Found(NamedTuple):
@@ -70,21 +33,6 @@ class Found(NamedTuple):
 
     x: Tensor
     faults: tuple[Fault, ...]
-
-
-def told(faults: Iterable[Fault]) -> tuple[str, ...]:
-    """Faults in words, each after its kind, those of one kind added up.
-
-    >>> told([Fault("outside", 2, 0.5), Fault("outside", 1, 0.25)])
-    ('outside: 3 points left the ball by up to 0.5 and were projected',)
-    """
-    merged: dict[tuple[str, str], Fault] = {}
-    for fault in faults:
-        one = merged.get((fault.kind, fault.detail), Fault(fault.kind, 0, 0.0, fault.detail))
-        one = replace(one, count=one.count + fault.count, size=max(one.size, fault.size))
-        merged[fault.kind, fault.detail] = one
-    ordered = sorted(merged.values(), key=lambda fault: list(TOLD).index(fault.kind))
-    return tuple(f"{fault.kind}: {TOLD[fault.kind].format(**asdict(fault))}" for fault in ordered)
 
 
 def meet(peer: Peer, seat: Seat, *, seed: int, turn: int = 0) -> Found:
@@ -139,75 +87,18 @@ def _sound(points: Any, seat: Seat, x: Tensor) -> tuple[Tensor, list[Fault]]:
     outside = excess > 0
     if bool(outside.any()):
         faults.append(Fault("outside", int(outside.sum()), float(excess.max())))
-        points = torch.where(_per_image(outside), seat.ball.project(points, x), points)
+        points = torch.where(per_image(outside, points), seat.ball.project(points, x), points)
     best = seat.best[seat.rows]
     shown = (best != x).flatten(1).any(dim=1)
     still = {"clean": int((~moved & shown).sum()), "unmoved": int((~moved & ~shown).sum())}
     faults += [Fault(kind, count) for kind, count in still.items() if count]
-    return torch.where(_per_image(moved), points, best), faults
+    return torch.where(per_image(moved, points), points, best), faults
 
 
 def _on_grid(points: Tensor) -> Tensor:
     """Whether all values are whole grey levels of 255."""
     levels = points * 255
     return (levels - levels.round()).abs().amax() < 1e-3
-
-
-def _per_image(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)
-
-
-class Chance:
-    """The global generators of torch, NumPy and Python, seeded for a peer; ours go on where they were.
-
-    Args:
-        seed: for the peer.
-        device: whose generator is meant beside the CPU's.
-
-    Attributes:
-        seeded: whether torch's was seeded anew meanwhile.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed, self._device = seed, device
-        self.seeded = False
-
-    def __enter__(self) -> Chance:
-        self._ours = self._states()
-        torch.default_generator.manual_seed(self._seed)
-        if self._device.type == "cuda":
-            torch.cuda.manual_seed(self._seed)
-        np.random.seed(self._seed)
-        random.seed(self._seed)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seeded = self.seeded or torch.initial_seed() != self._seed
-        self._set(self._ours)
-
-    @contextmanager
-    def ours(self) -> Iterator[None]:
-        """Our own streams, for as long as the model answers."""
-        self.seeded = self.seeded or torch.initial_seed() != self._seed
-        theirs = self._states()
-        self._set(self._ours)
-        try:
-            yield
-        finally:
-            self._ours = self._states()
-            self._set(theirs)
-
-    def _states(self) -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
-
-    def _set(self, states: tuple[Any, ...]) -> None:
-        cpu, cuda, numpy, python = states
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self._device)
-        np.random.set_state(numpy)
-        random.setstate(python)
 
 
 @contextmanager

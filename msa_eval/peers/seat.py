@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.attacks.losses import margin
-from msa_eval.peers.guard import Chance, PeerError
+from msa_eval.peers.faults import PeerError
+from msa_eval.randomness import Chance
 
 Ask = Callable[[Tensor, Tensor], Tensor]
 """``(batch (B, C, H, W), rows (B,)) -> logits (B, k)``: the whole batch, of which these rows' answers are wanted."""
@@ -125,7 +126,7 @@ class Seat(nn.Module):
         lead = -margin(logits.float(), self.y)
         lower = asked & (lead < self._lead) & (self.ball.excess(self.last, self.clean) <= 0)
         self._lead = torch.where(lower, lead, self._lead)
-        self.best = torch.where(lower.view(-1, 1, 1, 1), self.last, self.best)
+        self.best = torch.where(per_image(lower, self.last), self.last, self.best)
 
 
 def _rounds(places: Tensor) -> Iterator[Tensor]:

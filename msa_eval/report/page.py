@@ -17,6 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from msa_eval._version import __version__
+from msa_eval.files import write_whole
 from msa_eval.protocols.evidence import METRICS, PAGE, Results
 from msa_eval.report import frames
 from msa_eval.report.charts import KINDS, Kind, percent
@@ -68,7 +69,8 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(folder)
     path = check_page(folder / PAGE if out is None else Path(out))
     results = Results.load(folder, trimmed=True)
-    write_whole(path, render_page(results, pictures_of(folder, results)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, render_page(results, pictures_of(folder, results)).encode())
     return path
 
 
@@ -83,17 +85,6 @@ def check_page(path: Path) -> Path:
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{path} is no name of a page; choose one that ends in .html")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def render_page(results: Results, pictures: Pictures = NONE) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
+from msa_eval.files import write_whole
 from msa_eval.protocols.evidence import Results
 from msa_eval.report import frames
 from msa_eval.report.charts import draw_differences
 from msa_eval.report.comparison import Comparison, only_one, points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits
 from msa_eval.report.inline import csv_link, inline_svg
-from msa_eval.report.page import MEANINGS, SECTIONS, describe, evaluation, listed, render, together, write_whole
+from msa_eval.report.page import MEANINGS, SECTIONS, describe, evaluation, listed, render, together
 from msa_eval.report.style import NAMES
 
 EXHIBITS = 16
@@ -35,7 +36,8 @@ def write_comparison(
         OSError: when the file can't be written.
     """
     path = Path(path)
-    write_whole(path, render_page(comparison, pictures))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, render_page(comparison, pictures).encode())
     return path
 
 

@@ -23,9 +23,10 @@ from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.checkpoint import load_checkpoint, misfits
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, WholeModel, brought_by, has_trunk, modules_of
+from msa_eval.hashing import file_hash
 from msa_eval.splitting import Cut, Trunk, split
 from msa_eval.targets import code
-from msa_eval.targets.weights import describe_file, file_digest, load_weights, read_weights
+from msa_eval.targets.weights import describe_file, load_weights, read_weights
 from msa_eval.targets.zoos import RANDOM, ZOOS, Built, Wanted
 
 __all__ = ["Target", "load_target", "named", "rebuild", "resolve"]
@@ -182,7 +183,7 @@ def _checkpoint(path: Path, trunk: str | None) -> Target:
         about |= {"imported": _short(trunk)}
         notes += [f"imported your own code: {trunk}"]
         file = code.source(trunk)
-        found = None if file is None else file_digest(file)
+        found = None if file is None else file_hash(file)
         about |= {} if found is None else {"code_sha256": found}
         made_of = {origin["code_sha256"] for origin in origins if "code_sha256" in origin}
         if made_of - {found}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.checkpoint import misfits, read_safetensors
+from msa_eval.hashing import file_hash
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
 """Under what names training scripts keep the weights among other things."""
@@ -93,12 +93,6 @@ def other_classes(model: nn.Module, tensors: Mapping[str, Tensor]) -> int | None
     return other.pop()[1] if len(other) == 1 else None
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _renamed(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     best = dict(tensors)
     for prefix in _PREFIXES:
@@ -109,4 +103,4 @@ def _renamed(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor
 
 def describe_file(path: str | Path) -> dict[str, Any]:
     """What a result says of a weights file: its name, without its folder, and its SHA-256."""
-    return {"weights": Path(path).name, "weights_sha256": file_digest(path)}
+    return {"weights": Path(path).name, "weights_sha256": file_hash(path)}

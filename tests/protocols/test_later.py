@@ -14,7 +14,6 @@ from toys import make_batch, make_classifier, make_hpm
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
 from msa_eval.defense import decide
-from msa_eval.protocols import later
 from msa_eval.protocols.batch import Batch, Outcome, Point
 from msa_eval.protocols.later import Later
 from msa_eval.protocols.runs import ApgdAttack
@@ -29,7 +28,7 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 @pytest.fixture
 def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a device that computes while the host goes on."""
-    monkeypatch.setattr(later, "ASYNCHRONOUS", ("cpu",))
+    monkeypatch.setattr("msa_eval.device.ASYNCHRONOUS", ("cpu",))
 
 
 class _Reads(TorchDispatchMode):
@@ -129,7 +128,7 @@ def _both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Trial]) -> tuple[T
     at_once = make()
     expected = _attack(at_once)
     with monkeypatch.context() as patch:
-        patch.setattr(later, "ASYNCHRONOUS", ("cpu",))
+        patch.setattr("msa_eval.device.ASYNCHRONOUS", ("cpu",))
         late = make()
         found = _attack(late)
     return at_once, expected, late, found
