@@ -48,6 +48,7 @@ from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.search import Search, choose
+from msa_eval.protocols.series import Series
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
@@ -254,13 +255,13 @@ def _carried_out(
     for entrant in entrants:
         guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
         signs[entrant.name] = _probe(entrant, work) if entrant.protocol.audited else []
-        first, *others = entrant.series()
+        first, *others = _series(entrant)
         shown = Ledger(first, work, guard, show=show and entrant.name == "defense")
         ledgers[entrant.name] = [shown, *(Ledger(series, work, guard) for series in others)]
     engine.make([ledger for each in ledgers.values() for ledger in each], work)
     done: list[Evaluated] = []
     for entrant in entrants:
-        done += entrant.evaluated(ledgers[entrant.name])
+        done += _evaluated(entrant, ledgers[entrant.name])
         _check_any(entrant, work)
         try:
             signs[entrant.name].append(ledgers[entrant.name][0].guard.sign())
@@ -293,6 +294,23 @@ def _carried_out(
     if not work.failures:
         work.units.finish()
     return results
+
+
+def _series(entrant: Entrant) -> list[Series]:
+    """A target in every context in which runs are made."""
+    found = []
+    for context in entrant.searched:
+        composed = context == "composed" and entrant.clean.batch_dependent
+        clean = entrant.clean.seen_in(context)
+        found.append(Series(entrant, context, clean, clean.pool(entrant.protocol.composition) if composed else None))
+    return found
+
+
+def _evaluated(entrant: Entrant, ledgers: Sequence[Ledger]) -> list[Evaluated]:
+    """What was made of each series of a target; one that ignores its companions answers the same in all contexts."""
+    found = [ledger.evaluated() for ledger in ledgers]
+    others = entrant.protocol.contexts[len(found) :]
+    return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], []) for one in others]
 
 
 def _due(entrants: Sequence[Entrant]) -> int:

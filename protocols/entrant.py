@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,11 @@ from dataclasses import dataclass
 from msa_eval.defense import Defense, WholeModel
 from msa_eval.memory import fitting
 from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.gallery import Candidate, Exhibit, exhibit
-from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.offers import Offers, offer
 from msa_eval.protocols.peering import peer_runs
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import Run, plan_runs
 from msa_eval.protocols.search import EXACT, Search
-from msa_eval.protocols.series import Series
 from msa_eval.protocols.spec import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
@@ -93,26 +89,3 @@ class Entrant:
     def searched(self) -> Sequence[str]:
         """The contexts in which runs are made; in the others a target that ignores its companions answers the same."""
         return self.protocol.contexts if self.clean.batch_dependent else self.protocol.contexts[:1]
-
-    def series(self) -> list[Series]:
-        """The target in every context in which runs are made."""
-        found = []
-        for context in self.searched:
-            composed = context == "composed" and self.clean.batch_dependent
-            clean = self.clean.seen_in(context)
-            found.append(Series(self, context, clean, clean.pool(self.protocol.composition) if composed else None))
-        return found
-
-    def evaluated(self, ledgers: Sequence[Ledger]) -> list[Evaluated]:
-        """What was made of each of its series; a target that ignores its companions answers the same in all."""
-        found = [ledger.evaluated() for ledger in ledgers]
-        others = self.protocol.contexts[len(found) :]
-        return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], []) for one in others]
-
-    def exhibits(self, candidates: Sequence[Candidate]) -> list[Exhibit]:
-        """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
-        try:
-            return exhibit(candidates, self.replay) if candidates else []
-        except Exception as error:
-            warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
-            return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from msa_eval.peers.faults import told
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.evidence import RunRecord, TargetRecord
-from msa_eval.protocols.gallery import POOL, Candidate, Exhibit
+from msa_eval.protocols.gallery import POOL, Candidate, Exhibit, exhibit
 from msa_eval.protocols.guard import StateGuard
+from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step, Work
@@ -136,7 +138,7 @@ class Ledger:
             ],
         )
         proofs = [proof for searched in done for proof in searched.proofs] if self._work.keep else []
-        return Evaluated(record, proofs, self.series.entrant.exhibits(self._candidates))
+        return Evaluated(record, proofs, _exhibits(self._candidates, self.series.entrant.replay))
 
     @property
     def _looking(self) -> bool:
@@ -178,6 +180,15 @@ def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Ou
         for at, proof in sorted(single.items())
         if at in first
     ]
+
+
+def _exhibits(candidates: Sequence[Candidate], replay: Replay) -> list[Exhibit]:
+    """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
+    try:
+        return exhibit(candidates, replay) if candidates else []
+    except Exception as error:
+        warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
+        return []
 
 
 def _record(run: Run, outcomes: Sequence[Outcome], seats: Sequence[Tensor], seconds: float) -> RunRecord:

@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome, Trace
 from msa_eval.protocols.clean import CleanBatches, Pool
 from msa_eval.protocols.composition import CompositionAttack
+from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.history import History
 from msa_eval.protocols.pursuit import PursuitAttack
@@ -26,9 +26,6 @@ from msa_eval.protocols.search import EXACT
 from msa_eval.protocols.trial import AttackError, Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded
-
-if TYPE_CHECKING:
-    from msa_eval.protocols.entrant import Entrant
 
 
 @dataclass(frozen=True)
