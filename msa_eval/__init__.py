@@ -1,23 +1,40 @@
 """Adversarial evaluation of dynamic, batch-dependent defences by the Mixed Surrogate Attack.
 
 Start with `evaluate`; `HPM` and `finetune` are the reference defence.
+
+What stands here is imported from its file when it is first asked for, so that the command line answers at once.
 """
 
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from msa_eval._version import __version__ as __version__
-from msa_eval.ablation import Ablation, ablate
-from msa_eval.architectures import Blueprint, Classifier
-from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
-from msa_eval.data import Samples, load_samples
-from msa_eval.defense import Defense, WholeModel, as_defense
-from msa_eval.finetune import FinetuneSettings, finetune
-from msa_eval.hpm import HPM, Variant
-from msa_eval.protocols import Results, evaluate
-from msa_eval.protocols.audit import audit
-from msa_eval.protocols.cluster import RayEngine
-from msa_eval.protocols.sizes import batch_size_report
-from msa_eval.protocols.verify import verify
-from msa_eval.splitting import split
-from msa_eval.targets import Target, load_target
+
+if not (Path(__file__).parent / "protocols").is_dir():
+    # A checkout, whose folder is found before the installed package: two folders of the package stand beside it.
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from msa_eval.ablation import Ablation, ablate
+    from msa_eval.architectures import Blueprint, Classifier
+    from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
+    from msa_eval.data import Samples, load_samples
+    from msa_eval.defense import Defense, WholeModel, as_defense
+    from msa_eval.finetune import FinetuneSettings, finetune
+    from msa_eval.hpm import HPM, Variant
+    from msa_eval.protocols.audit import audit
+    from msa_eval.protocols.cluster import RayEngine
+    from msa_eval.protocols.engine import evaluate
+    from msa_eval.protocols.evidence import Results
+    from msa_eval.protocols.sizes import batch_size_report
+    from msa_eval.protocols.verify import verify
+    from msa_eval.splitting import split
+    from msa_eval.targets import Target, load_target
 
 __all__ = [
     "HPM",
@@ -47,3 +64,46 @@ __all__ = [
     "split",
     "verify",
 ]
+
+_FILES = {
+    "msa_eval.ablation": ("Ablation", "ablate"),
+    "msa_eval.architectures": ("Blueprint", "Classifier"),
+    "msa_eval.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
+    "msa_eval.data": ("Samples", "load_samples"),
+    "msa_eval.defense": ("Defense", "WholeModel", "as_defense"),
+    "msa_eval.finetune": ("FinetuneSettings", "finetune"),
+    "msa_eval.hpm": ("HPM", "Variant"),
+    "msa_eval.protocols.audit": ("audit",),
+    "msa_eval.protocols.cluster": ("RayEngine",),
+    "msa_eval.protocols.engine": ("evaluate",),
+    "msa_eval.protocols.evidence": ("Results",),
+    "msa_eval.protocols.sizes": ("batch_size_report",),
+    "msa_eval.protocols.verify": ("verify",),
+    "msa_eval.splitting": ("split",),
+    "msa_eval.targets": ("Target", "load_target"),
+}
+"""Where each is: the imports above, which only type checkers make."""
+
+_HOMES = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the file of a function of the same name doesn't put the file in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

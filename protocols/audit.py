@@ -25,6 +25,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, brought_by, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.errors import AttackError
 from msa_eval.memory import fitting
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
@@ -34,7 +35,6 @@ from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject
-from msa_eval.protocols.trial import AttackError
 from msa_eval.randomness import seeded
 from msa_eval.surrogates import Surrogate, get
 from msa_eval.surrogates.registry import Own

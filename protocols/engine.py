@@ -24,6 +24,7 @@ from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.errors import AttackError
 from msa_eval.hashing import bytes_of
 from msa_eval.memory import fitting, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
@@ -50,7 +51,6 @@ from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.spec import Protocol, load_protocol
-from msa_eval.protocols.trial import AttackError
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
 from msa_eval.randomness import seeded

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.defense import WholeModel
+from msa_eval.errors import AttackError
 from msa_eval.memory import fitting, plain
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome, Trace
@@ -23,7 +24,7 @@ from msa_eval.protocols.history import History
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.runs import OWN, Attack, Run
 from msa_eval.protocols.search import EXACT
-from msa_eval.protocols.trial import AttackError, Trial
+from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded
 

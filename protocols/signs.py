@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 from torch import Tensor
 
 from msa_eval.protocols.evidence import Results
@@ -285,6 +284,8 @@ def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign |
     """
     if not transfers:
         return None
+    from scipy.stats import binomtest  # takes more than a second to import
+
     worst = max(transfers, key=lambda name: int(transfers[name].sum()))
     gain, loss = int((transfers[worst] & ~direct).sum()), int((direct & ~transfers[worst]).sum())
     lead = (gain - loss) / len(direct)

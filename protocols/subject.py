@@ -15,12 +15,13 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.defense import Defense, decide, left_training
+from msa_eval.errors import AttackError
 from msa_eval.protocols import signs
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.guard import answer
 from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
-from msa_eval.protocols.trial import AttackError, Setting, Trial
+from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates import STE, Surrogate
 

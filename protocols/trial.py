@@ -16,6 +16,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.defense import Defense, decide
 from msa_eval.device import asynchronous
+from msa_eval.errors import AttackError
 from msa_eval.peers.faults import Fault
 from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace
 from msa_eval.protocols.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
@@ -24,10 +25,6 @@ from msa_eval.protocols.record import Record
 from msa_eval.protocols.search import EXACT, Search
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.surrogates import STE, Ensemble, Surrogate
-
-
-class AttackError(RuntimeError):
-    """An attack or a defence failed in a way that must never read as robustness."""
 
 
 @dataclass(frozen=True)

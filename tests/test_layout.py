@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,17 @@ def test_public_things_have_docstrings_and_user_errors_are_no_asserts() -> None:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_the_benchmarks_run_from_a_checkout_whose_folder_hides_the_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/__init__.py").touch()  # as another package may have installed it
+    packages = [str(tmp_path), *(path for path in sys.path if path.endswith("-packages"))]
+    ended = subprocess.run(  # without site, as an editable installation would help out
+        [sys.executable, "-S", "-m", "tests.benchmarks", "overhead", "digits", "--steps", "1", "--repeats", "1",
+         "--batch", "8", "--out", str(tmp_path / "out")],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "ours, in the engine" in (tmp_path / "out/overhead.csv").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import threading
@@ -13,24 +14,28 @@ from typing import Any
 import click
 
 from msa_eval._version import __version__
-from msa_eval.cli.ablate import ablate
-from msa_eval.cli.audit import audit
-from msa_eval.cli.batch_sizes import batch_sizes
-from msa_eval.cli.compare import compare
-from msa_eval.cli.crosscheck import crosscheck
-from msa_eval.cli.demo import demo
-from msa_eval.cli.doctor import doctor
-from msa_eval.cli.entry import entry
-from msa_eval.cli.evaluate import evaluate
-from msa_eval.cli.figures import figures
-from msa_eval.cli.finetune import finetune
-from msa_eval.cli.paper_table import paper_table
-from msa_eval.cli.protocols import protocols
-from msa_eval.cli.report import report
-from msa_eval.cli.sensitivity import sensitivity
-from msa_eval.cli.tables import tables
-from msa_eval.cli.verify import verify
-from msa_eval.protocols import AttackError
+from msa_eval.errors import AttackError
+
+COMMANDS = (
+    "ablate",
+    "audit",
+    "batch-sizes",
+    "compare",
+    "crosscheck",
+    "demo",
+    "doctor",
+    "entry",
+    "evaluate",
+    "figures",
+    "finetune",
+    "paper-table",
+    "protocols",
+    "report",
+    "sensitivity",
+    "tables",
+    "verify",
+)
+"""Each is the function of its name, with underscores, in the file of this folder of that name."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -63,10 +68,22 @@ def _terminable() -> Iterator[None]:
 
 
 class _Group(click.Group):
-    """Prints a user's mistake in one line.
+    """Imports a command when it is asked for, and prints a user's mistake in one line.
 
     The exit status is 2 for bad input, 1 for a failure, 130 for Ctrl-C and 143 for SIGTERM.
     """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, by name."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; ``None`` where there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"msa_eval.cli.{name}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -95,22 +112,3 @@ class _Group(click.Group):
 def main(debug: bool) -> None:
     """Find out how robust a dynamic, batch-dependent classifier really is."""
     del debug
-
-
-main.add_command(ablate)
-main.add_command(audit)
-main.add_command(batch_sizes)
-main.add_command(compare)
-main.add_command(crosscheck)
-main.add_command(demo)
-main.add_command(doctor)
-main.add_command(entry)
-main.add_command(evaluate)
-main.add_command(figures)
-main.add_command(finetune)
-main.add_command(paper_table)
-main.add_command(protocols)
-main.add_command(report)
-main.add_command(sensitivity)
-main.add_command(tables)
-main.add_command(verify)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.cli import options
-from msa_eval.finetune import FinetuneSettings
+
+if TYPE_CHECKING:
+    from msa_eval.finetune import FinetuneSettings
+
+NAMES = ("full", "no-global", "average", "inner", "plain-l2", "plain-cosine")
+"""Of the variants, in the order of `msa_eval.ablation.VARIANTS`: the help lists them without importing torch."""
 
 
 @click.command()
@@ -22,9 +26,7 @@ from msa_eval.finetune import FinetuneSettings
 @options.data()
 @options.protocol
 @options.out
-@click.option(
-    "--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Beside full; all by default."
-)
+@click.option("--variant", "variants", type=click.Choice(NAMES), multiple=True, help="Beside full; all by default.")
 @click.option(
     "--finetune", "given", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE",
     help="A setting of the fine-tuning: epochs, batch_size, lr, momentum, eps, steps, step_size, ...",
@@ -62,6 +64,7 @@ def ablate(
     otherwise. Each variant's evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and
     started again with the same options, it goes on with the variants that are not done.
     """
+    from msa_eval.ablation import VARIANTS, settings_of
     from msa_eval.ablation import ablate as ablate_classifier
     from msa_eval.report import render_ablation
 

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import pandas as pd
-import torch
-from tqdm import tqdm
 
-from msa_eval.checkpoint import Checkpoint, load_bare_classifier
-from msa_eval.data import Samples, Split
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols import evidence
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from msa_eval.checkpoint import Checkpoint
+    from msa_eval.data import Samples, Split
     from msa_eval.protocols.engines import Engine
     from msa_eval.targets import Target
 
@@ -283,6 +281,8 @@ def load_classifier(
         ValueError: when it can't be read, or could not be read again from a checkpoint, or is described though it
             describes itself.
     """
+    from msa_eval.checkpoint import load_bare_classifier
+
     if architecture is None:
         if arguments or mean or std:
             raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
@@ -308,6 +308,7 @@ def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] 
 
 def bars(quiet: bool) -> Progress:
     """Progress bars on stderr, or none."""
+    from tqdm import tqdm
 
     def bar(iterable: Iterable[Any], description: str) -> Iterable[Any]:
         return tqdm(iterable, description, dynamic_ncols=True)
@@ -331,6 +332,8 @@ def check_complete(table: pd.DataFrame, of: str) -> None:
         table: of results, with a ``verdict`` a row where they have any.
         of: the column that says what a row stands for.
     """
+    from msa_eval.protocols import evidence
+
     incomplete = list(table[table["verdict"] == evidence.INCOMPLETE][of].unique()) if "verdict" in table else []
     if incomplete:
         click.echo(
@@ -345,5 +348,7 @@ def drawn(samples: Samples, limit: int | None, *, seed: int) -> Samples:
     """So many samples at most, uniformly drawn."""
     if limit is None or limit >= len(samples):
         return samples
+    import torch
+
     index = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:limit]
     return samples.only(index, f"{limit} of {samples.name}")

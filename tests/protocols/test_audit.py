@@ -16,6 +16,7 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, Classifier, Samples, WholeModel
 from msa_eval.attacks import Ball
 from msa_eval.defense import decide
+from msa_eval.errors import AttackError
 from msa_eval.protocols.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.evidence import Results
@@ -27,7 +28,6 @@ from msa_eval.protocols.signs import (
     surrogate_disagrees,
     transfer_beats_direct,
 )
-from msa_eval.protocols.trial import AttackError
 from msa_eval.surrogates import STE, get
 
 COMMITTED = Path(__file__).parents[2] / "results/cifar10-wrn10-2"
