@@ -305,7 +305,7 @@ class _Raising(Classifier):
 
     def logits(self, z: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls > 8:
+        if self.calls > 16:  # past the clean passes
             raise RuntimeError("out of luck")
         return super().logits(z)
 
