@@ -32,7 +32,7 @@ from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.offers import answer_with_gradient, offer
 from msa_eval.protocols.plan import plan_batches, select
-from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of
+from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of, without_advice
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject
 from msa_eval.randomness import seeded
@@ -161,7 +161,7 @@ def _audit(
         batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
     )  # fmt: skip
     found = fitting(defense, max(len(batch.x) for batch in batches), measure)
-    found.append(guard.sign())
+    found = without_advice([*found, guard.sign()])
     seconds = round(time.perf_counter() - started, 3)
     return AuditReport(name, tuple(found), sum(len(batch.y) for batch in batches), seconds, fc)
 

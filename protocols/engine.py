@@ -50,6 +50,7 @@ from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.series import Series
+from msa_eval.protocols.signs import without_advice
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
@@ -403,11 +404,12 @@ def _judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
     for target, probed in signs.items():
         found: dict[str, Sign] = {}
         for sign in (*probed, *signs_from(results, target=target)):
-            # Of what a few batches show and what all runs show, the graver counts.
-            if sign.name not in found or _gravity(sign) >= _gravity(found[sign.name]):
+            # Of what a few batches show and what all runs show, the graver counts; of clean accuracy, all samples.
+            if sign.name == "clean_at_chance" or _gravity(sign) >= _gravity(found.get(sign.name, sign)):
                 found[sign.name] = sign
-        verdicts[target] = verdict_of(found.values())
-        rows += [{"target": target, **dataclasses.asdict(sign)} for sign in found.values()]
+        kept = without_advice(found.values())
+        verdicts[target] = verdict_of(kept)
+        rows += [{"target": target, **dataclasses.asdict(sign)} for sign in kept]
     summary = results.summary.assign(
         verdict=[verdicts[target].verdict for target in results.summary["target"]],
         reasons=["; ".join(verdicts[target].reasons) for target in results.summary["target"]],

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from msa_eval.protocols.chance import Classes, against_chance, in_words
 from msa_eval.protocols.evidence import Results
 
 Severity = Literal["note", "suspect", "unreliable"]
@@ -25,6 +26,12 @@ Mask = npt.NDArray[np.bool_]
 
 GRADIENT_FREE = frozenset({"square", "spsa"})
 """Attacks that use no gradient; all others are white-box."""
+
+OF_ATTACKS = frozenset(
+    {"zero_gradients", "own_gradient_zero", "gradient_free_beats_white_box", "transfer_beats_direct", "large_eps",
+     "one_step", "loss_not_rising", "surrogate_disagrees"}
+)  # fmt: skip
+"""The signs that show how attacks fared, and give advice about them."""
 
 SAME = 1e-5
 """Answers whose drift, as a share of the range of the logits, is below this are the same."""
@@ -112,6 +119,36 @@ def change(before: Tensor, after: Tensor) -> Change:
     difference = (after - before).abs() / scale
     flips = (after.argmax(dim=1) != before.argmax(dim=1)).float().mean()
     return Change(float(difference.max()), float(difference.mean()), float(flips))
+
+
+def clean_at_chance(labels: Classes, predictions: Classes, num_classes: int) -> Sign:
+    """Whether a model is no better than chance on clean images, so that nothing can be said of its robustness.
+
+    Args:
+        labels: ``(N,)``.
+        predictions: the target's on clean batches ``(N,)``.
+        num_classes: k.
+    """
+    found = against_chance(labels, predictions, num_classes)
+    seen = f"clean accuracy is {_percent(found.accuracy)}, chance {_percent(found.level)}"
+    if found.reached:
+        reason = f"{seen}: {in_words(labels, predictions, found)}; no other figure says anything of the model"
+    else:
+        reason = seen
+    return Sign("clean_at_chance", found.reached, "unreliable", found.accuracy, found.level, _sentence(reason))
+
+
+def without_advice(signs: Iterable[Sign]) -> list[Sign]:
+    """All signs, but of a model at chance those alone that say something of it: attacks have nothing to break there.
+
+    >>> steps = Sign("loss_not_rising", True, "suspect", 0.0, 0.5, "Raise steps.")
+    >>> [sign.name for sign in without_advice([clean_at_chance(np.arange(9), np.zeros(9), 9), steps])]
+    ['clean_at_chance']
+    """
+    found = list(signs)
+    if not any(sign.name == "clean_at_chance" and sign.fired for sign in found):
+        return found
+    return [sign for sign in found if sign.name not in OF_ATTACKS]
 
 
 def probabilities(logits: Tensor) -> Sign:
@@ -379,7 +416,7 @@ def state_guard(changes: Sequence[str]) -> Sign:
 
 
 def signs_from(results: Results, *, target: str = "defense") -> list[Sign]:
-    """The signs that finished evidence holds: of gradient-free against white-box, and of transfer against direct runs.
+    """The signs that finished evidence holds: of clean accuracy, and of attacks against each other.
 
     Where there are several contexts, the one in which a sign is strongest speaks.
 
@@ -413,7 +450,12 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
     white = [run for run in broken if kinds[run]["attack"] not in GRADIENT_FREE and ":" not in kinds[run]["attack"]]
     # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
     continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")
-    signs = []
+    signs = [
+        clean_at_chance(
+            samples["label"].to_numpy(), samples["clean_prediction"].to_numpy(),
+            results.run["targets"][target]["num_classes"],
+        )
+    ]  # fmt: skip
     if free:
         only = _union(broken, free, len(right)) & ~_union(broken, white, len(right))
         signs.append(gradient_free_beats_white_box(int(only.sum()), len(right), continued=continued))

@@ -92,7 +92,9 @@ class Subject:
     def measure(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
         """Measure all signs."""
         clean = torch.cat([batch.logits for batch in self.batches])
-        found = [signs.probabilities(clean), signs.training_mode(left_training(self.defense)), *self.determinism()]
+        labels, classes = (torch.cat(parts).cpu().numpy() for parts in ([b.y for b in self.batches], [clean.argmax(1)]))
+        found = [signs.clean_at_chance(labels, classes, clean.shape[1])]
+        found += [signs.probabilities(clean), signs.training_mode(left_training(self.defense)), *self.determinism()]
         found += self.gradients(surrogates)
         found += self.attacks(surrogates)
         if surrogates:
