@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from msa_eval.defense import Defense, WholeModel, brought_by, check_evaluating
 from msa_eval.memory import is_out_of_memory
+from msa_eval.randomness import seeded
 
 IMAGES, PERTURBED = 32, 8
 """The two answer to so many clean images in one batch, and to so many perturbed ones."""
@@ -101,9 +102,7 @@ def _asked() -> Iterator[None]:
 
 def _answer(ask: Callable[[Tensor], Any], x: Tensor) -> Any:
     """What comes of a batch under a fixed seed, or the error that does."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False):
-        torch.manual_seed(0)
+    with seeded(0), torch.autocast(x.device.type, enabled=False):
         try:
             return ask(x.clone())
         except Exception as error:

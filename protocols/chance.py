@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from msa_eval.protocols.metrics import rate
 
@@ -14,6 +13,9 @@ Classes = npt.NDArray[np.integer]
 
 LIKE, GAIN = 0.6, 0.3
 """Predictions are the labels in another order when so large a share is right in it, and so much more than as it is."""
+
+ENOUGH, ALIKE = 8, 0.95
+"""Of at least so many images, a model that gives so large a share one answer is held against a label's share."""
 
 EACH = 3
 """Images of a class, on average, without which any predictions look like labels in some order."""
@@ -24,8 +26,8 @@ class Chance(NamedTuple):
 
     Attributes:
         accuracy: the share that is right.
-        level: what a model reaches that never looks: 1 in k, or what its predictions and the labels share by their
-            frequencies alone, whichever is higher.
+        level: what a model reaches that never looks: 1 in k, or the share of the most frequent label where the model
+            gives nearly always the same answer.
         reached: whether the model is no better, as far as so many images tell.
         order: of predictions that are the labels in another order: the prediction for each label; empty otherwise.
         ordered: the share that would be right in that order.
@@ -51,7 +53,7 @@ def against_chance(labels: Classes, predictions: Classes, num_classes: int) -> C
     False
     """
     right = rate(int((labels == predictions).sum()), len(labels))
-    level = max(1 / num_classes, _by_frequency(labels, predictions))
+    level = max(1 / num_classes, _by_one_answer(labels, predictions))
     order, ordered = _order(labels, predictions)
     other = bool(order) and ordered >= LIKE and ordered - right.value >= GAIN
     reached = right.low <= level and right.value < (1 + level) / 2
@@ -89,17 +91,18 @@ def ranges(classes: Classes) -> str:
     return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
 
 
-def _by_frequency(labels: Classes, predictions: Classes) -> float:
-    """The accuracy of predictions as frequent as these, and drawn blindly; of a single class nothing is known."""
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < 2:
+def _by_one_answer(labels: Classes, predictions: Classes) -> float:
+    """The share of the most frequent label, for a model that gives nearly always the same answer; 0 for others."""
+    counts, answers = (np.unique(classes, return_counts=True)[1] for classes in (labels, predictions))
+    if len(counts) < 2 or len(labels) < ENOUGH or answers.max() < ALIKE * len(labels):
         return 0.0
-    shares = np.array([(predictions == one).mean() for one in classes])
-    return float((counts / len(labels)) @ shares)
+    return float(counts.max() / len(labels))
 
 
 def _order(labels: Classes, predictions: Classes) -> tuple[dict[int, int], float]:
     """The classes in the order in which most predictions are right, and the share that is."""
+    from scipy.optimize import linear_sum_assignment  # takes long to import
+
     here, row = np.unique(labels, return_inverse=True)
     there, column = np.unique(predictions, return_inverse=True)
     if len(labels) < EACH * len(here) or len(here) < 2:

@@ -50,7 +50,7 @@ from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.series import Series
-from msa_eval.protocols.signs import without_advice
+from msa_eval.protocols.signs import unconfirmed_breaks, without_advice
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
@@ -426,6 +426,39 @@ def _gravity(sign: Sign) -> int:
     return ("note", "suspect", "unreliable").index(sign.severity) + 1 if sign.fired else 0
 
 
+def _confirmed(results: Results, written: archive.Written) -> Results:
+    """Add to the audit whether all breaks were confirmed; a target whose were not is sound no more."""
+    for target in results.audit["target"].unique() if len(results.audit) else ():
+        rows = results.samples[results.samples["target"] == target]
+        sign = unconfirmed_breaks(
+            sum(one.target == target for one in written.unconfirmed),
+            int((rows["clean_correct"] & ~rows["robust"]).sum()),
+            left_out=written.left_out if target == "defense" else 0,
+        )
+        results = _with_sign(results, target, sign)
+    return results
+
+
+def _with_sign(results: Results, target: str, sign: Sign) -> Results:
+    """Add a sign to the audit of a target that is judged already."""
+    row = pd.DataFrame([{"target": target, **dataclasses.asdict(sign)}]).rename(columns={"name": "sign"})
+    results = dataclasses.replace(results, audit=pd.concat([results.audit, row], ignore_index=True))
+    verdicts = dict(results.run["verdicts"])
+    held = verdicts[target]
+    if not sign.fired or sign.severity == "note":
+        return results
+    ranks = ("sound", "suspect", "unreliable", INCOMPLETE)
+    graver = max(held["verdict"], sign.severity, key=ranks.index)
+    verdicts[target] = {"verdict": graver, "reasons": (*held["reasons"], sign.reason)}
+    named = results.summary["target"] == target
+    summary = results.summary.assign(
+        verdict=results.summary["verdict"].mask(named, graver),
+        reasons=results.summary["reasons"].mask(named, "; ".join(verdicts[target]["reasons"])),
+    )
+    first = {"verdict": graver} if target == "defense" and results.run["verdict"] != INCOMPLETE else {}
+    return dataclasses.replace(results, summary=summary, run=dict(results.run) | {"verdicts": verdicts} | first)
+
+
 def _pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
     """The gallery's content; where it can't be made, the evaluation is worth no less."""
     try:
@@ -467,6 +500,7 @@ def _write(
             exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip
         results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
+        results = _confirmed(results, written)
         results.save(out, force=force, archive=path, gallery=pictures)
     finally:
         path.unlink(missing_ok=True)

@@ -195,6 +195,18 @@ def training_mode(left: Sequence[str]) -> Sign:
     return Sign("training_mode", bool(left), "note", float(len(left)), 0.0, _sentence(reason))
 
 
+def optimises_inside(passes: int) -> Sign:
+    """Whether a target computes gradients of its own while it answers: so many backward passes on one batch."""
+    if passes:
+        reason = (
+            f"the defence computes gradients while it answers ({passes} backward passes on a batch), which may hide "
+            f"what lies behind; give a surrogate that leaves them out, or passes a gradient through them"
+        )
+    else:
+        reason = "the defence computes no gradients while it answers"
+    return Sign("optimises_inside", passes > 0, "note", float(passes), 0.0, _sentence(reason))
+
+
 def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Change | None = None) -> Sign:
     """Whether an image's answer depends on who sits beside it.
 
@@ -307,7 +319,10 @@ def gradient_free_beats_white_box(only: int, n: int, *, continued: bool = False)
     return Sign("gradient_free_beats_white_box", fired, severity, share, 0.01, _sentence(reason))
 
 
-def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign | None:
+NO_TRANSFER = "No transfer was tried: the target has no second surrogate."
+
+
+def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign:
     """Whether points found through another surrogate break more than the direct attack through ``ste``.
 
     Tested by McNemar's exact test, its level 0.05 shared among the surrogates.
@@ -317,10 +332,10 @@ def transfer_beats_direct(direct: Mask, transfers: Mapping[str, Mask]) -> Sign |
         transfers: those that each other surrogate's broke.
 
     Returns:
-        the sign; ``None`` where there is no other surrogate.
+        the sign, which says so where there is no other surrogate to transfer from.
     """
     if not transfers:
-        return None
+        return Sign("transfer_beats_direct", False, "suspect", 0.0, 0.05, NO_TRANSFER)
     from scipy.stats import binomtest  # takes more than a second to import
 
     worst = max(transfers, key=lambda name: int(transfers[name].sum()))
@@ -401,6 +416,29 @@ def surrogate_disagrees(rates: Mapping[str, float]) -> Sign:
     return Sign("surrogate_disagrees", fired, "suspect", best, 0.05, _sentence(reason))
 
 
+def unconfirmed_breaks(unconfirmed: int, broken: int, *, left_out: int = 0) -> Sign:
+    """Whether broken samples have no proof that breaks them again: such results do not verify.
+
+    Args:
+        unconfirmed: samples that no replay of their adversarial batch broke.
+        broken: all that count as broken.
+        left_out: samples whose proofs found no room in the archive.
+    """
+    missing = unconfirmed + left_out
+    share = missing / max(broken, 1)
+    if missing:
+        why = [f"{unconfirmed} could not be broken again by their own adversarial batches"] if unconfirmed else []
+        why += [f"{left_out} are left out of the archive for its size"] if left_out else []
+        reason = (
+            f"of {broken} broken samples {' and '.join(why)}, so these results do not verify; the defence may keep a "
+            f"state, draw at random, or look at its batch unnoticed"
+        )
+    else:
+        reason = f"all {broken} broken samples were broken again by their own adversarial batches"
+    severity: Severity = "unreliable" if unconfirmed / max(broken, 1) > 0.05 else "suspect"
+    return Sign("unconfirmed_breaks", missing > 0, severity, share, 0.0, _sentence(reason))
+
+
 def state_guard(changes: Sequence[str]) -> Sign:
     """Whether a defence is not as it was before: names of what changed."""
     fired = bool(changes)
@@ -479,8 +517,7 @@ def _transfer_sign(broken: Mapping[str, Mask], runs: Mapping[str, tuple[object, 
             transfers[str(surrogate)] = np.logical_or.reduce([broken[run] for run in others.values()])
     if not transfers:
         return []
-    sign = transfer_beats_direct(np.logical_or.reduce([broken[run] for run in direct.values()]), transfers)
-    return [] if sign is None else [sign]
+    return [transfer_beats_direct(np.logical_or.reduce([broken[run] for run in direct.values()]), transfers)]
 
 
 def _union(broken: Mapping[str, Mask], runs: Sequence[str], n: int) -> Mask:

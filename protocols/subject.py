@@ -19,6 +19,7 @@ from msa_eval.errors import AttackError
 from msa_eval.protocols import signs
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.guard import answer
+from msa_eval.protocols.inner_gradients import counting_gradients
 from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
 from msa_eval.protocols.trial import Setting, Trial
@@ -95,6 +96,9 @@ class Subject:
         labels, classes = (torch.cat(parts).cpu().numpy() for parts in ([b.y for b in self.batches], [clean.argmax(1)]))
         found = [signs.clean_at_chance(labels, classes, clean.shape[1])]
         found += [signs.probabilities(clean), signs.training_mode(left_training(self.defense)), *self.determinism()]
+        with counting_gradients() as made:
+            self._ask(self.batches[0].x)
+        found.append(signs.optimises_inside(made.count))
         found += self.gradients(surrogates)
         found += self.attacks(surrogates)
         if surrogates:
@@ -246,8 +250,9 @@ class Subject:
             direct = self._apgd(STE).broken
         if direct is not None:
             others = {name: mask for name, mask in broken.items() if name != STE.name}
-            sign = signs.transfer_beats_direct(direct, others)
-            found += [] if sign is None else [sign]
+            found.append(signs.transfer_beats_direct(direct, others))
+        elif len(broken) < 2:
+            found.append(signs.transfer_beats_direct(np.zeros(self.n, dtype=bool), {}))
         one = {surrogate.name: self._apgd(surrogate, one_step=True) for surrogate in surrogates}
         found.append(signs.one_step_beats_forty(_counts(one), _counts(forty), self.n))
         found.append(signs.loss_not_rising({s.name: self._rise(s, forty[s.name].losses) for s in surrogates}))

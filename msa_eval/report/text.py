@@ -12,6 +12,7 @@ from msa_eval.ablation import Ablation
 from msa_eval.peers.faults import LOUD
 from msa_eval.protocols.crosscheck import Crosscheck
 from msa_eval.protocols.evidence import METRICS, Results
+from msa_eval.protocols.signs import NO_TRANSFER
 from msa_eval.report import frames
 
 QUERY = ("square", "spsa")
@@ -38,6 +39,8 @@ def _verdicts(results: Results, targets: list[str]) -> str:
         lines.append(f"verdict on {target}: {results.run['verdicts'][target]['verdict']}")
         lines += _failures(results, [target])
         fired = results.audit[(results.audit["target"] == target) & results.audit["fired"]]
+        untried = results.audit[(results.audit["target"] == target) & (results.audit["reason"] == NO_TRANSFER)]
+        lines += ["  " + NO_TRANSFER] if len(untried) else []
         for row in fired.to_dict(orient="records"):
             told = f"{row['severity']}: {row['reason']} [{row['sign']}]"
             lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")

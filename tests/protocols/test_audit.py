@@ -489,8 +489,11 @@ def test_the_direct_attack_is_made_for_comparison_where_the_protocol_has_none() 
 def test_transfer_is_silent_where_the_own_gradient_is_as_good_and_where_there_is_no_other() -> None:
     sign = _signs(make_hpm())["transfer_beats_direct"]
     assert not sign.fired
-    assert "transfer_beats_direct" not in _signs(make_classifier())
-    assert transfer_beats_direct(np.ones(5, dtype=bool), {}) is None
+    untried = _signs(make_classifier())["transfer_beats_direct"]
+    assert not untried.fired
+    assert untried == transfer_beats_direct(np.ones(5, dtype=bool), {})
+    assert untried.reason.startswith("No transfer was tried")
+    assert "No transfer" not in sign.reason
 
 
 def test_transfer_must_be_more_than_chance() -> None:
@@ -504,9 +507,20 @@ def test_transfer_must_be_more_than_chance() -> None:
     assert not _fired(transfer_beats_direct(np.zeros(400, dtype=bool), {"a": large}))  # 2 points
 
 
-def _fired(sign: Sign | None) -> bool:
-    assert sign is not None
+def _fired(sign: Sign) -> bool:
     return sign.fired
+
+
+def test_what_optimises_inside_is_named() -> None:
+    class Ascending(Toy):
+        def logits(self, z: Tensor) -> Tensor:
+            with torch.enable_grad():
+                moved = z.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(super().logits(moved).amax(dim=1).sum(), moved)
+            return super().logits(z + 0.01 * gradient)
+
+    sign = _signs(Ascending())["optimises_inside"]
+    assert (sign.fired, sign.severity, sign.value) == (True, "note", 1)
 
 
 def test_large_eps() -> None:

@@ -52,17 +52,17 @@ def test_at_chance(labels: Any, predictions: Any, k: int, said: str) -> None:
         (Y, np.where(np.arange(60) % 3 < 1, Y, RANDOM), 10),  # a third and some more
         (np.where(Y < 9, 0, 1), np.where(Y < 9, 0, 1), 2),
         (np.arange(8), np.arange(8) // 2 * 2, 1000),
+        (np.array([1, 1, 1, 1, 1, 1, 0, 2]), np.array([1, 1, 1, 1, 1, 2, 0, 1]), 4),  # few, and mostly of one class
     ],
 )
 def test_above_chance(labels: Any, predictions: Any, k: int) -> None:
     assert not clean_at_chance(labels, predictions, k).fired
 
 
-def test_the_level_of_chance_counts_frequencies() -> None:
-    """In closed form: 0.9 · 0.8 + 0.1 · 0.2."""
-    labels, predictions = np.repeat([0, 1], [90, 10]), np.tile([0, 0, 0, 0, 1], 20)
-    assert against_chance(labels, predictions, 2).level == pytest.approx(0.74)
-    assert against_chance(labels, labels, 2).level == pytest.approx(0.82)
+def test_the_level_of_chance_is_a_labels_share_for_one_that_always_answers_the_same() -> None:
+    labels = np.repeat([0, 1], [90, 10])
+    assert against_chance(labels, np.repeat([0, 1], [96, 4]), 2).level == pytest.approx(0.9)
+    assert against_chance(labels, labels, 2).level == pytest.approx(0.5)
     assert against_chance(Y, Y, 10).level == pytest.approx(0.1)
 
 

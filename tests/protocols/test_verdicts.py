@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, Results, evaluate, verify
-from msa_eval.protocols import make_protocol
+from msa_eval.protocols import archive, make_protocol
+from msa_eval.protocols.signs import unconfirmed_breaks
 from msa_eval.report import render_table
 
 
@@ -125,3 +126,57 @@ def test_draws_and_expectation_can_be_set() -> None:
     assert results.run["verdict"] == "not audited"
     with pytest.raises(ValueError, match="an odd number"):
         _protocol(**{"stochastic.draws": 4})
+
+
+class Tired(Classifier):
+    """Once it is tired it answers for the nearest clean image: what broke it does so no more."""
+
+    batch_dependent, tired = False, False
+    clean: Tensor
+
+    def logits(self, z: Tensor) -> Tensor:
+        return super().logits(self.clean[torch.cdist(z, self.clean).argmin(dim=1)] if self.tired else z)
+
+
+@pytest.mark.parametrize("tires", [True, False])
+def test_breaks_that_can_not_be_confirmed_are_a_reason_against_sound(
+    tires: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_classifier()
+    model = Tired(plain.trunk, plain.fc).eval()
+    samples = make_samples(plain, 16)
+    with torch.no_grad():
+        model.clean = plain.features(samples.x)
+    kept = archive.write
+
+    def write(*arguments: Any, **options: Any) -> Any:
+        model.tired = tires
+        return kept(*arguments, **options)
+
+    monkeypatch.setattr("msa_eval.protocols.archive.write", write)
+    results = evaluate(model, samples, protocol=_protocol(), out=tmp_path / "r", save_adversarial=True)
+    broken = int((results.samples["clean_correct"] & ~results.samples["robust"]).sum())
+    assert broken > 2
+    assert len(results.run["adversarial"]["unconfirmed"]) == (broken if tires else 0)
+    row = results.audit.set_index("sign").loc["unconfirmed_breaks"]
+    assert bool(row["fired"]) is tires
+    assert row["value"] == tires
+    assert (results.run["verdict"] == "sound") is not tires
+    assert results.run["verdicts"]["defense"]["verdict"] == results.summary["verdict"][0] == results.run["verdict"]
+    assert ("could not be broken again" in results.summary["reasons"][0]) is tires
+    assert verify(tmp_path / "r", model, samples).passed is not tires
+    assert Results.load(tmp_path / "r").run["verdict"] == results.run["verdict"]
+
+
+def test_unconfirmed_breaks_by_the_counts() -> None:
+    assert not unconfirmed_breaks(0, 40).fired
+    assert unconfirmed_breaks(0, 40, left_out=3).severity == "suspect"
+    assert [unconfirmed_breaks(n, 40).severity for n in (1, 2, 3)] == ["suspect", "suspect", "unreliable"]
+
+
+def test_the_table_says_that_no_transfer_was_tried() -> None:
+    protocol = _protocol(**{"audit.samples": 8, "samples.limit": 8})
+    quick: Any = {"protocol": "quick", "overrides": {"audit.samples": 8, "samples.limit": 8, "threat.eps": 0.05}}
+    plain, hpm = make_classifier(), make_hpm()
+    assert "No transfer was tried" in render_table(evaluate(plain, make_samples(plain), protocol=protocol))
+    assert "No transfer" not in render_table(evaluate(hpm, make_samples(hpm), fc=False, **quick))
