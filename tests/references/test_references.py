@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msa_eval import HPM, Samples, load_bare_classifier, load_checkpoint, load_samples
-from msa_eval.checkpoint import weights_hash
+from msa_eval.hashing import weights_hash
 from msa_eval.references import NAMES, reference_path
 from msa_eval.references.make import make_digits
 

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from msa_eval import Ablation, load_checkpoint
 from msa_eval.ablation import FULL, VARIANTS
-from msa_eval.checkpoint import weights_hash
+from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.report import render_ablation
 

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from msa_eval import HPM, Results, Samples, load_checkpoint, load_samples, verify
-from msa_eval.checkpoint import weights_hash
+from msa_eval.hashing import weights_hash
 from msa_eval.protocols import load_protocol
 from msa_eval.references import reference_path
 from msa_eval.report import draw_curves, draw_waterfall, frames, to_svg

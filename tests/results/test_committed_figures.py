@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msa_eval.checkpoint import load_checkpoint, weights_hash
+from msa_eval.checkpoint import load_checkpoint
+from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import RESNET50_FC, RESNET50_L2, empirical_cdf, isotropic_cdf
 
