@@ -38,8 +38,8 @@ from msa_eval import (
     save_checkpoint,
 )
 from msa_eval.ablation import VARIANTS, settings_of
-from msa_eval.checkpoint import weights_hash
 from msa_eval.cli import main
+from msa_eval.hashing import weights_hash
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
 from msa_eval.surrogates import get

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from toys import make_classifier, make_samples
 
 from msa_eval import HPM, FinetuneSettings, Samples, Variant, finetune, load_samples
-from msa_eval.checkpoint import weights_hash
 from msa_eval.finetune import _most_divergent
+from msa_eval.hashing import weights_hash
 from msa_eval.hpm import class_means
 from msa_eval.ikl import ikl
 
