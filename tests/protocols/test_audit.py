@@ -730,10 +730,13 @@ def _results(broken: dict[str, list[int]], right: list[int] | None = None, text:
         pd.DataFrame({**same, "run": run, "index": index, "any_broken": np.isin(np.arange(n), hit)})
         for run, hit in broken.items()
     ]
-    samples = pd.DataFrame({**same, "index": index, "clean_correct": correct})
+    label = np.arange(n) % 10
+    said = np.where(correct, label, (label + 1) % 10)
+    samples = pd.DataFrame({**same, "index": index, "label": label, "clean_prediction": said, "clean_correct": correct})
     empty = pd.DataFrame()
     return Results(
-        empty, pd.DataFrame(attacks), samples, pd.concat(outcomes), empty, {"protocol": {"text": text}}
+        empty, pd.DataFrame(attacks), samples, pd.concat(outcomes), empty,
+        {"protocol": {"text": text}, "targets": {"defense": {"num_classes": 10}}},
     )  # fmt: skip
 
 
@@ -742,7 +745,7 @@ def test_signs_from_evidence() -> None:
         return {sign.name: sign for sign in signs_from(results)}
 
     quiet = {"ste:apgd-ce:0": [*range(9)], "fc-oracle:apgd-ce:0": [*range(3)], "target:square-margin:0": [1, 2]}
-    assert [sign.fired for sign in signs_from(_results(quiet))] == [False, False]
+    assert [sign.fired for sign in signs_from(_results(quiet))] == [False, False, False]
     loud = quiet | {"target:spsa-margin:0": [30, 31, 32]}
     sign = found(_results(loud))["gradient_free_beats_white_box"]
     assert (sign.fired, sign.severity, sign.value) == (True, "unreliable", 3 / 40)
@@ -760,10 +763,10 @@ def test_signs_from_evidence() -> None:
 def test_signs_from_committed_evidence() -> None:
     """7 of 2,500 samples fell to Square alone; ``paper-cifar10`` has no ``ste`` runs to compare with."""
     results = Results.load(COMMITTED)
-    (sign,) = signs_from(results)
+    clean, sign = signs_from(results)
+    assert (clean.name, clean.fired, clean.threshold) == ("clean_at_chance", False, 0.1)
     assert (sign.fired, sign.value) == (False, 7 / 2500)
-    (sign,) = signs_from(results, target="fc")
-    assert sign.value == 1 / 2500
+    assert signs_from(results, target="fc")[1].value == 1 / 2500
 
 
 def test_probe_takes_a_surrogate_the_protocol_does_not_name() -> None:
