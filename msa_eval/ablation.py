@@ -279,7 +279,7 @@ class _Record:
             if other and not force:
                 raise ValueError(
                     f"{folder} holds an ablation with other settings ({'; '.join(other)}); choose another folder, or "
-                    f"replace it with --force"
+                    f"replace it with force=True"
                 )
             if earlier and not other:
                 about = earlier

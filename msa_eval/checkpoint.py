@@ -143,7 +143,7 @@ def load_bare_classifier(
     tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     weight = tensors.get(f"{head}.weight")
     if weight is None or weight.ndim != 2:
-        raise ValueError(f"{path} has no fully connected layer {head!r}; name it with --head")
+        raise ValueError(f"{path} has no fully connected layer {head!r}; name it with head=NAME")
     blueprint = Blueprint(architecture, arguments, num_classes=len(weight), normalization=normalization)
     inner = "trunk." if normalization is None else "trunk.1."
     renamed = {

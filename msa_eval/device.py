@@ -25,7 +25,7 @@ def check_device(device: str) -> str:
     """
     name = str(device)
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but CUDA is not available here; use --device cpu")
+        raise ValueError(f"device {name!r} was asked for, but CUDA is not available here; use device=cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -152,7 +152,7 @@ class Trunk(nn.Module):
         except _Reached as reached:
             features = reached.features
         else:
-            raise ValueError(f"the model did not run its layer {self.cut.head!r}; evaluate it whole (--whole)")
+            raise ValueError(f"the model did not run its layer {self.cut.head!r}; evaluate it whole (whole=True)")
         if self.cut.pool is None:
             return features
         places = features.movedim(1, -1) if self.channels_first else features
@@ -281,7 +281,7 @@ def _told() -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"the model can't be split, it failed on the way: {reason}; evaluate it whole (--whole)"
+            f"the model can't be split, it failed on the way: {reason}; evaluate it whole (whole=True)"
         ) from error
 
 
@@ -351,7 +351,7 @@ def _check_steady(again: Tensor, out: Tensor) -> None:
     if not (drift := _off(again, out)) <= TOLERANCE:
         raise ValueError(
             f"the model answers one batch differently from pass to pass (by {drift:.2g}), so its features can't be "
-            f"kept; evaluate it whole (--whole)"
+            f"kept; evaluate it whole (whole=True)"
         )
 
 
@@ -480,7 +480,7 @@ def _affine(call: _Call) -> tuple[Tensor, Tensor | None]:
         pass
     raise ValueError(
         f"layer {call.name!r} ({_layer(module)}) makes the logits, but its answer is not linear in what it is given "
-        f"(its input may be normalised inside it); name another layer with head=, or evaluate the model whole (--whole)"
+        f"(its input may be normalised inside it); name another layer with head=NAME, or evaluate it whole (whole=True)"
     )
 
 
@@ -502,10 +502,10 @@ def _layer(module: nn.Module) -> str:
 
 
 def _nothing_found(model: nn.Module, out: Tensor, found: list[str], head: str | None) -> str:
-    advice = "name the layer with head= (--head), or evaluate the model whole (--whole)"
+    advice = "name the layer with head=NAME, or evaluate the model whole (whole=True)"
     classes = out.shape[1]
     if found:
-        advice = "evaluate the model whole (--whole), or name another layer with head= (--head)"
+        advice = "evaluate the model whole (whole=True), or name another layer with head=NAME"
         return f"the logits ({classes} classes) can't be traced to one linear layer: {'; '.join(found[:4])}; {advice}"
     if head is not None:
         return f"layer {head!r} has no answer of {classes} classes in a pass; {advice}"
@@ -568,7 +568,9 @@ def _verify(model: nn.Module, classifier: Classifier, x: Tensor, out: Tensor) ->
     )  # fmt: skip
     if wrong:
         cut: Any = classifier.trunk.cut
-        raise ValueError(f"the model was cut at its layer {cut.head!r}, but then {wrong}; evaluate it whole (--whole)")
+        raise ValueError(
+            f"the model was cut at its layer {cut.head!r}, but then {wrong}; evaluate it whole (whole=True)"
+        )
 
 
 def _compare(model: nn.Module, classifier: Classifier, x: Tensor) -> None:
@@ -580,7 +582,7 @@ def _compare(model: nn.Module, classifier: Classifier, x: Tensor) -> None:
             if not (off := _off(joined, whole)) <= TOLERANCE:
                 raise ValueError(
                     f"the model was cut at its layer {cut.head!r}, but then its logits change by {off:.2g}; evaluate "
-                    f"it whole (--whole)"
+                    f"it whole (whole=True)"
                 )
 
 

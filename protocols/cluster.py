@@ -89,7 +89,7 @@ class RayEngine:
             ValueError: when they can't.
         """
         if device.startswith("cuda") and (device != "cuda" or not self._gpus):
-            raise ValueError("on a Ray cluster a GPU is asked for as --device cuda --gpus-per-worker 1")
+            raise ValueError("on a Ray cluster a GPU is asked for as device=cuda and gpus=1")
         self._device = device
 
     def __enter__(self) -> RayEngine:
@@ -202,7 +202,7 @@ class RayEngine:
             has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in _nodes(ray))
             raise ValueError(
                 f"no node of the cluster has room for a worker of {self.cpus} CPUs and {self._gpus:g} GPUs (there are "
-                f"{has or 'no nodes'}); ask for less with --cpus-per-worker and --gpus-per-worker, or add a node"
+                f"{has or 'no nodes'}); ask for less with cpus=N and gpus=N, or add a node"
             )
 
 
@@ -214,7 +214,7 @@ def _import_ray() -> ModuleType:
             import ray.exceptions
             import ray.util
     except ImportError as error:
-        raise ValueError(f"--engine ray needs Ray, which can't be imported ({error}); {INSTALL}") from error
+        raise ValueError(f"engine=ray needs Ray, which can't be imported ({error}); {INSTALL}") from error
     module: ModuleType = ray
     return module
 
@@ -225,18 +225,18 @@ def _connect(ray: ModuleType, address: str) -> None:
     Raises:
         ValueError: when there is none, or it does not let this process in.
     """
-    how = "start one with 'ray start --head', or name its head as --address HOST:PORT"
+    how = "start one with 'ray start --head', or name its head as address=HOST:PORT"
     if "://" in address:
-        raise ValueError(f"--address {address} goes through Ray's client, which can't stream; run this on a node of "
-                         f"the cluster, for example by 'ray job submit', with --address auto")  # fmt: skip
+        raise ValueError(f"address={address} goes through Ray's client, which can't stream; run this on a node of "
+                         f"the cluster, for example by 'ray job submit', with address=auto")  # fmt: skip
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"--address {address} is not auto or HOST:PORT; {how}")
+            raise ValueError(f"address={address} is not auto or HOST:PORT; {how}")
         try:
             socket.create_connection((host, int(port)), timeout=PATIENCE).close()
         except (OSError, OverflowError) as error:
-            raise ValueError(f"nothing answers at --address {address} ({error}); {how}") from error
+            raise ValueError(f"nothing answers at address={address} ({error}); {how}") from error
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -245,7 +245,7 @@ def _connect(ray: ModuleType, address: str) -> None:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"no Ray cluster can be reached at --address {address} ({reason}); {how}") from error
+        raise ValueError(f"no Ray cluster can be reached at address={address} ({reason}); {how}") from error
     finally:
         if main and before is not None:
             signal.signal(signal.SIGTERM, before)

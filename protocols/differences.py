@@ -17,11 +17,11 @@ WORDS = {
     "batches.sha256": "the batch plan",
     "batches.count": "the number of batches",
     "msa_eval": "the release of msa-eval",
-    "options.save_adversarial": "--save-adversarial",
+    "options.save_adversarial": "save_adversarial",
     "options.gallery": "whether a gallery is kept",
-    "options.micro_batch": "--micro-batch",
-    "options.precision": "--precision",
-    "options.deterministic": "--deterministic",
+    "options.micro_batch": "micro_batch",
+    "options.precision": "precision",
+    "options.deterministic": "deterministic",
 }
 """What the fields of a ``run.json`` that make up its key are called; those of a protocol go by their own keys."""
 

@@ -331,7 +331,7 @@ def _stopped(entrants: Sequence[Entrant], work: Work, out: Path | None, *, force
     finished = _finished(entrants, work.units)
     if out is None or not finished:
         return ""
-    how = "the same command without --force" if force else "the same command"
+    how = "the same call without force=True" if force else "the same call"
     return (
         f"interrupted after {finished} of {_due(entrants)} runs on a batch; they are kept in {out / UNFINISHED}, and "
         f"{how} goes on from there; no earlier results were changed"

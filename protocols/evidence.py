@@ -283,7 +283,7 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
         raise ValueError(
             f"{folder} holds the results of another evaluation ({run.get('protocol', {}).get('name')}, seed "
             f"{run.get('seed')}){f', which differs in {told}' if told else ''}; choose another folder, or start anew "
-            f"with --force"
+            f"with force=True"
         )
     try:
         # What an interrupted evaluation left behind, perhaps as it wrote its results.
@@ -291,7 +291,7 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
         ours = names | {f"{name}.part" for name in names}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:
-            raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use --force")
+            raise ValueError(f"{folder} holds no results but {held[0]}; choose another folder, or use force=True")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -279,7 +279,7 @@ def _check_losses(budget: ApgdBudget, num_classes: int) -> None:
         if num_classes < MIN_CLASSES[loss]:
             raise ValueError(
                 f"the {loss} loss needs at least {MIN_CLASSES[loss]} classes, but the model has {num_classes}; "
-                f'use --set \'attack.apgd.losses=["ce", "margin"]\''
+                f'use overrides={{"attack.apgd.losses": ["ce", "margin"]}}'
             )
 
 

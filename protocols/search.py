@@ -81,7 +81,7 @@ FAILS = (RuntimeError, TypeError, ValueError)
 def _unless_asked(asked: str, error: Exception) -> str:
     if asked == "bf16":
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use --precision fp32") from error
+        raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use precision=fp32") from error
     return asked
 
 

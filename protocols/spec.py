@@ -13,7 +13,6 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
 from msa_eval.peers import library_of
+from msa_eval.quantity import as_number
 from msa_eval.strangers import told
 
 T = TypeVar("T")
@@ -32,10 +32,22 @@ COMBINATIONS = ("separate", "mean", "alternate", "cascade")
 MOVES = ("batch", "image", "companions", "standing")
 
 
+_NORMS = {name.lower(): name for name in get_args(Norm)} | {
+    "inf": "Linf", "∞": "Linf", "l∞": "Linf", "linfinity": "Linf", "2": "L2", "2.0": "L2",
+}  # fmt: skip
+"""How people write the norms."""
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
     return value
+
+
+def _norm(value: Any) -> str:
+    if _NORMS.get(str(value).lower()) is None or isinstance(value, bool):
+        raise ValueError(f"one of {', '.join(get_args(Norm))}")
+    return _NORMS[str(value).lower()]
 
 
 def _choice(*choices: str) -> Callable[[Any], str]:
@@ -111,8 +123,8 @@ def _whole(low: int) -> Callable[[Any], int]:
 def _number(low: float, high: float) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         try:
-            number = float(Fraction(value)) if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+            number = as_number(value)
+        except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or not low < number <= high:
             raise ValueError(f"a number (or a fraction such as '8/255') above {low:g} and up to {high:g}")
@@ -127,7 +139,7 @@ _KEYS: Mapping[str, Callable[[Any], Any]] = {
     "version": _whole(1),
     "description": _text,
     "source": _text,
-    "threat.norm": _choice(*get_args(Norm)),
+    "threat.norm": _norm,
     "threat.eps": _number(0, 1000),
     "threat.contexts": _texts(CONTEXTS),
     "samples.fraction": _number(0, 1),
@@ -444,8 +456,9 @@ def make_protocol(
     Raises:
         ValueError: with every mistake in it.
     """
-    given = _flatten(content)
-    changed = {key: value for key, value in _flatten(overrides or {}).items() if given.get(key) != value}
+    given = {key: _plain(key, value) for key, value in _flatten(content).items()}
+    wanted = {key: _plain(key, value) for key, value in _flatten(overrides or {}).items()}
+    changed = {key: value for key, value in wanted.items() if given.get(key) != value}
     values = dict(sorted((given | changed).items()))
     parsed: dict[str, Any] = {}
     mistakes = [f"{key} is missing" for key in _REQUIRED if key not in values]
@@ -454,8 +467,9 @@ def make_protocol(
             mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1)
-            mistakes.append(f"unknown key {told(key)}" + (f" (did you mean {close[0]}?)" if close else ""))
+            close = [name for name in _KEYS if name.endswith(f".{key}")] or difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ""
+            mistakes.append(f"unknown key {told(key)}{hint}")
             continue
         try:
             parsed[key] = _KEYS[key](value)
@@ -548,6 +562,15 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as TOML has it: NumPy's and torch's scalars as numbers, tuples as lists, norms by their own names."""
+    if key == "threat.norm":
+        return _NORMS.get(str(value).lower(), value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _dump(values: Mapping[str, Any]) -> str:

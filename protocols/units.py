@@ -232,7 +232,7 @@ def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:
     if isinstance(held, dict) and held.get("key") != key:
         raise ValueError(
             f"{folder.parent} holds another evaluation, unfinished, which differs in {differences(held, stated)}; "
-            f"choose another folder, or start anew with --force, which keeps it under a dated name"
+            f"choose another folder, or start anew with force=True, which keeps it under a dated name"
         )
     others = held.get("where", []) if isinstance(held, dict) else []
     stated["where"] += [place for place in others if place not in stated["where"]]

@@ -350,7 +350,7 @@ class _Case:
         """Hold what was broken here against what the results call broken."""
         found = f"replayed {len(self.proven)} of {len(self.claims)} claims"
         if stated.archive is None and self.claims:
-            raise _NotCheckedError(f"{found}: the run was made without --save-adversarial")
+            raise _NotCheckedError(f"{found}: the run was made without save_adversarial=True")
         reasons = [
             f"sample {index} ({target}, {context}): {referee.reason(target, context, index)}"
             for target, context, index in sorted(self.claims - self.proven)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from msa_eval.progress import Progress, silent
+from msa_eval.quantity import as_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +34,8 @@ class _Number(click.ParamType[float]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read ``0.03`` or ``8/255``."""
         try:
-            return float(Fraction(value)) if isinstance(value, str) else float(value)
-        except (ValueError, ZeroDivisionError, OverflowError):
+            return as_number(value)
+        except ValueError:
             self.fail(f"{value!r} is not a number or a fraction such as 8/255", param, ctx)
 
 
@@ -70,9 +71,27 @@ context = click.option(
     multiple=True,
     help="What the attacker controls: joint, solo, alone or composed; give it several times for several.",
 )
-assignments = click.option(
-    "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
-)
+
+
+def assignments(command: Callable[..., None]) -> Callable[..., None]:
+    """The options --set, --eps and --norm, as one parameter ``assignments``."""
+
+    @functools.wraps(command)
+    def gathered(assignments: tuple[tuple[str, Any], ...], eps: str | None, norm: str | None, **given: Any) -> None:
+        threat = {"threat.eps": eps, "threat.norm": norm}
+        command(assignments=(*assignments, *((k, v) for k, v in threat.items() if v is not None)), **given)
+
+    for option in (
+        click.option("--norm", help="Of the perturbations: Linf or L2."),
+        click.option("--eps", help="Their radius in [0, 1] pixel units, such as 8/255."),
+        click.option(
+            "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
+        ),
+    ):
+        gathered = option(gathered)
+    return gathered
+
+
 device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 precision = click.option(
     "--precision",
@@ -105,7 +124,7 @@ class Chosen:
 
         loaded = load_target(self.word, samples, **self.how)
         for note in () if quiet else loaded.notes:
-            click.echo(f"note: {note}", err=True)
+            click.echo(f"note: {as_options(note)}", err=True)
         return loaded
 
 
@@ -180,6 +199,27 @@ def data(*, required: bool = True, help: str = _DATA) -> Callable[[Callable[...,
         return gathered
 
     return decorated
+
+
+_ARGUMENT = re.compile(
+    r"\b(whole|force|random_weights|save_adversarial|weights|head|trunk|device|precision|engine|address|cpus|gpus)"
+    r"=(True\b|[^\s,;:)]*)"
+)
+_OVERRIDE = re.compile(r'overrides=\{"([\w.]+)": (.*?)\}')
+
+
+def as_options(message: str) -> str:
+    """What the library advises in Python, as options of the command line.
+
+    >>> print(as_options("evaluate it whole (whole=True), or use device=cpu"))
+    evaluate it whole (--whole), or use --device cpu
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = {"cpus": "cpus-per-worker", "gpus": "gpus-per-worker"}.get(found[1], found[1].replace("_", "-"))
+        return f"--{name}" if found[2] == "True" else f"--{name} {found[2]}"
+
+    return _ARGUMENT.sub(option, _OVERRIDE.sub(r"--set '\1=\2'", message)).replace("the same call", "the same command")
 
 
 def imports_code(word: str) -> bool:
@@ -320,7 +360,7 @@ def notes(quiet: bool) -> Callable[[str], None]:
     """Notes on stderr, or none."""
 
     def note(text: str) -> None:
-        click.echo(f"note: {text}", err=True)
+        click.echo(f"note: {as_options(text)}", err=True)
 
     return (lambda _: None) if quiet else note
 

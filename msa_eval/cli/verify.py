@@ -36,7 +36,7 @@ def verify(results: Path, target: options.Chosen, data: options.Data, device: st
         progress=options.bars(quiet),
     )
     for check in found.checks:
-        click.echo(f"{_MARKS[check.passed]:7} {check.name:9} {check.detail}")
+        click.echo(f"{_MARKS[check.passed]:7} {check.name:9} {options.as_options(check.detail)}")
     verdict = "verified" if found.passed else "not verified" if found.intact else "FAILED"
     click.echo(
         f"{verdict}: {found.replayed} of {found.claims} broken samples replayed in {found.seconds:.1f} s; {LEAST}"

@@ -161,7 +161,7 @@ def rebuild(blueprint: Blueprint, *, trunk: str | None = None) -> Classifier:
     if trunk is None:
         raise ValueError(
             f"its trunk is code of your own, {blueprint.architecture}; loading it runs that code: allow it with "
-            f"--trunk path/to/{blueprint.architecture}"
+            f"trunk=path/to/{blueprint.architecture}"
         )
     made, _ = code.make(trunk)
     if not isinstance(made, nn.Module):
@@ -297,7 +297,7 @@ def _is_checkpoint(word: str) -> bool:
 def _no_such_target(word: str) -> str:
     path = Path(word)
     if path.suffix in _PICKLES:
-        return f"{word} alone does not say its architecture; give a model, as torchvision:NAME, with --weights {word}"
+        return f"{word} alone does not say its architecture; give a model, as torchvision:NAME, with weights={word}"
     if path.suffix == ".py":
         return f"{word} names no function; give {word}:FUNCTION"
     close = difflib.get_close_matches(word.partition(":")[0], [*ZOOS], n=1)

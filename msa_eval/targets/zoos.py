@@ -278,7 +278,7 @@ def _not_to_be_had(word: str, files: list[Path], reason: str) -> str:
     names = ", ".join(file.name for file in files)
     return (
         f"the weights of {word} are not here and can't be fetched ({reason}); put {names} into "
-        f"{files[0].parent}, or name a file with --weights, or take random ones with --random-weights"
+        f"{files[0].parent}, or name a file with weights=FILE, or take random ones with random_weights=True"
     )
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from msa_eval import HPM, Blueprint, Samples, load_checkpoint, save_checkpoint
 from msa_eval.cli import main
+from msa_eval.cli.options import as_options
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -104,6 +105,26 @@ def test_options_reach_the_protocol(tmp_path: Path) -> None:
     }
     assert pd.read_csv(tmp_path / "r" / "batches.csv")["batch"].nunique() == 5
     assert pd.read_csv(tmp_path / "r" / "outcomes.csv")["perturbation"].max() <= 2 / 255 + 1e-6
+
+
+def test_the_threat_has_options_of_its_own(tmp_path: Path) -> None:
+    result = _evaluate(tmp_path / "r", "--eps", "0.5/255", "--norm", "l2")
+    assert result.exit_code == 0, result.stderr
+    assert "(modified: " in result.stdout
+    assert "threat.eps=0.5/255, threat.norm=L2" in result.stdout
+    _check_refused(_evaluate(tmp_path / "s", "--eps", "much"), "threat.eps: expected a number")
+    _check_refused(_evaluate(tmp_path / "s", "--set", "eps=0.1"), r"unknown key eps \(did you mean threat.eps\?\)")
+
+
+def test_advice_is_in_options_where_the_call_was_a_command() -> None:
+    for said, shown in {
+        "start anew with force=True, which keeps it": "start anew with --force, which keeps it",
+        "weights=a/b.pt and head=NAME; save_adversarial=True": "--weights a/b.pt and --head NAME; --save-adversarial",
+        'use overrides={"attack.apgd.losses": ["ce"]}': "use --set 'attack.apgd.losses=[\"ce\"]'",
+        "engine=ray, cpus=2": "--engine ray, --cpus-per-worker 2",
+        "a file forehead=3, overhead=True": "a file forehead=3, overhead=True",
+    }.items():
+        assert as_options(said) == shown
 
 
 def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:

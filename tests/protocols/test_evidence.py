@@ -93,7 +93,7 @@ def test_the_same_results_may_be_written_again_and_others_not(results: Results, 
     results.save(tmp_path)
     other = dataclasses.replace(results, run={**results.run, "key": "other", "seed": 9})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"results of another evaluation \(quick, seed 0\).*--force"):
+    with pytest.raises(ValueError, match=r"results of another evaluation \(quick, seed 0\).*force=True"):
         other.save(tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other.save(tmp_path, force=True)

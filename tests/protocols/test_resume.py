@@ -250,7 +250,7 @@ def test_another_evaluation_is_refused_and_told_apart(tmp_path: Path) -> None:
         },
         r"differs in the weights of defense, .* and \d more;": {"model": other},
         r"differs in what the data hold, ": {"samples": make_samples(make_classifier(), 16, seed=5)},
-        r"differs in --save-adversarial \(True, now False\);": {"save_adversarial": False},
+        r"differs in save_adversarial \(True, now False\);": {"save_adversarial": False},
     }
     for message, more in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -7,7 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from msa_eval.protocols import load_protocol, make_protocol, shipped
 
@@ -92,6 +94,51 @@ def test_all_mistakes_are_reported_together() -> None:
 def test_single_mistakes(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_protocol(GOOD | change)
+
+
+@pytest.mark.parametrize(
+    ("given", "eps"),
+    [
+        ("8/255", 8 / 255), ("0.5/255", 0.5 / 255), ("8 / 255", 8 / 255), (".03", 0.03), (8 / 255, 8 / 255),
+        (np.float32(0.25), 0.25), (np.float64(0.1), 0.1), (np.array(0.1), 0.1), (torch.tensor(0.25), 0.25),
+        (np.int64(1), 1), (1, 1),
+    ],
+)  # fmt: skip
+def test_a_radius_as_people_write_it(given: Any, eps: float) -> None:
+    protocol = make_protocol(GOOD, overrides={"threat.eps": given})
+    assert protocol.ball.eps == eps
+    assert make_protocol(tomllib.loads(protocol.text())).digest() == protocol.digest()
+
+
+@pytest.mark.parametrize("given", ["0,03", "nan", "8/0", [0.1, 0.2], torch.full((3,), 0.1), np.ones(2), None, True, ""])
+def test_what_is_no_radius(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"threat\.eps: expected a number \(or a fraction such as '8/255'\)"):
+        make_protocol(GOOD, overrides={"threat.eps": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "norm"),
+    [
+        ("linf", "Linf"), ("LINF", "Linf"), ("inf", "Linf"), (float("inf"), "Linf"), (np.inf, "Linf"), ("L∞", "Linf"),
+        ("l2", "L2"), (2, "L2"), ("2", "L2"), (2.0, "L2"),
+    ],
+)  # fmt: skip
+def test_a_norm_as_people_write_it(given: Any, norm: str) -> None:
+    protocol = make_protocol(GOOD, overrides={"threat.norm": given})
+    assert protocol.ball.norm == protocol.values["threat.norm"] == norm
+    assert protocol.modified == (norm != "L2")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("eps", "threat.eps"), ("norm", "threat.norm"), ("size", "batches.size"),
+        ("steps", "attack.apgd.steps or attack.recombination.steps"), ("limit", "samples.limit"),
+    ],
+)  # fmt: skip
+def test_a_bare_key_leads_to_where_it_stands(key: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown key {key} \(did you mean {re.escape(hint)}\?\)"):
+        make_protocol(GOOD, overrides={key: 1})
 
 
 def test_overrides_are_recorded_and_change_the_hash() -> None:

@@ -135,7 +135,7 @@ def test_without_an_archive_all_else_is_checked(folder: Path, hpm: HPM, samples:
     found = verify(folder, hpm, samples)
     assert _failed(found) == {}
     claims = found.claims
-    assert _open(found) == {"replay": f"replayed 0 of {claims} claims: the run was made without --save-adversarial"}
+    assert _open(found) == {"replay": f"replayed 0 of {claims} claims: the run was made without save_adversarial=True"}
     assert not found.passed
     assert found.intact
     assert (found.replayed, found.unproven) == (0, claims)

@@ -164,7 +164,7 @@ def test_weights_that_are_refused(code: str, x: Tensor, tmp_path: Path, monkeypa
         ("no_such_module:f", "no module 'no_such_module'; expected module:callable"),
         ("resnet18", "there is no target 'resnet18'; expected a .safetensors checkpoint"),
         ("robustbnch", "did you mean robustbench:NAME"),
-        ("model.pth", "does not say its architecture; give a model, as torchvision:NAME, with --weights model.pth"),
+        ("model.pth", "does not say its architecture; give a model, as torchvision:NAME, with weights=model.pth"),
         ("none.safetensors", "there is no file none.safetensors"),
         ("torchvision:", "there is no target 'torchvision:'"),
     ],
@@ -241,7 +241,7 @@ def test_hpm_on_own_code_is_loaded_again_with_consent(code: str, digits: Samples
     )
     assert result.exit_code == 0, result.stderr
     with pytest.raises(
-        ValueError, match=r"its trunk is code of your own, mine.py:model; .*--trunk path/to/mine.py:model"
+        ValueError, match=r"its trunk is code of your own, mine.py:model; .*trunk=path/to/mine.py:model"
     ):
         load_checkpoint(out)
     loaded = load_checkpoint(out, trunk=f"{code}:model")

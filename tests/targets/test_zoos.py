@@ -131,7 +131,7 @@ def test_torchvision_weights_from_the_hub_folder_and_from_a_file(tmp_path: Path)
     word, file = "torchvision:mobilenet_v3_small", "mobilenet_v3_small-047dcff4.pth"
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     with pytest.raises(
-        ValueError, match=rf"are not here and can't be fetched .*put {file} into {folder}, or .*--weights"
+        ValueError, match=rf"are not here and can't be fetched .*put {file} into {folder}, or .*weights=FILE"
     ):
         load_target(word, _images(64))
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def test_robustbench_weights(form: str, tmp_path: Path) -> None:
     state = robustbench(f"{name}@cifar100", Wanted(random=True)).model.state_dict()
     state["linear.bias"] = torch.arange(100.0)
     folder = tmp_path / "models" / "cifar100" / "Linf"
-    with pytest.raises(ValueError, match=rf"put {name}.pt into {folder}, or name a file with --weights"):
+    with pytest.raises(ValueError, match=rf"put {name}.pt into {folder}, or name a file with weights=FILE"):
         load_target(word, _images(32), models=tmp_path / "models")
     if form == "pt":
         torch.save(state, folder / f"{name}.pt")
