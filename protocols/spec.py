@@ -31,8 +31,7 @@ CONTEXTS = ("joint", "solo", "alone", "composed")
 COMBINATIONS = ("separate", "mean", "alternate", "cascade")
 MOVES = ("batch", "image", "companions", "standing")
 
-
-_NORMS = {name.lower(): name for name in get_args(Norm)} | {
+_NORMS: Mapping[str, str] = {name.lower(): name for name in get_args(Norm)} | {
     "inf": "Linf", "∞": "Linf", "l∞": "Linf", "linfinity": "Linf", "2": "L2", "2.0": "L2",
 }  # fmt: skip
 """How people write the norms."""

@@ -238,6 +238,6 @@ def test_an_unknown_engine_is_told_of(tmp_path: Path) -> None:
 
 
 def test_a_gpu_has_to_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="--gpus-per-worker 1"):
+    with pytest.raises(ValueError, match="gpus=1"):
         RayEngine().check("cuda")
     RayEngine(gpus=1).check("cuda")

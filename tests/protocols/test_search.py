@@ -265,7 +265,7 @@ def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
 def test_a_second_target_that_bf16_does_not_suit_is_passed_in_float32_too() -> None:
     hpm, other = make_hpm().requires_grad_(False), make_hpm().requires_grad_(False)
     x = make_batch(hpm, 8).x
-    other.trunk = Picky()
+    other.trunk = Picky().eval()
     assert Search("auto", rough=True).of(hpm, x).rough
     assert not Search("auto", rough=True).of(other, x).rough
     with pytest.raises(ValueError, match="float32 only"):
@@ -274,7 +274,7 @@ def test_a_second_target_that_bf16_does_not_suit_is_passed_in_float32_too() -> N
 
 def test_a_target_that_is_searched_in_float32_beside_one_that_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hpm, other = make_hpm(), make_hpm().fc_target
-    other.trunk = Picky()
+    other.trunk = Picky().eval()
     monkeypatch.setattr(engine, "choose", lambda *_: Search("auto", rough=True))
     attack = {"apgd": {"surrogates": ["ste"], "losses": ["margin"], "steps": 2}}
     small = {"threat": {"norm": "Linf", "eps": 0.1}, "batches": {"size": 8}, "audit": {"samples": 0}}
