@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: on small models threads wait for each other
+
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +18,22 @@ import torch
 
 from msa_eval import HPM, Samples, load_checkpoint, load_samples
 from msa_eval.references import reference_path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process a core for all tests, four at most as each takes a gigabyte; one for those of some files."""
+    return min(len(os.sched_getaffinity(0)), 4) if config.args_source is config.ArgsSource.TESTPATHS else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay in one process, for they share fixtures, as do those of the demo; what is long begins."""
+    groups = {item: "demo" if "demo" in getattr(item, "fixturenames", ()) else item.path.as_posix() for item in items}
+    long = {groups[item] for item in items if item.get_closest_marker("slow")}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (groups[item] != "demo", groups[item] not in long))
 
 
 @pytest.fixture(autouse=True)
