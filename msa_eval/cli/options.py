@@ -229,6 +229,17 @@ def imports_code(word: str) -> bool:
     return ":" in word and word.partition(":")[0] not in ZOOS
 
 
+def _channels(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> tuple[float, ...] | str | None:
+    """Read ``0.5,0.5,0.5``, or ``0.5`` once a channel, or ``none``."""
+    parts = [part.strip() for text in value for part in text.split(",")]
+    if parts == ["none"]:
+        return "none"
+    try:
+        return tuple(as_number(part) for part in parts) or None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give one a channel, or none", ctx, param) from error
+
+
 LOADING = {
     "weights": click.option(
         "--weights", type=click.Path(path_type=Path), help="Weights for TARGET: safetensors, or a plain state dict."
@@ -241,6 +252,11 @@ LOADING = {
         type=click.Path(path_type=Path),
     ),
     "trunk": click.option("--trunk", help="Your own code that a checkpoint was made from; it is imported."),
+    "mean": click.option(
+        "--mean", multiple=True, callback=_channels, metavar="M,M,M",
+        help="Of the normalisation in front of TARGET (torchvision, timm, a bare state dict); none leaves it out.",
+    ),
+    "std": click.option("--std", multiple=True, callback=_channels, metavar="S,S,S", help="Likewise."),
 }  # fmt: skip
 
 
@@ -293,8 +309,6 @@ _BARE = (
     click.option(
         "--argument", "arguments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Of the architecture."
     ),
-    click.option("--mean", type=float, multiple=True, help="Input normalisation of a bare state dict, once a channel."),
-    click.option("--std", type=float, multiple=True, help="Likewise."),
 )
 
 
@@ -311,8 +325,6 @@ def load_classifier(
     *,
     architecture: str | None,
     arguments: Sequence[tuple[str, Any]],
-    mean: Sequence[float],
-    std: Sequence[float],
     quiet: bool = False,
 ) -> Checkpoint | Target:
     """Load a target, or a bare state dict where an architecture is given.
@@ -324,8 +336,8 @@ def load_classifier(
     from msa_eval.checkpoint import load_bare_classifier
 
     if architecture is None:
-        if arguments or mean or std:
-            raise ValueError("--argument, --mean and --std describe a bare state dict; give --architecture with them")
+        if arguments:
+            raise ValueError("--argument describes a bare state dict; give --architecture with it")
         loaded = target.load(samples, quiet=quiet)
         loaded.check_rebuilt()
         return loaded
@@ -334,7 +346,8 @@ def load_classifier(
             raise ValueError(
                 f"--{option.replace('_', '-')} does not go with --architecture, which describes a bare state dict"
             )
-    normalization = {"mean": list(mean), "std": list(std)} if mean or std else None
+    mean, std = (target.how.get(name) for name in ("mean", "std"))
+    normalization = {"mean": list(mean or ()), "std": list(std or ())} if mean != "none" and (mean or std) else None
     head = target.how.get("head") or "fc"
     return load_bare_classifier(target.word, architecture, dict(arguments), normalization=normalization, head=head)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ def load_target(
     whole: bool = False,
     models: str | Path = "models",
     trunk: str | None = None,
+    mean: Sequence[float] | Literal["none"] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Target:
     """Make a target of its name.
 
@@ -101,33 +103,45 @@ def load_target(
     Args:
         word: see this module.
         example: some images of those it will get, to split it with.
-        weights: a file for a model by name or of the user's own: safetensors, or ``torch.load(weights_only=True)``.
+        weights: a file for a model by name or of the user's own: safetensors, or ``torch.load(weights_only=True)``;
+            ``FILE:KEY`` where it holds several sets.
         random_weights: leave a model by name untrained; results say so.
         head: the name of the layer to split at.
         whole: do not split.
         models: the folder of robustbench's weights.
         trunk: where the user's own code lies that a checkpoint was made from; without it such code is not imported.
+        mean: of each channel, for the normalisation in front of a model of torchvision or timm, in place of its own;
+            ``"none"`` leaves the normalisation out.
+        std: of each channel.
 
     Raises:
         ValueError: when there is no such target, with what to do.
     """
     word = str(word)
     family, _, name = word.partition(":")
-    wanted = Wanted(None if weights is None else Path(weights), random_weights, Path(models))
+    normalization = _normalization(mean, std)
+    wanted = Wanted(weights, random_weights, Path(models), normalization=normalization)
     if weights is not None and random_weights:
         raise ValueError("give a weights file or random weights, not both")
     if family in ZOOS and name:
         if trunk is not None:
             raise ValueError("a trunk of your own code belongs to a checkpoint made from it")
-        return _by_name(word, example, ZOOS[family](name, wanted), head, whole)
+        made = _by_name(word, example, ZOOS[family](name, wanted), head, whole)
+        if normalization is None or made.blueprint is None:
+            return made
+        arguments = {**made.blueprint.arguments, "normalization": normalization}
+        return replace(made, blueprint=replace(made.blueprint, arguments=arguments))
     if _is_checkpoint(word):
-        given = {"weights": weights, "random weights": random_weights, "a head": head, "a whole model": whole}
+        given = {"weights": weights, "random weights": random_weights, "a head": head, "a whole model": whole,
+                 "a normalisation": normalization}  # fmt: skip
         if wrong := [what for what, value in given.items() if value]:
             raise ValueError(f"{word} is a checkpoint, which says all of itself; it can't be given {wrong[0]}")
         return _checkpoint(Path(word), trunk)
     if ":" in word and name:
         if trunk is not None or random_weights:
             raise ValueError(f"{word} is your own code; it takes neither random weights nor a trunk")
+        if normalization is not None:
+            raise ValueError(f"{word} is your own code; put the normalisation inside its model")
         return _own(word, example, weights, head, whole)
     raise ValueError(_no_such_target(word))
 
@@ -157,7 +171,8 @@ def rebuild(blueprint: Blueprint, *, trunk: str | None = None) -> Classifier:
     family, _, name = blueprint.architecture.partition(":")
     if family in ZOOS:
         classes = None if family == "robustbench" else blueprint.num_classes
-        return cut.apply(ZOOS[family](name, Wanted(random=True, classes=classes)).model)
+        changed = blueprint.arguments.get("normalization")
+        return cut.apply(ZOOS[family](name, Wanted(random=True, classes=classes, normalization=changed)).model)
     if trunk is None:
         raise ValueError(
             f"its trunk is code of your own, {blueprint.architecture}; loading it runs that code: allow it with "
@@ -205,6 +220,7 @@ def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: st
     about = {"word": word, "kind": family, "package": release, **built.about, "random_weights": random}
     images = _images(example)
     notes = [f"{word} has random weights: no figure says anything of the trained model"] if random else []
+    notes += built.notes
     if images is not None and images.shape[1] != 3:
         raise ValueError(f"{word} takes images of 3 channels, but these have {images.shape[1]}")
     if built.size is not None and images is not None and images.shape[-1] != built.size:
@@ -229,8 +245,9 @@ def _own(
         modules = modules_of(made)
         if len(modules) != 1:
             raise ValueError(f"{word} is made of {len(modules)} modules; let it load its weights itself")
-        load_weights(modules[0], read_weights(weights), source=str(weights))
-        about |= describe_file(weights)
+        held = read_weights(weights)
+        notes += [*held.notes, *load_weights(modules[0], held.tensors, source=str(weights))]
+        about |= held.about
     if has_trunk(made):
         if head is not None:
             raise ValueError(f"{word} is a defence with a trunk of its own; it takes no head")
@@ -271,6 +288,25 @@ def _split(
     notes = [*notes, f"split at layer {cut.head!r}, {cut.features} features, {cut.classes} classes{after}"]
     blueprint = Blueprint(short, {"cut": asdict(cut)}, cut.classes)
     return Target(classifier, short, {**about, "cut": asdict(cut)}, blueprint, tuple(notes))
+
+
+def _normalization(
+    mean: Sequence[float] | Literal["none"] | None, std: Sequence[float] | None
+) -> Mapping[str, Sequence[float]] | None:
+    """The normalisation that is asked for; ``None`` for the model's own.
+
+    Raises:
+        ValueError: when one half of it is missing, or is not three numbers.
+    """
+    if mean == "none":
+        if std not in (None, "none"):
+            raise ValueError("mean=none leaves the normalisation out; give no std with it")
+        return {"mean": [0.0] * 3, "std": [1.0] * 3}
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"expected mean and std of 3 channels, std above 0, but got mean {mean} and std {std}")
+    return {"mean": [*mean], "std": [*std]}
 
 
 def _images(example: Samples | Tensor | None) -> Tensor | None:

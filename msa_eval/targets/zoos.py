@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ class Built:
         model: maps images ``(B, 3, H, W)`` in [0, 1] to logits, in evaluation mode.
         size: the side of the square images it was made for, if that is known.
         about: the weights file's name and hash, normalisation and preprocessing, for ``run.json``.
+        notes: what its user should know, a sentence each.
     """
 
     model: nn.Module
     size: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Wanted:
         random: random weights instead.
         folder: where robustbench keeps its weights.
         classes: how many classes a model of random weights has; ``None`` for its own number.
+        normalization: ``mean`` and ``std`` of each channel, in place of those that its weights were made with.
     """
 
-    file: Path | None = None
+    file: str | Path | None = None
     random: bool = False
     folder: Path = Path("models")
     classes: int | None = None
+    normalization: Mapping[str, Sequence[float]] | None = None
 
 
 def torchvision(name: str, wanted: Wanted) -> Built:
@@ -88,11 +92,11 @@ def torchvision(name: str, wanted: Wanted) -> Built:
         return model
 
     cached = _hub_folder() / Path(urlparse(weights.url).path).name
-    filled, about = _filled(
+    filled = _filled(
         build, f"torchvision:{name} ({weights.name})", wanted, cached, fetch=lambda: _download(weights.url, cached)
     )
     shown = weights.transforms()
-    return _normalised(filled, list(shown.mean), list(shown.std), int(shown.crop_size[0]), about)
+    return _normalised(filled, {"mean": shown.mean, "std": shown.std}, int(shown.crop_size[0]), wanted)
 
 
 def timm(name: str, wanted: Wanted) -> Built:
@@ -129,8 +133,8 @@ def timm(name: str, wanted: Wanted) -> Built:
         held = try_to_load_from_cache(repository, "model.safetensors")
         return Path(held) if isinstance(held, str) else _download(hf_hub_url(repository, "model.safetensors"), cached)
 
-    filled, about = _filled(build, f"timm:{full}", wanted, cached, fetch=fetch, adapt=_timm_filter)
-    return _normalised(filled, list(cfg["mean"]), list(cfg["std"]), int(cfg["input_size"][-1]), about)
+    filled = _filled(build, f"timm:{full}", wanted, cached, fetch=fetch, adapt=_timm_filter)
+    return _normalised(filled, {"mean": cfg["mean"], "std": cfg["std"]}, int(cfg["input_size"][-1]), wanted)
 
 
 def robustbench(name: str, wanted: Wanted) -> Built:
@@ -163,6 +167,8 @@ def robustbench(name: str, wanted: Wanted) -> Built:
     parts = [place] if not isinstance(entry["gdrive_id"], list) else [
         place.with_name(f"{place.name}_m{i}.pt") for i in range(len(entry["gdrive_id"]))
     ]  # fmt: skip
+    if wanted.normalization is not None:
+        raise ValueError(f"{word} normalises its images itself; leave mean and std out")
     if wanted.file is not None and len(parts) > 1:
         raise ValueError(f"{word} is an ensemble of {len(parts)} files; put {parts[0].name}, ... into {place.parent}")
     parts = [] if packaged else parts
@@ -175,7 +181,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
             folder = Path(scratch)
             own = folder / dataset / norm / place.name
             own.parent.mkdir(parents=True)
-            _as_torch_file(wanted.file, own)
+            _as_torch_file(Path(wanted.file), own)
         held = not packaged and all(part.is_file() for part in parts)
         try:
             model = load_model(name, model_dir=folder, dataset=dataset, threat_model=norm)
@@ -186,7 +192,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
             if packaged:
                 raise ValueError(f"{word} fetches its weights from its own package's place: {reason}") from error
             raise ValueError(_not_to_be_had(word, [p for p in parts if not p.is_file()], reason)) from error
-    files = [wanted.file] if wanted.file is not None else [part for part in parts if part.is_file()]
+    files = [Path(wanted.file)] if wanted.file is not None else [part for part in parts if part.is_file()]
     return Built(model.eval(), size, {**about, **(describe_file(files[0]) if files else {"weights": "its package's"})})
 
 
@@ -254,24 +260,25 @@ def _filled(
     *,
     fetch: Callable[[], Path],
     adapt: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda tensors, model: tensors,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> Built:
     """A model with the wanted weights, and what is to be said of them."""
     with _same_random():
         model = build(wanted.classes)
     if wanted.random:
-        return model, {"weights": RANDOM}
+        return Built(model, None, {"weights": RANDOM})
     file = wanted.file or cached
     if wanted.file is None and not cached.is_file():
         try:
             file = fetch()
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise ValueError(_not_to_be_had(word, [cached], _told(error))) from error
-    tensors = adapt(read_weights(file), model)
+    held = read_weights(file)
+    tensors = adapt(held.tensors, model)
     if wanted.file is not None and (classes := other_classes(model, tensors)) is not None:
         with _same_random():
             model = build(classes)
-    load_weights(model, tensors, source=str(file))
-    return model, describe_file(file)
+    notes = load_weights(model, tensors, source=str(file))
+    return Built(model, None, held.about, (*held.notes, *notes))
 
 
 def _not_to_be_had(word: str, files: list[Path], reason: str) -> str:
@@ -282,9 +289,14 @@ def _not_to_be_had(word: str, files: list[Path], reason: str) -> str:
     )
 
 
-def _normalised(model: nn.Module, mean: list[float], std: list[float], size: int, about: Mapping[str, Any]) -> Built:
-    whole = nn.Sequential(Normalize(mean, std), model).eval()
-    return Built(whole, size, {**about, "normalization": {"mean": mean, "std": std}})
+def _normalised(built: Built, own: Mapping[str, Sequence[float]], size: int, wanted: Wanted) -> Built:
+    """A model behind the normalisation that it was made with, or the one that is wanted."""
+    used = {name: [float(v) for v in (wanted.normalization or own)[name]] for name in ("mean", "std")}
+    whole = nn.Sequential(Normalize(**used), built.model).eval()
+    shown = " and ".join(f"{name} {', '.join(f'{v:.4g}' for v in used[name])}" for name in ("mean", "std"))
+    other = "" if wanted.normalization is None else ", as was asked for"
+    notes = (*built.notes, f"images are normalised by {shown} inside the model{other} (mean=, std= change it)")
+    return Built(whole, size, {**built.about, "normalization": used}, notes)
 
 
 def _timm_filter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -299,7 +311,7 @@ def _timm_filter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 def _as_torch_file(file: Path, place: Path) -> None:
     """Put a weights file where robustbench looks for it, in the format that it reads."""
     if file.suffix == ".safetensors":
-        torch.save(read_weights(file), place)
+        torch.save(read_weights(file).tensors, place)
     elif not file.is_file():
         raise ValueError(f"there is no weights file {file}")
     else:
