@@ -299,7 +299,7 @@ def _normalization(
         ValueError: when one half of it is missing, or is not three numbers.
     """
     if mean == "none":
-        if std not in (None, "none"):
+        if std is not None:
             raise ValueError("mean=none leaves the normalisation out; give no std with it")
         return {"mean": [0.0] * 3, "std": [1.0] * 3}
     if mean is None and std is None:

@@ -149,7 +149,9 @@ with torch.random.fork_rng():
 
 
 def _zoo(name: str, wanted: Wanted) -> Built:
-    return zoos._normalised(Built(copy.deepcopy(ZOO_NET)), {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}, 2, wanted)
+    return zoos._normalised(
+        Built(copy.deepcopy(ZOO_NET)), {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}, 2, wanted
+    )
 
 
 def test_a_normalisation_is_told_changed_left_out_and_kept_in_a_checkpoint(
