@@ -23,8 +23,12 @@ from msa_eval.cli.options import as_options
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
-FAST = ("--limit", "24", "--set", "attack.square.queries=4", "--set", "attack.spsa.queries=3",
-        "--set", "attack.apgd.steps=2", "--set", "audit.samples=0")  # fmt: skip
+BUDGETS = {
+    "attack.square.queries": 4, "attack.spsa.queries": 3, "attack.apgd.steps": 2, "attack.apgd.passes": 20,
+    "attack.apgd.overtime": 2, "attack.recombination.steps": 2, "attack.recombination.classes": 2,
+    "attack.recombination.passes": 20, "audit.samples": 0,
+}  # fmt: skip
+FAST = ("--limit", "24", *(word for key, value in BUDGETS.items() for word in ("--set", f"{key}={value}")))
 
 
 def _run(*arguments: str) -> Result:
@@ -97,10 +101,7 @@ def test_options_reach_the_protocol(tmp_path: Path) -> None:
     assert run["protocol"]["overrides"] == {
         "samples.limit": 24,
         "batches.size": 5,
-        "attack.square.queries": 4,
-        "attack.spsa.queries": 3,
-        "attack.apgd.steps": 2,
-        "audit.samples": 0,
+        **BUDGETS,
         "threat.eps": "2/255",
     }
     assert pd.read_csv(tmp_path / "r" / "batches.csv")["batch"].nunique() == 5
@@ -128,7 +129,7 @@ def test_advice_is_in_options_where_the_call_was_a_command() -> None:
 
 
 def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:
-    result = _evaluate(tmp_path / "r", "--quiet", "--context", "alone", "--context", "composed")
+    result = _evaluate(tmp_path / "r", "--quiet", "--context", "alone", "--context", "composed", "--limit", "12")
     assert result.exit_code == 0, result.stderr
     assert list(pd.read_csv(tmp_path / "r" / "summary.csv")["context"].unique()) == ["alone", "composed"]
 
@@ -165,7 +166,7 @@ def test_strict_exits_with_3_unless_the_verdict_is_sound(tmp_path: Path) -> None
 
 def test_what_is_saved_is_verified_and_a_changed_bit_is_found(tmp_path: Path) -> None:
     every = ("--context", "joint", "--context", "solo", "--context", "alone", "--context", "composed")
-    result = _evaluate(tmp_path / "r", "--quiet", "--save-adversarial", *every, "--batch-size", "12")
+    result = _evaluate(tmp_path / "r", "--quiet", "--save-adversarial", *every, "--limit", "12", "--batch-size", "6")
     assert result.exit_code == 0, result.stderr
     checked = _run("verify", str(tmp_path / "r"), DIGITS, "--data", "digits", "--quiet")
     assert checked.exit_code == 0, checked.stdout + checked.stderr
@@ -240,7 +241,7 @@ def test_finetune_then_evaluate(tmp_path: Path) -> None:
     }.items():
         _check_refused(_run("finetune", *arguments, *common), message)
     result = _run(
-        "evaluate", str(tmp_path / "bare-hpm.safetensors"), "--data", "digits", "--protocol", "quick",
+        "evaluate", str(tmp_path / "bare-hpm.safetensors"), "--data", "digits", "--protocol", "digits",
         "--out", str(tmp_path / "r"), *FAST,
     )  # fmt: skip
     assert result.exit_code == 0
@@ -362,7 +363,7 @@ def test_sigterm_is_told_apart_where_a_library_makes_a_bare_interrupt_of_it(monk
         except KeyboardInterrupt:
             raise KeyboardInterrupt("told") from None
 
-    monkeypatch.setattr("msa_eval.cli.protocols.callback", waiting)
+    monkeypatch.setattr("msa_eval.cli.protocols.protocols.callback", waiting)
     result = _run("protocols")
     assert result.exit_code == 143
     assert result.stderr == "Error: told\n"

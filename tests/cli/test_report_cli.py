@@ -15,7 +15,8 @@ from msa_eval.references import reference_path
 from msa_eval.report import page as pages
 
 FAST = ("--limit", "24", "--set", "attack.square.queries=4", "--set", "attack.spsa.queries=3",
-        "--set", "attack.apgd.steps=2", "--set", "audit.samples=0", "--quiet")  # fmt: skip
+        "--set", "attack.apgd.steps=2", "--set", "attack.apgd.passes=20", "--set", "attack.apgd.overtime=2",
+        "--set", "attack.recombination.passes=20", "--set", "audit.samples=0")  # fmt: skip
 
 
 def _run(*arguments: object) -> Result:

@@ -13,12 +13,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from msa_eval.references import reference_path
 
@@ -33,35 +33,27 @@ COMMAND = [
     "--limit", "24", "--batch-size", "12", *(f"--set={key}={value}" for key, value in BUDGET.items()),
 ]  # fmt: skip
 TIMES = {"seconds", "seconds_by_run", "sha256", "command"}
-# A shell may start the tests with SIGINT ignored, which children inherit.
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from msa_eval.cli import main; main()"
-)
 
 
-def _start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, *COMMAND, "--out", str(out), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=out.parent, env=environment
-    )
+def _start(out: Path, *more: str) -> Forked:
+    return Forked([*COMMAND, "--out", str(out), *more], out.parent)
 
 
-def _finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def _finish(process: Forked) -> tuple[int, str]:
     """Exit status and stderr, without progress."""
-    _, told = process.communicate(timeout=300)
+    status, told = process.finish()
     lines = [line.rpartition("\r")[2] for line in told.splitlines()]
-    return process.returncode, "".join(f"{line}\n" for line in lines if "%|" not in line and line.strip())
+    return status, "".join(f"{line}\n" for line in lines if "%|" not in line and line.strip())
 
 
 def _units(out: Path) -> set[str]:
     return {path.name for path in out.glob("unfinished/*.unit")}
 
 
-def _wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+def _wait(process: Forked, ready: Callable[[], bool]) -> None:
     """Until something is the case, or the process has ended."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and not ready():
+    while process.running and not ready():
         assert time.monotonic() < deadline, "it never came so far"
         time.sleep(0.002)
 
