@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.data import Samples, load_samples
     from msa_eval.defense import Defense, WholeModel, as_defense
+    from msa_eval.errors import AttackError
     from msa_eval.finetune import FinetuneSettings, finetune
     from msa_eval.hpm import HPM, Variant
+    from msa_eval.protocols import Protocol, load_protocol
     from msa_eval.protocols.audit import audit
     from msa_eval.protocols.cluster import RayEngine
     from msa_eval.protocols.engine import evaluate
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
 __all__ = [
     "HPM",
     "Ablation",
+    "AttackError",
     "Blueprint",
     "Checkpoint",
     "Classifier",
     "Defense",
     "FinetuneSettings",
+    "Protocol",
     "RayEngine",
     "Results",
     "Samples",
@@ -58,6 +62,7 @@ __all__ = [
     "finetune",
     "load_bare_classifier",
     "load_checkpoint",
+    "load_protocol",
     "load_samples",
     "load_target",
     "save_checkpoint",
@@ -71,8 +76,10 @@ _FILES = {
     "msa_eval.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
     "msa_eval.data": ("Samples", "load_samples"),
     "msa_eval.defense": ("Defense", "WholeModel", "as_defense"),
+    "msa_eval.errors": ("AttackError",),
     "msa_eval.finetune": ("FinetuneSettings", "finetune"),
     "msa_eval.hpm": ("HPM", "Variant"),
+    "msa_eval.protocols": ("Protocol", "load_protocol"),
     "msa_eval.protocols.audit": ("audit",),
     "msa_eval.protocols.cluster": ("RayEngine",),
     "msa_eval.protocols.engine": ("evaluate",),

@@ -27,9 +27,10 @@ from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.hashing import bytes_of, weights_hash
 from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols import Protocol, Results, evaluate, load_protocol
-from msa_eval.protocols.evidence import INCOMPLETE, WITHOUT_AUDIT
+from msa_eval.protocols.engine import evaluate
+from msa_eval.protocols.evidence import INCOMPLETE, WITHOUT_AUDIT, Results
 from msa_eval.protocols.provenance import environment
+from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target
 

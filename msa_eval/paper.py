@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from msa_eval.data import Samples
+from msa_eval.errors import AttackError
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols import AttackError, Results, evaluate, load_protocol
-from msa_eval.protocols.evidence import INCOMPLETE
+from msa_eval.protocols.engine import evaluate
+from msa_eval.protocols.evidence import INCOMPLETE, Results
+from msa_eval.protocols.spec import load_protocol
 from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets import Target, load_target
 from msa_eval.targets.zoos import full_name

@@ -18,7 +18,8 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense import Defense, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.peers import LIBRARIES, Fault, find, installed, told
+from msa_eval.peers import LIBRARIES, find, installed
+from msa_eval.peers.faults import Fault, told
 from msa_eval.progress import Progress, silent, ticking
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches

@@ -15,8 +15,9 @@ from msa_eval.memory import is_out_of_memory
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.contexts import AmongOthers
 from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
-from msa_eval.surrogates import STE, Ensemble, Surrogate, ensemble, get
-from msa_eval.surrogates.registry import Own
+from msa_eval.surrogates.ensemble import Ensemble, ensemble
+from msa_eval.surrogates.registry import Own, Surrogate, get
+from msa_eval.surrogates.shipped import STE
 
 
 @dataclass(frozen=True)

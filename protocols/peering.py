@@ -10,14 +10,16 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.defense import Defense, modules_of
-from msa_eval.peers import Peer, Seat, find, meet
+from msa_eval.peers import find
+from msa_eval.peers.guard import meet
+from msa_eval.peers.peer import Peer
+from msa_eval.peers.seat import Seat
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.offers import offer
 from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.spec import ApgdBudget, PeerSpec
 from msa_eval.protocols.trial import Trial
-from msa_eval.surrogates import Surrogate
-from msa_eval.surrogates.registry import Own
+from msa_eval.surrogates.registry import Own, Surrogate
 
 TARGET = "target"
 """Among a peer's surrogates, the hard target itself."""

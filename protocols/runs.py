@@ -36,7 +36,8 @@ from msa_eval.protocols.offers import Offers
 from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
 from msa_eval.protocols.trial import Setting, Trial
-from msa_eval.surrogates import Ensemble, Surrogate
+from msa_eval.surrogates.ensemble import Ensemble
+from msa_eval.surrogates.registry import Surrogate
 
 COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 3
 """In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, so often towards

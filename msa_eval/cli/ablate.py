@@ -66,7 +66,7 @@ def ablate(
     """
     from msa_eval.ablation import VARIANTS, settings_of
     from msa_eval.ablation import ablate as ablate_classifier
-    from msa_eval.report import render_ablation
+    from msa_eval.report.text import render_ablation
 
     training = data.like(train, split="train", quiet=quiet)
     start = options.load_classifier(target, training, **described, quiet=quiet)

@@ -86,9 +86,9 @@ def run(
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
-    from msa_eval.protocols import evaluate as evaluate_target
-    from msa_eval.protocols import load_protocol
-    from msa_eval.report import render_sample, render_table
+    from msa_eval.protocols.engine import evaluate as evaluate_target
+    from msa_eval.protocols.spec import load_protocol
+    from msa_eval.report.text import render_sample, render_table
 
     loaded = load_protocol(protocol, overrides=overrides)
     samples = data.load(quiet=quiet)

@@ -13,11 +13,11 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from toys import make_hpm, make_samples
 
-from msa_eval import HPM, Results, Samples, evaluate
+from msa_eval import HPM, AttackError, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
 from msa_eval.defense import decide
 from msa_eval.peers import Peer, find
-from msa_eval.protocols import AttackError, load_protocol, make_protocol, peering
+from msa_eval.protocols import load_protocol, make_protocol, peering
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import verify

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval import HPM, Results, Samples, WholeModel, evaluate
-from msa_eval.protocols import AttackError, Protocol, make_protocol
+from msa_eval import HPM, AttackError, Results, Samples, WholeModel, evaluate
+from msa_eval.protocols import Protocol, make_protocol
 from msa_eval.protocols.units import Units
 from msa_eval.protocols.verify import verify
 from msa_eval.report import render_table

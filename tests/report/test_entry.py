@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from msa_eval import Results
 from msa_eval.cli import main
-from msa_eval.protocols import Results
 from msa_eval.report.entry import FIELDS, robustbench_entry
 
 COMMITTED = Path(__file__).parents[2] / "results" / "cifar10-wrn10-2"
