@@ -21,10 +21,10 @@ if not (Path(__file__).parent / "protocols").is_dir():
 
 if TYPE_CHECKING:
     from msa_eval.ablation import Ablation, ablate
-    from msa_eval.architectures import Blueprint, Classifier
     from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.data import Samples, load_samples
     from msa_eval.defense import Defense, WholeModel, as_defense
+    from msa_eval.defense.architectures import Blueprint, Classifier
     from msa_eval.errors import AttackError
     from msa_eval.finetune import FinetuneSettings, finetune
     from msa_eval.hpm import HPM, Variant
@@ -72,7 +72,7 @@ __all__ = [
 
 _FILES = {
     "msa_eval.ablation": ("Ablation", "ablate"),
-    "msa_eval.architectures": ("Blueprint", "Classifier"),
+    "msa_eval.defense.architectures": ("Blueprint", "Classifier"),
     "msa_eval.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
     "msa_eval.data": ("Samples", "load_samples"),
     "msa_eval.defense": ("Defense", "WholeModel", "as_defense"),

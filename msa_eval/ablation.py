@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 from msa_eval._version import __version__
-from msa_eval.architectures import Classifier
 from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint
 from msa_eval.data import Samples
+from msa_eval.defense.architectures import Classifier
 from msa_eval.files import write_whole
 from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.hashing import bytes_of, weights_hash

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msa_eval.architectures import Blueprint, Classifier
+from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.files import replacing
 from msa_eval.hpm import HPM, Variant
 from msa_eval.splitting import Cut

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa_eval.architectures import Classifier
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
+from msa_eval.defense.architectures import Classifier
 from msa_eval.device import check_device
 from msa_eval.hpm import HPM, Variant
 from msa_eval.ikl import ClassMeanSoftmax, ikl, soft_ce

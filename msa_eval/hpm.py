@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msa_eval.architectures import Classifier
-from msa_eval.exchange import Exchange
+from msa_eval.defense.architectures import Classifier
+from msa_eval.defense.exchange import Exchange
 
 Assignment = Literal["ste", "soft", "frozen"]
 """How features are assigned to classes: the hard forward with its straight-through gradient, the softmax in

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msa_eval.architectures import Classifier
-from msa_eval.defense import describe
+from msa_eval.defense.architectures import Classifier
+from msa_eval.defense.contract import describe
 
 TOLERANCE = 1e-5
 """How far logits and input gradients of the split model may be off, as a share of their largest absolute value (of 1,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import margin, most_likely_others
-from msa_eval.defense import Defense
-from msa_eval.protocols.contexts import Company, decide_each, decide_offers
+from msa_eval.defense.contexts import Company, decide_each, decide_offers
+from msa_eval.defense.contract import Defense
 from msa_eval.protocols.trial import Trial
 
 Candidates = Callable[[int, Company], Tensor]

@@ -22,11 +22,12 @@ from torch import Tensor
 from msa_eval._version import __version__
 from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, brought_by, left_training, without_weight_gradients
+from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
+from msa_eval.defense.micro_batches import fitting, parts_of, passed_last, plain
+from msa_eval.defense.precision import Search, choose
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.hashing import bytes_of
-from msa_eval.memory import fitting, parts_of, passed_last, plain
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof
@@ -48,7 +49,6 @@ from msa_eval.protocols.gallery import Exhibit
 from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment, place
-from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.signs import unconfirmed_breaks, without_advice
 from msa_eval.protocols.spec import Protocol, load_protocol

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
+from msa_eval.defense.contexts import Company, own_companions
 from msa_eval.protocols.archive import Proof, cover
 from msa_eval.protocols.batch import Batch, Finding, Outcome, Point, Trace
-from msa_eval.protocols.contexts import Company, own_companions
 
 POINTS = 144
 """So many points of each image are kept at most, the latest."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import MIN_CLASSES, TARGETED, Loss, margin, most_likely_others, targeted_dlr
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.protocols.climb import climb
 from msa_eval.protocols.trial import Trial
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.defense import Defense, modules_of
+from msa_eval.defense.contract import Defense, modules_of
 from msa_eval.peers import find
 from msa_eval.peers.guard import meet
 from msa_eval.peers.peer import Peer

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from msa_eval.defense import Defense, modules_of
+from msa_eval.defense.contract import Defense, modules_of
+from msa_eval.defense.micro_batches import plain
 from msa_eval.hashing import weights_hash
-from msa_eval.memory import plain
 
 PACKAGES = ("msa-eval", "torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
 PEERS = ("torchattacks", "foolbox")

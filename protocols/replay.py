@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, check_trunk, decide, looks_batch_dependent
+from msa_eval.defense.checks import check_trunk, looks_batch_dependent
+from msa_eval.defense.contract import Defense, WholeModel, decide
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.verdict import JUDGE, JUDGE_SIGMAS, telling_draw
 from msa_eval.randomness import seeded

@@ -27,10 +27,10 @@ from msa_eval.attacks.losses import (
 )
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
-from msa_eval.defense import Defense
+from msa_eval.defense.contexts import AmongOthers, OneAtATime
+from msa_eval.defense.contract import Defense
 from msa_eval.protocols.climb import climb
 from msa_eval.protocols.composition import RANKS
-from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import Offers
 from msa_eval.protocols.overtime import OvertimeAttack

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.defense import WholeModel
+from msa_eval.defense.contract import WholeModel
+from msa_eval.defense.micro_batches import fitting, plain
+from msa_eval.defense.precision import EXACT
 from msa_eval.errors import AttackError
-from msa_eval.memory import fitting, plain
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.batch import Batch, Outcome, Trace
 from msa_eval.protocols.clean import CleanBatches, Pool
@@ -23,7 +24,6 @@ from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.history import History
 from msa_eval.protocols.pursuit import PursuitAttack
 from msa_eval.protocols.runs import OWN, Attack, Run
-from msa_eval.protocols.search import EXACT
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded

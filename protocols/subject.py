@@ -14,7 +14,7 @@ from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
-from msa_eval.defense import Defense, decide, left_training
+from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.protocols import signs
 from msa_eval.protocols.batch import Batch

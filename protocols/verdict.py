@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import Defense, decide
+from msa_eval.defense.contract import Defense, decide
 
 CONFIRM, CONFIRM_SIGMAS = 11, 2.0
 """A break is confirmed at once by so many times the draws of a verdict, and this clearly."""

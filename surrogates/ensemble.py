@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.defense import Defense
+from msa_eval.defense.contract import Defense
 from msa_eval.surrogates.registry import Surrogate
 
 

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether `auto` finds bf16 faster depends on what else the machine does, so here it never does."""
-    monkeypatch.setattr("msa_eval.protocols.search.WORTH", math.inf)
+    monkeypatch.setattr("msa_eval.defense.precision.WORTH", math.inf)
 
 
 @pytest.fixture(scope="session")

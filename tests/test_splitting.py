@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval import HPM, Classifier, evaluate
-from msa_eval.architectures import Normalize
-from msa_eval.defense import as_defense
+from msa_eval.defense.architectures import Normalize
+from msa_eval.defense.contract import as_defense
 from msa_eval.splitting import Cut, PostClassifier, Trunk, split
 
 

@@ -14,8 +14,8 @@ from msa_eval.cli import options
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msa_eval.architectures import Classifier
     from msa_eval.data import Samples
+    from msa_eval.defense.architectures import Classifier
     from msa_eval.hpm import HPM
     from msa_eval.sensitivity.analysis import Analysis
 
@@ -196,7 +196,7 @@ def _model(target: options.Chosen, samples: Samples, quiet: bool) -> tuple[HPM |
     Raises:
         ValueError: when it can't be loaded, or has no fully connected head.
     """
-    from msa_eval.architectures import Classifier
+    from msa_eval.defense.architectures import Classifier
     from msa_eval.hpm import HPM
     from msa_eval.sensitivity.heads import autoattack_resnet18
 

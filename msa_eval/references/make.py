@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_bare_classifier, save_checkpoint
 from msa_eval.data import Samples, load_samples
+from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.progress import Progress, silent
 

@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msa_eval.architectures import Classifier
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import ce
 from msa_eval.data import Samples
+from msa_eval.defense.architectures import Classifier
 from msa_eval.hpm import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.metrics import rate

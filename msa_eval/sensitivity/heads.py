@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msa_eval.architectures import Classifier
 from msa_eval.data import Samples
+from msa_eval.defense.architectures import Classifier
 from msa_eval.hpm import HPM, Variant
 from msa_eval.progress import Progress, silent
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from msa_eval.architectures import Blueprint, Classifier
 from msa_eval.checkpoint import load_checkpoint, misfits
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, brought_by, has_trunk, modules_of
+from msa_eval.defense.architectures import Blueprint, Classifier
+from msa_eval.defense.contract import Defense, WholeModel, brought_by, has_trunk, modules_of
 from msa_eval.hashing import file_hash
 from msa_eval.splitting import Cut, Trunk, split
 from msa_eval.targets import code

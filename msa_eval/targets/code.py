@@ -15,7 +15,7 @@ from types import ModuleType
 
 from torch import nn
 
-from msa_eval.defense import has_trunk
+from msa_eval.defense.contract import has_trunk
 
 
 def make(word: str) -> tuple[object, Path | None]:

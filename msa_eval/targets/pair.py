@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 import torch
 
 from msa_eval.data import Samples
-from msa_eval.defense import Defense, WholeModel, as_defense, modules_of
+from msa_eval.defense.contract import Defense, WholeModel, as_defense, modules_of
+from msa_eval.defense.micro_batches import in_parts
+from msa_eval.defense.own_forward import IMAGES, counted
 from msa_eval.device import onto
-from msa_eval.memory import in_parts
-from msa_eval.own_forward import IMAGES, counted
 
 
 def make_targets(
@@ -25,7 +25,7 @@ def make_targets(
     """The defence and the plain classifier beside it, on the device, sparing with memory.
 
     Of the same target and data the same is made everywhere: a model counts by its trunk and its decision, or whole (see
-    `msa_eval.own_forward`).
+    `msa_eval.defense.own_forward`).
 
     Args:
         target: the defence.

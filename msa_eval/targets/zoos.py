@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from msa_eval.architectures import Normalize
+from msa_eval.defense.architectures import Normalize
 from msa_eval.targets.weights import describe_file, load_weights, other_classes, read_plain, read_weights
 from msa_eval.upstream import import_robustbench, import_timm, import_torchvision
 

@@ -16,7 +16,7 @@ import torch
 
 from msa_eval import HPM, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
-from msa_eval.defense import without_weight_gradients
+from msa_eval.defense.contract import without_weight_gradients
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.plan import plan_batches

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from msa_eval import load_checkpoint
-from msa_eval.bf16 import bf16_copy
-from msa_eval.memory import in_parts
+from msa_eval.defense.bf16 import bf16_copy
+from msa_eval.defense.micro_batches import in_parts
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import autoattack_resnet18
 

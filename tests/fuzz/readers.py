@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from records import make_results
 
-from msa_eval.architectures import Blueprint
 from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_checkpoint, save_checkpoint
 from msa_eval.data import load_samples
+from msa_eval.defense.architectures import Blueprint
 from msa_eval.hpm import HPM
 from msa_eval.protocols import archive, gallery, load_protocol
 from msa_eval.protocols.evidence import Results

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.peers import Fault, Found, Peer, PeerError, Seat, find, meet, told
 from msa_eval.protocols.batch import Batch, Outcome
 from msa_eval.protocols.peering import PeerAttack

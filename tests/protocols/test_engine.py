@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Classifier, Results, Samples, Variant, evaluate
-from msa_eval.architectures import Normalize
+from msa_eval.defense.architectures import Normalize
 from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.plan import plan_batches

@@ -10,7 +10,7 @@ from toys import make_classifier, make_samples
 from msa_eval import as_defense
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.protocols.batch import Batch, Point
 from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
 from msa_eval.protocols.trial import Setting, Trial

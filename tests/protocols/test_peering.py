@@ -15,7 +15,7 @@ from toys import make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.peers import Peer, find
 from msa_eval.protocols import load_protocol, make_protocol, peering
 from msa_eval.protocols.batch import Batch

@@ -9,7 +9,7 @@ from toys import make_batch, make_hpm
 from msa_eval import HPM
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.protocols.batch import Batch, Point
 from msa_eval.protocols.mixer import Mixer
 from msa_eval.protocols.pursuit import PursuitAttack, _Pursuit, gather, roles

@@ -12,7 +12,7 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import evaluate
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.batch import Outcome, Point
 from msa_eval.protocols.trial import Trial

@@ -9,7 +9,7 @@ import torch
 from toys import make_classifier, make_hpm
 
 from msa_eval import HPM
-from msa_eval.defense import decide
+from msa_eval.defense.contract import decide
 from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.history import History

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval.defense import WholeModel
-from msa_eval.memory import InParts
+from msa_eval.defense.contract import WholeModel
+from msa_eval.defense.micro_batches import InParts
 from msa_eval.targets.pair import make_targets
 
 SAMPLES = make_samples(make_classifier())

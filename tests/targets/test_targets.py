@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msa_eval import HPM, Classifier, Samples, evaluate, load_checkpoint, load_target, save_checkpoint
 from msa_eval.cli import main
-from msa_eval.defense import WholeModel
+from msa_eval.defense.contract import WholeModel
 from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 

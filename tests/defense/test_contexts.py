@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
+from msa_eval.defense.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
 from msa_eval.surrogates import get
 
 

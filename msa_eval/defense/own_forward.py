@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_eval.defense import Defense, WholeModel, brought_by, check_evaluating
-from msa_eval.memory import is_out_of_memory
+from msa_eval.defense.contract import Defense, WholeModel, brought_by, check_evaluating
+from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.randomness import seeded
 
 IMAGES, PERTURBED = 32, 8

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_eval.bf16 import bf16_copy, bf16_features
-from msa_eval.defense import Defense, WholeModel
-from msa_eval.memory import plain
+from msa_eval.defense.bf16 import bf16_copy, bf16_features
+from msa_eval.defense.contract import Defense, WholeModel
+from msa_eval.defense.micro_batches import plain
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from msa_eval.defense import Defense, modules_of
+from msa_eval.defense.contract import Defense, modules_of
 
 SAME = 1e-3
 """The layout may change features by rounding alone, which is far below this share of the largest."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import HPM, Classifier, Results, Samples, WholeModel, audit, evaluate, verify
-from msa_eval.memory import InParts, in_parts, is_out_of_memory, plain
+from msa_eval.defense.micro_batches import InParts, in_parts, is_out_of_memory, plain
 from msa_eval.protocols import make_protocol
 
 ROOM = 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msa_eval import Blueprint
-from msa_eval.architectures import DigitsCNN, Normalize, WideResNet
+from msa_eval.defense.architectures import DigitsCNN, Normalize, WideResNet
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval import HPM
-from msa_eval.bf16 import bf16_copy, bf16_features
-from msa_eval.memory import in_parts
+from msa_eval.defense.bf16 import bf16_copy, bf16_features
+from msa_eval.defense.micro_batches import in_parts
 
 
 class Net(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from msa_eval.defense import Defense, WholeModel
-from msa_eval.memory_format import channels_last, takes_channels_last
+from msa_eval.defense.channels_last import channels_last, takes_channels_last
+from msa_eval.defense.contract import Defense, WholeModel
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from msa_eval.defense import Defense, WholeModel, modules_of
-from msa_eval.memory import InParts, in_parts, parts_of, passed_last, plain
+from msa_eval.defense.contract import Defense, WholeModel, modules_of
+from msa_eval.defense.micro_batches import InParts, in_parts, parts_of, passed_last, plain
 
 PROBED = 2
 

@@ -13,13 +13,13 @@ from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
 from msa_eval import HPM, WholeModel, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.attacks.losses import margin
-from msa_eval.defense import decide
+from msa_eval.defense import precision
+from msa_eval.defense.contexts import AmongOthers, OneAtATime
+from msa_eval.defense.contract import decide
+from msa_eval.defense.precision import Search, choose
 from msa_eval.protocols import engine, make_protocol
-from msa_eval.protocols import search as module
 from msa_eval.protocols.batch import Batch, Outcome, Point
-from msa_eval.protocols.contexts import AmongOthers, OneAtATime
 from msa_eval.protocols.runs import SquareAttack
-from msa_eval.protocols.search import Search, choose
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
@@ -224,7 +224,7 @@ def test_where_bf16_is_hopeless_only_a_few_images_are_tried(
         seen.append(len(x))
         return 1 / gain if search.rough else 1.0
 
-    monkeypatch.setattr(module, "_seconds", seconds)
+    monkeypatch.setattr(precision, "_seconds", seconds)
     assert choose("auto", make_hpm(), torch.rand(20, 1, 2, 6)).rough == (gain > 1)
     assert max(seen) == most
 
@@ -232,7 +232,7 @@ def test_where_bf16_is_hopeless_only_a_few_images_are_tried(
 @pytest.mark.parametrize(("gain", "rough"), [(0.1, False), (1.4, False), (1.6, True)])
 def test_auto_takes_what_a_trial_finds_faster(gain: float, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     hpm = make_hpm().requires_grad_(False)
-    monkeypatch.setattr(module, "_seconds", lambda search, defense, x: 1 / gain if search.rough else 1.0)
+    monkeypatch.setattr(precision, "_seconds", lambda search, defense, x: 1 / gain if search.rough else 1.0)
     found = choose("auto", hpm, make_batch(hpm, 8).x)
     assert found.rough == rough
     assert found.about() == {"asked": "auto", "precision": "bf16" if rough else "fp32"}
@@ -303,8 +303,8 @@ class Rounding(HPM):
 def test_points_that_are_mixed_have_features_of_the_target_itself(
     mixing: bool, context: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_pair", lambda *_: (1.0, 1.0))  # the trial of bf16 rounds too
-    monkeypatch.setattr(module, "bf16_copy", lambda *_: None)
+    monkeypatch.setattr(precision, "_pair", lambda *_: (1.0, 1.0))  # the trial of bf16 rounds too
+    monkeypatch.setattr(precision, "bf16_copy", lambda *_: None)
     hpm: Any = make_hpm()
     hpm.__class__ = Rounding
     hpm.rounded = []

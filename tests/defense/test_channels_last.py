@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval import Defense, evaluate
-from msa_eval.memory import InParts, in_parts
-from msa_eval.memory_format import channels_last, takes_channels_last
+from msa_eval.defense.channels_last import channels_last, takes_channels_last
+from msa_eval.defense.micro_batches import InParts, in_parts
 from msa_eval.protocols import make_protocol
 
 LAST = torch.channels_last

@@ -105,7 +105,7 @@ def as_defense(target: object) -> Defense:
     Args:
         target: an object with ``features`` and ``logits``, or a module from images to logits.
 
-    Whether a ``forward`` of its own answers the same is not looked at here (see `msa_eval.own_forward`).
+    Whether a ``forward`` of its own answers the same is not looked at here (see `msa_eval.defense.own_forward`).
 
     Raises:
         ValueError: when it is neither.
@@ -154,50 +154,6 @@ def decide(defense: Defense, z: Tensor) -> Tensor:
 def describe(value: object) -> str:
     """A tensor's shape, or what else came in its place."""
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def looks_batch_dependent(model: WholeModel, x: Tensor, logits: Tensor) -> bool:
-    """Whether a batch is decided differently in another order, or in halves.
-
-    The answer only steers a query attack: on a model that seems static it asks about changed images alone, but what
-    it finds is believed only after the whole batch was decided.
-
-    Args:
-        model: a stochastic one, or one that can't take half a batch, counts as dependent.
-        x: a clean batch ``(B, C, H, W)``.
-        logits: its logits ``(B, k)``.
-    """
-    if len(x) < 2:
-        return True
-    half = len(x) // 2
-    try:
-        others = (decide(model, x.flip(0)).flip(0), torch.cat([decide(model, x[:half]), decide(model, x[half:])]))
-    except (RuntimeError, ValueError, IndexError):
-        return True
-    top = logits.topk(2, dim=1).values
-    tolerance = 1e-3 * float((top[:, 0] - top[:, 1]).median())
-    return any(not float((other - logits).abs().max()) <= tolerance for other in others)
-
-
-def check_trunk(defense: Defense, x: Tensor, z: Tensor) -> None:
-    """Check on a clean batch that features come from their own image alone: all caching rests on that.
-
-    Args:
-        defense: the target.
-        x: images ``(B, C, H, W)``.
-        z: their features ``(B, ...)``.
-
-    Raises:
-        ValueError: when half the batch has other features.
-    """
-    with torch.no_grad():
-        half = defense.features(x[: (len(x) + 1) // 2])
-    drift = float((half - z[: len(half)]).abs().max())
-    if not drift <= 1e-3 * float(z.std()) + 1e-12:
-        raise ValueError(
-            f"features(x) of an image depend on its companions or on chance (they differ by {drift:.3g} in half the "
-            f"batch); move that part into logits(z), or pass a module from images to logits"
-        )
 
 
 def modules_of(thing: object) -> list[nn.Module]:

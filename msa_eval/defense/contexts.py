@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_eval.defense import Defense
+from msa_eval.defense.contract import Defense
 
 NEAR_TIE = 1e-4
 """Where two logits are closer than this share of their size, a closed form is not asked for the verdict."""

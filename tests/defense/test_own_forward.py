@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Classifier, Samples, WholeModel, audit, evaluate, verify
-from msa_eval.own_forward import counted
+from msa_eval.defense.own_forward import counted
 from msa_eval.protocols.crosscheck import crosscheck
 from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.report import render_table

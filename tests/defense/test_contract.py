@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import WholeModel, as_defense, evaluate
-from msa_eval.defense import (
-    brought_by,
-    check_trunk,
-    decide,
-    left_training,
-    looks_batch_dependent,
-    modules_of,
-    without_weight_gradients,
-)
+from msa_eval.defense.checks import check_trunk, looks_batch_dependent
+from msa_eval.defense.contract import brought_by, decide, left_training, modules_of, without_weight_gradients
 
 
 class Custom:

@@ -8,7 +8,7 @@ from torch import Tensor
 from toys import make_hpm
 
 from msa_eval import HPM
-from msa_eval.exchange import Mixtures
+from msa_eval.attacks.prototype_mixtures import Mixtures
 from msa_eval.hpm import Variant
 
 VARIANTS = [
