@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from msa_eval.defense import Defense, WholeModel, as_defense
     from msa_eval.defense.architectures import Blueprint, Classifier
     from msa_eval.errors import AttackError
-    from msa_eval.finetune import FinetuneSettings, finetune
     from msa_eval.hpm import HPM, Variant
+    from msa_eval.hpm.finetune import FinetuneSettings, finetune
     from msa_eval.protocols import Protocol, load_protocol
     from msa_eval.protocols.audit import audit
     from msa_eval.protocols.cluster import RayEngine
@@ -77,7 +77,7 @@ _FILES = {
     "msa_eval.data": ("Samples", "load_samples"),
     "msa_eval.defense": ("Defense", "WholeModel", "as_defense"),
     "msa_eval.errors": ("AttackError",),
-    "msa_eval.finetune": ("FinetuneSettings", "finetune"),
+    "msa_eval.hpm.finetune": ("FinetuneSettings", "finetune"),
     "msa_eval.hpm": ("HPM", "Variant"),
     "msa_eval.protocols": ("Protocol", "load_protocol"),
     "msa_eval.protocols.audit": ("audit",),

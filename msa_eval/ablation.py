@@ -23,9 +23,9 @@ from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_chec
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
 from msa_eval.files import write_whole
-from msa_eval.finetune import FinetuneSettings, finetune, history
 from msa_eval.hashing import bytes_of, weights_hash
-from msa_eval.hpm import HPM, Variant
+from msa_eval.hpm.finetune import FinetuneSettings, finetune, history
+from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.engine import evaluate
 from msa_eval.protocols.evidence import INCOMPLETE, WITHOUT_AUDIT, Results
@@ -45,7 +45,7 @@ VARIANTS: Mapping[str, Variant] = {
 }
 """The paper's components CEst, PMixer and DistDeci, each switched alone, and two heads of class means without any
 of HPM: DeepNCM's and DNC's with one centroid a class, on features that stay as they are. These two learn nothing but
-class means (see `msa_eval.finetune.finetune`)."""
+class means (see `msa_eval.hpm.finetune.finetune`)."""
 
 TABLE, ABOUT = "ablation.csv", "ablation.json"
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.files import replacing
-from msa_eval.hpm import HPM, Variant
+from msa_eval.hpm.model import HPM, Variant
 from msa_eval.splitting import Cut
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 FORMAT = "msa-eval"
 FORMAT_VERSION = 1

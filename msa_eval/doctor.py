@@ -25,10 +25,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
-from msa_eval import installed, upstream
 from msa_eval.checkpoint import load_checkpoint
 from msa_eval.data import load_samples
-from msa_eval.installed import Command, SearchPath
+from msa_eval.installation import imports, records
+from msa_eval.installation.records import Command, SearchPath
 
 PEERS = ("robustbench", "torchattacks", "foolbox", "pyautoattack")
 """Distributions whose files are held to their records; each is imported by the name of the distribution."""
@@ -65,7 +65,7 @@ def examine() -> Iterator[Finding]:
     packages += [check_files(name) for name in PEERS]
     yield from packages
     if all(finding.state != "fault" for finding in packages):  # else an import may fail for the same reason
-        yield from (check_import(name, load) for name, load in IMPORTS.items() if installed.find(name) is not None)
+        yield from (check_import(name, load) for name, load in IMPORTS.items() if records.find(name) is not None)
     yield check_cpu(torch.backends.cpu.get_cpu_capability())
     yield check_device()
     for variable, folder in caches().items():
@@ -78,7 +78,7 @@ def examine() -> Iterator[Finding]:
 
 def check_python(version: str) -> Finding:
     """Hold Python's version to our metadata."""
-    own = installed.find("msa-eval")
+    own = records.find("msa-eval")
     wanted = ",".join([] if own is None else own.metadata.get_all("Requires-Python") or [])
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Finding("python", "ok", f"{version} at {sys.executable}")
@@ -92,20 +92,20 @@ def check_requirements(name: str = "msa-eval", path: SearchPath = None) -> list[
     An extra counts where a package of its name is installed, and so does a package of models or attacks that none of
     ours asks for.
     """
-    own = installed.find(name, path)
+    own = records.find(name, path)
     if own is None:
         return [Finding("packages", "note", f"{name} is not installed, so its requirements are not known")]
-    tops = installed.requirements(own, path)
+    tops = records.requirements(own, path)
     more = set(PEERS) | set(ZOOS)
-    tops += [Requirement(one) for one in sorted(more - {top.name for top in tops}) if installed.find(one, path)]
-    wrong = {top: found for top in tops if (found := installed.unmet(top, path, upstream.EXCUSED))}
+    tops += [Requirement(one) for one in sorted(more - {top.name for top in tops}) if records.find(one, path)]
+    wrong = {top: found for top in tops if (found := records.unmet(top, path, imports.EXCUSED))}
     if not wrong:
-        versions = installed.followed(tops, path)
+        versions = records.followed(tops, path)
         chief = ", ".join(f"{key} {versions[key]}" for key in ("torch", "numpy", *PEERS) if key in versions)
         return [Finding("packages", "ok", f"{len(versions)} that {name} needs go together, among them {chief}")]
     # With what caps torch, because pip would move it for the sake of torchvision.
     asked = [*wrong, *(top for top in tops if top.name == "torch" and top not in wrong)]
-    mends = installed.pip("install", *(_bare(top) for top in asked))
+    mends = records.pip("install", *(_bare(top) for top in asked))
     sentences = dict.fromkeys(sentence for found in wrong.values() for sentence in found)
     return [Finding("packages", "fault", sentence, mends) for sentence in sentences]
 
@@ -122,20 +122,20 @@ def check_files(name: str, path: SearchPath = None) -> Finding:
     The wheel of torchattacks 3.5.1 carries an old top-level ``robustbench`` that is written over the real one. Only the
     folder of a package's own name counts as its own, so after a mend torchattacks has no fault.
     """
-    found = installed.find(name, path)
+    found = records.find(name, path)
     if found is None:
-        other = installed.stray("robustbench", "torchattacks", path) if name == "robustbench" else None
+        other = records.stray("robustbench", "torchattacks", path) if name == "robustbench" else None
         beside = f"; what is imported by its name is an old copy in torchattacks, {other}" if other else ""
         return Finding(name, "note", f"not installed{beside}")
-    wrong = installed.wrong_with(name, path)
+    wrong = records.wrong_with(name, path)
     if not wrong:
-        return Finding(name, "ok", f"{found.version}, {installed.altered(found, name) or 'no files in its record'}")
-    other = installed.shadow(found, name, path)
+        return Finding(name, "ok", f"{found.version}, {records.altered(found, name) or 'no files in its record'}")
+    other = records.shadow(found, name, path)
     if other is not None and path is None and other.parent.resolve() not in _own_places():
         mends: tuple[Command, ...] = (("mv", str(other), f"{other}.aside"),)
         return Finding(name, "fault", f"{found.version}: {wrong}", mends, by_hand=True)
     mends = _reinstall(name, path)
-    if name == "torchattacks" and installed.find("robustbench", path) is not None:
+    if name == "torchattacks" and records.find("robustbench", path) is not None:
         mends += _reinstall("robustbench", path)[-1:]
     return Finding(name, "fault", f"{found.version}: {wrong}", mends)
 
@@ -147,30 +147,30 @@ def _own_places() -> set[Path]:
 
 def _reinstall(name: str, path: SearchPath) -> tuple[Command, ...]:
     """Put a peer's files back: the same version, or the one that we ask for where that is another."""
-    found, own = installed.find(name, path), installed.find("msa-eval", path)
+    found, own = records.find(name, path), records.find("msa-eval", path)
     if found is None:
         return ()
-    wanted = {top.name: top for top in ([] if own is None else installed.requirements(own, path))}.get(name)
+    wanted = {top.name: top for top in ([] if own is None else records.requirements(own, path))}.get(name)
     if wanted is None or wanted.specifier.contains(found.version, prereleases=True):
-        return installed.reinstall(found)
-    return installed.pip("install", "--force-reinstall", "--no-deps", _bare(wanted))
+        return records.reinstall(found)
+    return records.pip("install", "--force-reinstall", "--no-deps", _bare(wanted))
 
 
 def check_own_files(path: SearchPath = None) -> Finding:
     """Hold our own files to our own record: code, protocols and reference checkpoints."""
-    found = installed.find("msa-eval", path)
-    differs = None if found is None else installed.altered(found, "msa_eval")
+    found = records.find("msa-eval", path)
+    differs = None if found is None else records.altered(found, "msa_eval")
     if found is None or differs is None:
         return Finding("msa-eval", "note", f"runs from {Path(__file__).parent}, without a record to hold it to")
     if differs.changed or differs.missing:
-        return Finding("msa-eval", "fault", f"{found.version}: {differs}", installed.reinstall(found))
+        return Finding("msa-eval", "fault", f"{found.version}: {differs}", records.reinstall(found))
     return Finding("msa-eval", "ok", f"{found.version}, {differs}")
 
 
 IMPORTS: Mapping[str, Callable[[], object]] = {
-    "torchvision": upstream.import_torchvision,
-    "timm": upstream.import_timm,
-    "robustbench": upstream.import_robustbench,
+    "torchvision": imports.import_torchvision,
+    "timm": imports.import_timm,
+    "robustbench": imports.import_robustbench,
     "torchattacks": lambda: importlib.import_module("torchattacks"),
     "foolbox": lambda: importlib.import_module("foolbox"),
 }
@@ -264,7 +264,7 @@ def check_cache(variable: str, folder: Path) -> Finding:
 
 def check_reference(name: str, file: Path) -> Finding:
     """Load a packaged checkpoint and let it answer on one batch; of real digits, where it is made for them."""
-    own = installed.find("msa-eval")
+    own = records.find("msa-eval")
     mends = () if own is None else _restore(own, file)
     try:
         model = load_checkpoint(file).model
@@ -294,6 +294,6 @@ def _batch(name: str) -> tuple[Tensor, Tensor | None]:
 def _restore(own: Distribution, file: Path) -> tuple[Command, ...]:
     """From git where we run from a folder, and else by installing ourselves again."""
     root = next((parent for parent in file.parents if (parent / ".git").exists()), None)
-    if installed.altered(own, "msa_eval") is None and root is not None:
+    if records.altered(own, "msa_eval") is None and root is not None:
         return (("git", "-C", str(root), "checkout", "--", str(file.relative_to(root))),)
-    return installed.reinstall(own)
+    return records.reinstall(own)

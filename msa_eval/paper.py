@@ -15,7 +15,7 @@ import pandas as pd
 
 from msa_eval.data import Samples
 from msa_eval.errors import AttackError
-from msa_eval.hpm import HPM
+from msa_eval.hpm.model import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.engine import evaluate
 from msa_eval.protocols.evidence import INCOMPLETE, Results

@@ -30,7 +30,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import write_safetensors
 from msa_eval.hashing import file_hash
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 T = TypeVar("T")
 

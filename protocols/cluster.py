@@ -26,9 +26,9 @@ import numpy.typing as npt
 import torch
 
 from msa_eval._version import __version__
-from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense.micro_batches import InParts, parts_of
+from msa_eval.numerics import exact
 from msa_eval.progress import ticking
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.ledger import Ledger, Tick

@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msa_eval.arithmetic import exact
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.numerics import exact
 from msa_eval.peers import LIBRARIES, find, installed
 from msa_eval.peers.faults import Fault, told
 from msa_eval.progress import Progress, silent, ticking

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from msa_eval._version import __version__
-from msa_eval.arithmetic import exact
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.defense.micro_batches import fitting, parts_of, passed_last, plain
@@ -28,6 +27,7 @@ from msa_eval.defense.precision import Search, choose
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.hashing import bytes_of
+from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols import archive, gallery
 from msa_eval.protocols.archive import Proof

@@ -21,7 +21,7 @@ from msa_eval.files import write_all
 from msa_eval.protocols import fields, metrics
 from msa_eval.protocols.differences import differences
 from msa_eval.protocols.spec import CONTEXTS
-from msa_eval.strangers import check_inside, told
+from msa_eval.untrusted import check_inside, told
 
 SCHEMA_VERSION = 1
 TARGETS = ("defense", "fc")

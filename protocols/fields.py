@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 _PROTOCOL_TEXT = {
     "attack?": {"apgd?": {"combine?": str}, "*": object},

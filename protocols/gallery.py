@@ -23,7 +23,7 @@ from msa_eval.hashing import file_hash
 from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.evidence import GALLERY
 from msa_eval.protocols.replay import Replay
-from msa_eval.strangers import check_inside, told
+from msa_eval.untrusted import check_inside, told
 
 LIMIT = 12
 """So many samples are shown at most."""

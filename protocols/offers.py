@@ -15,9 +15,9 @@ from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.hashing import bytes_of
 from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
+from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble, ensemble
 from msa_eval.surrogates.registry import Own, Surrogate, get
-from msa_eval.surrogates.shipped import STE
 
 
 @dataclass(frozen=True)

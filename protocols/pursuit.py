@@ -19,7 +19,7 @@ from msa_eval.protocols.batch import Point
 from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM
 from msa_eval.protocols.mixer import Mixer
 from msa_eval.protocols.trial import Trial
-from msa_eval.surrogates.shipped import FC_ORACLE, FROZEN_ASSIGNMENT
+from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 
 STEPS = 10
 """Of a pursuit against one sample, from a mixture of the points found so far."""

@@ -22,7 +22,7 @@ from msa_eval.attacks.ball import Ball, Norm
 from msa_eval.attacks.losses import MIN_CLASSES
 from msa_eval.peers import library_of
 from msa_eval.quantity import as_number
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 T = TypeVar("T")
 

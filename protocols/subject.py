@@ -24,8 +24,8 @@ from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.randomness import all_seeded
+from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate
-from msa_eval.surrogates.shipped import STE
 
 STEPS, LARGE_STEPS, QUERIES = 40, 20, 200
 NEIGHBOURS = 8

@@ -24,9 +24,9 @@ from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace
 from msa_eval.protocols.later import Later
 from msa_eval.protocols.record import Record
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
+from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
-from msa_eval.surrogates.shipped import STE
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msa_eval.arithmetic import exact
 from msa_eval.attacks.losses import margin
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.hashing import bytes_of, file_hash
+from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.archive import Archive, Proof
 from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest

@@ -7,9 +7,9 @@ decision too. The registry holds the named ones; a function of a user's own is u
 if __name__ != "msa_eval.surrogates":
     raise ImportError("import this package as msa_eval.surrogates, after 'pip install' or 'pip install -e .'")
 
+from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT, FROZEN_PROTOTYPES, SOFT_HYBRID, STE
 from msa_eval.surrogates.ensemble import Ensemble, ensemble
 from msa_eval.surrogates.registry import Surrogate, available, get, register, register_family
-from msa_eval.surrogates.shipped import FC_ORACLE, FROZEN_ASSIGNMENT, FROZEN_PROTOTYPES, SOFT_HYBRID, STE
 
 __all__ = [
     "FC_ORACLE",

@@ -32,7 +32,6 @@ from msa_eval import (
     Variant,
     ablate,
     evaluate,
-    finetune,
     load_checkpoint,
     load_target,
     save_checkpoint,
@@ -40,6 +39,7 @@ from msa_eval import (
 from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.cli import main
 from msa_eval.hashing import weights_hash
+from msa_eval.hpm import finetune
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
 from msa_eval.surrogates import get

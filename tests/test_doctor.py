@@ -14,9 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from msa_eval import doctor, installed, upstream
+from msa_eval import doctor
 from msa_eval.cli import main
 from msa_eval.doctor import Finding
+from msa_eval.installation import imports, records
 from msa_eval.references import NAMES, reference_path
 
 
@@ -55,7 +56,7 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def text(mends: tuple[installed.Command, ...]) -> list[str]:
+def text(mends: tuple[records.Command, ...]) -> list[str]:
     return [" ".join(command).replace(sys.executable, "python") for command in mends]
 
 
@@ -218,7 +219,7 @@ def test_own_files(tmp_path: Path) -> None:
 
 def test_an_environment_without_pip_gets_one_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert text(installed.pip("install", "x")) == ["python -m ensurepip", "python -m pip install x"]
+    assert text(records.pip("install", "x")) == ["python -m ensurepip", "python -m pip install x"]
 
 
 def test_a_cache_that_is_there_or_can_be_made(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_an_overwritten_robustbench_is_not_imported(site: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(site))
     (site / "robustbench/zoo.py").write_text("old = 1\n")
     with pytest.raises(ValueError, match=r"robustbench is not whole \(of its 2 files 1 changed .*doctor --fix"):
-        upstream.import_robustbench()
+        imports.import_robustbench()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, findings: list[Finding], *arguments: str) -> tuple[int, str]:

@@ -60,7 +60,7 @@ import msa_eval
 def found():
     print(json.dumps(sorted(name for name in sys.modules if name in sys.argv[1:])))
 found()
-import msa_eval.finetune
+import msa_eval.hpm.finetune
 found()
 msa_eval.evaluate
 found()

@@ -46,7 +46,7 @@ def test_the_papers_numbers() -> None:
 
 @NEEDS
 def test_every_name_is_one_of_robustbench() -> None:
-    from msa_eval.upstream import import_robustbench
+    from msa_eval.installation.imports import import_robustbench
 
     import_robustbench()
     from robustbench.model_zoo import model_dicts
@@ -65,7 +65,7 @@ def samples() -> Samples:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small models in the paper's place; nothing is downloaded."""
-    from msa_eval.upstream import import_robustbench
+    from msa_eval.installation.imports import import_robustbench
 
     import_robustbench()
 

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from msa_eval.cli import options
 
 if TYPE_CHECKING:
-    from msa_eval.finetune import FinetuneSettings
+    from msa_eval.hpm.finetune import FinetuneSettings
 
 NAMES = ("full", "no-global", "average", "inner", "plain-l2", "plain-cosine")
 """Of the variants, in the order of `msa_eval.ablation.VARIANTS`: the help lists them without importing torch."""

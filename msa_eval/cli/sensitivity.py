@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from msa_eval.data import Samples
     from msa_eval.defense.architectures import Classifier
-    from msa_eval.hpm import HPM
+    from msa_eval.hpm.model import HPM
     from msa_eval.sensitivity.analysis import Analysis
 
 PAPER, RESNET18 = "paper", "autoattack-resnet18"
@@ -197,7 +197,7 @@ def _model(target: options.Chosen, samples: Samples, quiet: bool) -> tuple[HPM |
         ValueError: when it can't be loaded, or has no fully connected head.
     """
     from msa_eval.defense.architectures import Classifier
-    from msa_eval.hpm import HPM
+    from msa_eval.hpm.model import HPM
     from msa_eval.sensitivity.heads import autoattack_resnet18
 
     if target.word == RESNET18:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from msa_eval.data.samples import Samples, Split
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 DEFLATES = 1032
 """So many bytes can be packed into one, by zip's usual method."""

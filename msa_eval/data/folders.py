@@ -12,7 +12,7 @@ import torch
 
 from msa_eval.data.pixels import Preparation, is_colour, read_picture
 from msa_eval.data.samples import Decoder, Samples
-from msa_eval.strangers import check_inside, told
+from msa_eval.untrusted import check_inside, told
 
 SHOWN = 20
 """So many classes are listed in a note."""

@@ -11,7 +11,7 @@ from msa_eval.data.archives import read_npz, read_pt
 from msa_eval.data.folders import read_folder
 from msa_eval.data.pixels import Preparation
 from msa_eval.data.samples import Samples, Split
-from msa_eval.upstream import import_torchvision
+from msa_eval.installation.imports import import_torchvision
 
 DIGITS_TEST = 600
 """Size of the test split of scikit-learn's 1,797 digits; the split is stratified and fixed."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 if TYPE_CHECKING:
     from PIL import Image

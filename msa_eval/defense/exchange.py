@@ -43,7 +43,7 @@ class Exchange:
     Attributes:
         anchor: what the prototypes are without a batch ``(k, d)``.
         matrix: ``(d, d)``.
-        kind: of comparison, as in `msa_eval.hpm.similarity`.
+        kind: of comparison, as in `msa_eval.hpm.model.similarity`.
         epsilon: that is added to the number of rows in a class.
         assign: maps features ``(B, d)`` to the logits ``(B, k)`` that assign.
     """

@@ -20,7 +20,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_bare_classifier, save_checkpoint
 from msa_eval.data import Samples, load_samples
 from msa_eval.defense.architectures import Blueprint, Classifier
-from msa_eval.finetune import FinetuneSettings, finetune, history
+from msa_eval.hpm.finetune import FinetuneSettings, finetune, history
 from msa_eval.progress import Progress, silent
 
 DIGITS_EPS = 0.15

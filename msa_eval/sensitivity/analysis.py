@@ -18,7 +18,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import ce
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
-from msa_eval.hpm import HPM
+from msa_eval.hpm.model import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.metrics import rate
 from msa_eval.protocols.plan import plan_batches

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
-from msa_eval.hpm import HPM, Variant
+from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Progress, silent
 
 RESNET18 = "autoattack-resnet18"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from msa_eval.checkpoint import misfits, read_safetensors
 from msa_eval.hashing import file_hash
-from msa_eval.strangers import told
+from msa_eval.untrusted import told
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
 """Under what names training scripts keep the weights among other things, the likeliest first."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.defense.architectures import Normalize
+from msa_eval.installation.imports import import_robustbench, import_timm, import_torchvision
 from msa_eval.targets.weights import describe_file, load_weights, other_classes, read_plain, read_weights
-from msa_eval.upstream import import_robustbench, import_timm, import_torchvision
 
 RANDOM = "random"
 """What stands for the weights file where the weights are random; they are the same at every call."""

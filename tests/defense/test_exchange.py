@@ -9,7 +9,7 @@ from toys import make_hpm
 
 from msa_eval import HPM
 from msa_eval.attacks.prototype_mixtures import Mixtures
-from msa_eval.hpm import Variant
+from msa_eval.hpm.model import Variant
 
 VARIANTS = [
     Variant(), Variant(prototypes="batch"), Variant(mixer="average"), Variant(prototypes="batch", mixer="average"),

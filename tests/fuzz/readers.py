@@ -22,7 +22,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.checkpoint import load_checkpoint, save_checkpoint
 from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
-from msa_eval.hpm import HPM
+from msa_eval.hpm.model import HPM
 from msa_eval.protocols import archive, gallery, load_protocol
 from msa_eval.protocols.evidence import Results
 from msa_eval.report import page

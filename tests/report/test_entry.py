@@ -61,7 +61,7 @@ def test_what_makes_no_entry(results: Results) -> None:
 def test_robustbench_reads_it_and_ranks_by_it(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from msa_eval.upstream import import_robustbench
+    from msa_eval.installation.imports import import_robustbench
 
     import_robustbench()
     from robustbench.utils import list_available_models

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from toys import make_classifier, make_hpm
 
 from msa_eval import HPM, Variant
-from msa_eval.hpm import EPSILON, assign, class_means, similarity
+from msa_eval.hpm.model import EPSILON, assign, class_means, similarity
 
 
 def _features(count: int = 9, seed: int = 3) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from msa_eval.upstream import PINS
+from msa_eval.installation.imports import PINS
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,8 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(importlib.util.find_spec("robustbench") is None, reason="needs pip install '.[robustbench]'")
 def test_robustbench_is_imported_in_a_new_process_without_a_warning() -> None:
     done = _python(
-        "from msa_eval.upstream import import_robustbench; import_robustbench(); import robustbench, torchvision, sys; "
+        "from msa_eval.installation.imports import import_robustbench; import_robustbench(); "
+        "import robustbench, torchvision, sys; "
         "print(robustbench.benchmark.__name__, sys.modules['autoattack'].__name__)"
     )
     assert done.stdout == "benchmark pyautoattack\n", done.stderr

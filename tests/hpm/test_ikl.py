@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_eval.ikl import ClassMeanSoftmax, ikl, soft_ce
+from msa_eval.hpm.ikl import ClassMeanSoftmax, ikl, soft_ce
 
 
 def _logits(seed: int) -> Tensor:

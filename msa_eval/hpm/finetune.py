@@ -13,8 +13,8 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
 from msa_eval.device import check_device
-from msa_eval.hpm import HPM, Variant
-from msa_eval.ikl import ClassMeanSoftmax, ikl, soft_ce
+from msa_eval.hpm.ikl import ClassMeanSoftmax, ikl, soft_ce
+from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Progress, silent
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from msa_eval import installed
+from msa_eval.installation import records
 
 PINS = {
     "robustbench==1.1.1": "the release whose model definitions are tested here",
@@ -43,12 +43,12 @@ def import_robustbench() -> ModuleType:
     Raises:
         ValueError: when it is not installed, or is not whole.
     """
-    if wrong := installed.wrong_with("robustbench"):
+    if wrong := records.wrong_with("robustbench"):
         raise ValueError(
             f"robustbench is not whole ({wrong}): another package has overwritten it, as torchattacks 3.5.1 does; "
             f"'msa-eval doctor --fix' mends it"
         )
-    if installed.find("robustbench") is None and (other := installed.stray("robustbench", "torchattacks")) is not None:
+    if records.find("robustbench") is None and (other := records.stray("robustbench", "torchattacks")) is not None:
         raise ValueError(f"robustbench is not installed ({other} is an old copy in torchattacks); {_remedy(None)}")
     import_torchvision()
     with _quietly():

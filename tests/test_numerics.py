@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
-from msa_eval.arithmetic import WORKSPACE, _settings, exact
+from msa_eval.numerics import WORKSPACE, _settings, exact
 from msa_eval.protocols import make_protocol
 from msa_eval.protocols.audit import audit
 from msa_eval.protocols.crosscheck import crosscheck
