@@ -21,7 +21,6 @@ if not (Path(__file__).parent / "protocols").is_dir():
 
 if TYPE_CHECKING:
     from msa_eval.ablation import Ablation, ablate
-    from msa_eval.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.data import Samples, load_samples
     from msa_eval.defense import Defense, WholeModel, as_defense
     from msa_eval.defense.architectures import Blueprint, Classifier
@@ -35,8 +34,9 @@ if TYPE_CHECKING:
     from msa_eval.protocols.evidence import Results
     from msa_eval.protocols.sizes import batch_size_report
     from msa_eval.protocols.verify import verify
-    from msa_eval.splitting import split
     from msa_eval.targets import Target, load_target
+    from msa_eval.targets.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
+    from msa_eval.targets.splitting import split
 
 __all__ = [
     "HPM",
@@ -73,7 +73,7 @@ __all__ = [
 _FILES = {
     "msa_eval.ablation": ("Ablation", "ablate"),
     "msa_eval.defense.architectures": ("Blueprint", "Classifier"),
-    "msa_eval.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
+    "msa_eval.targets.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
     "msa_eval.data": ("Samples", "load_samples"),
     "msa_eval.defense": ("Defense", "WholeModel", "as_defense"),
     "msa_eval.errors": ("AttackError",),
@@ -86,7 +86,7 @@ _FILES = {
     "msa_eval.protocols.evidence": ("Results",),
     "msa_eval.protocols.sizes": ("batch_size_report",),
     "msa_eval.protocols.verify": ("verify",),
-    "msa_eval.splitting": ("split",),
+    "msa_eval.targets.splitting": ("split",),
     "msa_eval.targets": ("Target", "load_target"),
 }
 """Where each is: the imports above, which only type checkers make."""

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 
 from msa_eval._version import __version__
-from msa_eval.checkpoint import Checkpoint, misfits, read_safetensors, save_checkpoint
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
 from msa_eval.files import write_whole
@@ -32,7 +31,9 @@ from msa_eval.protocols.evidence import INCOMPLETE, WITHOUT_AUDIT, Results
 from msa_eval.protocols.provenance import environment
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.units import Notify, warn
-from msa_eval.targets import Target
+from msa_eval.targets.checkpoint import Checkpoint, save_checkpoint
+from msa_eval.targets.target import Target
+from msa_eval.targets.weights import misfits, read_safetensors
 
 FULL = "full"
 VARIANTS: Mapping[str, Variant] = {

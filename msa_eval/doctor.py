@@ -25,10 +25,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
-from msa_eval.checkpoint import load_checkpoint
 from msa_eval.data import load_samples
 from msa_eval.installation import imports, records
 from msa_eval.installation.records import Command, SearchPath
+from msa_eval.targets.checkpoint import load_checkpoint
 
 PEERS = ("robustbench", "torchattacks", "foolbox", "pyautoattack")
 """Distributions whose files are held to their records; each is imported by the name of the distribution."""

@@ -21,7 +21,8 @@ from msa_eval.protocols.engine import evaluate
 from msa_eval.protocols.evidence import INCOMPLETE, Results
 from msa_eval.protocols.spec import load_protocol
 from msa_eval.protocols.units import Notify, warn
-from msa_eval.targets import Target, load_target
+from msa_eval.targets.loading import load_target
+from msa_eval.targets.target import Target
 from msa_eval.targets.zoos import full_name
 
 

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.checkpoint import write_safetensors
 from msa_eval.hashing import file_hash
+from msa_eval.targets.weights import write_safetensors
 from msa_eval.untrusted import told
 
 T = TypeVar("T")

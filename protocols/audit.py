@@ -37,7 +37,7 @@ from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own, Surrogate, get
-from msa_eval.targets import resolve
+from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets, why_whole
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]

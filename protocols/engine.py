@@ -56,7 +56,7 @@ from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
-from msa_eval.targets import resolve
+from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets, why_whole
 
 

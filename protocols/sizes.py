@@ -14,7 +14,7 @@ from msa_eval.protocols.engine import evaluate
 from msa_eval.protocols.evidence import WITHOUT_AUDIT, Results
 from msa_eval.protocols.plan import select
 from msa_eval.protocols.spec import Protocol, load_protocol, make_protocol
-from msa_eval.targets import named
+from msa_eval.targets.loading import named
 
 SIZES = (1, 8, 64, 256)
 

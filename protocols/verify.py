@@ -36,7 +36,7 @@ from msa_eval.protocols.provenance import defense_hash
 from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import Protocol, make_protocol
-from msa_eval.targets import resolve
+from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets
 
 NEAR_TIE = 1e-5

@@ -43,7 +43,7 @@ from msa_eval.hpm import finetune
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
 from msa_eval.surrogates import get
-from msa_eval.targets import Target
+from msa_eval.targets.target import Target
 
 SETTINGS = FinetuneSettings(batch_size=8, lr=1e-2, steps=2, eps=0.1, step_size=0.05)
 SHAPE = (1, 8, 8)

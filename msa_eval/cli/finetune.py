@@ -43,10 +43,10 @@ def finetune(
 
     TARGET is what 'msa-eval evaluate' takes, or a safetensors file with a bare state dict and --architecture.
     """
-    from msa_eval.checkpoint import save_checkpoint
     from msa_eval.hpm.finetune import FinetuneSettings, history
     from msa_eval.hpm.finetune import finetune as finetune_classifier
-    from msa_eval.targets import Target
+    from msa_eval.targets.checkpoint import save_checkpoint
+    from msa_eval.targets.target import Target
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or replace it with --force")

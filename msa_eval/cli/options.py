@@ -19,10 +19,10 @@ from msa_eval.quantity import as_number
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msa_eval.checkpoint import Checkpoint
     from msa_eval.data import Samples, Split
     from msa_eval.protocols.engines import Engine
-    from msa_eval.targets import Target
+    from msa_eval.targets.checkpoint import Checkpoint
+    from msa_eval.targets.target import Target
 
 NOT_SOUND, INCOMPLETE = 3, 4
 """Exit status of ``--strict`` where the verdict is anything but sound; and, always, where something failed."""
@@ -120,7 +120,7 @@ class Chosen:
 
     def load(self, samples: Samples, *, quiet: bool = False) -> Target:
         """Load it, and say on stderr what its user should know."""
-        from msa_eval.targets import load_target
+        from msa_eval.targets.loading import load_target
 
         loaded = load_target(self.word, samples, **self.how)
         for note in () if quiet else loaded.notes:
@@ -333,7 +333,7 @@ def load_classifier(
         ValueError: when it can't be read, or could not be read again from a checkpoint, or is described though it
             describes itself.
     """
-    from msa_eval.checkpoint import load_bare_classifier
+    from msa_eval.targets.checkpoint import load_bare_classifier
 
     if architecture is None:
         if arguments:

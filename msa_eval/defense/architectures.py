@@ -189,7 +189,7 @@ class Blueprint:
 
     @property
     def by_name(self) -> bool:
-        """Whether the architecture is a target by name, which `msa_eval.targets.rebuild` builds."""
+        """Whether the architecture is a target by name, which `msa_eval.targets.rebuilding.rebuild` builds."""
         return "cut" in self.arguments
 
     def build(self) -> Classifier:

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.checkpoint import load_bare_classifier, save_checkpoint
 from msa_eval.data import Samples, load_samples
 from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.hpm.finetune import FinetuneSettings, finetune, history
 from msa_eval.progress import Progress, silent
+from msa_eval.targets.checkpoint import load_bare_classifier, save_checkpoint
 
 DIGITS_EPS = 0.15
 """Linf radius of the digits reference: its FC head keeps between 40 and 80 % there."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import pickle
 import pickletools
 import re
@@ -10,23 +12,28 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msa_eval.checkpoint import misfits, read_safetensors
+from msa_eval.files import replacing
 from msa_eval.hashing import file_hash
 from msa_eval.untrusted import told
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
 """Under what names training scripts keep the weights among other things, the likeliest first."""
 
+
 _COUNTERS = ("n_averaged", "total_ops", "total_params")
 """What averaging and profilers leave among weights; it belongs to no layer."""
 
+
 _STATISTICS = ("mean", "std")
 """Last names of what a normalisation in front of the model holds."""
+
 
 DEEPEST = 4
 """So deep in a file weights are looked for."""
@@ -244,3 +251,62 @@ def _top_keys(path: Path) -> set[str] | None:
         if first in ("EMPTY_DICT", "DICT", "MARK"):
             return {str(argument) for _, argument, _ in codes if isinstance(argument, str)}
     return None
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and metadata to a safetensors file that appears whole or not at all; the same bytes each time.
+
+    Raises:
+        OSError: when it can't be written.
+    """
+    with replacing(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(header))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
+        with partial.open("rb+") as opened:
+            _order(opened)
+
+
+def _order(opened: BinaryIO) -> None:
+    """Put the metadata in order, which safetensors writes in another one each time."""
+    length = int.from_bytes(opened.read(8), "little")
+    header = json.loads(opened.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= length, "the same header, in another order, is no longer"
+    opened.seek(8)
+    opened.write(text.ljust(length))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: when the file is missing or is no safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            header = dict(opened.metadata() or {})
+            return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({told(error)}); pickles are never loaded"
+        ) from error
+
+
+def misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with the names, shapes and values of tensors that a model is to load; empty if nothing is."""
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is not part of the model" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if expected[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+        elif not bool(torch.isfinite(tensors[name]).all()):
+            problems.append(f"{name} holds values that are not finite")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(sorted(problems)[:3]) + more

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from msa_eval.checkpoint import load_checkpoint, save_checkpoint
 from msa_eval.cli import main
 from msa_eval.data import load_samples
 from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import RESNET50_FC, RESNET50_L2, empirical_cdf, isotropic_cdf, plain_l2_head
-from msa_eval.targets import load_target
+from msa_eval.targets.checkpoint import load_checkpoint, save_checkpoint
+from msa_eval.targets.loading import load_target
 
 DIGITS = str(reference_path("digits"))
 

@@ -19,13 +19,13 @@ from PIL import Image
 from records import make_results
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.checkpoint import load_checkpoint, save_checkpoint
 from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
 from msa_eval.hpm.model import HPM
 from msa_eval.protocols import archive, gallery, load_protocol
 from msa_eval.protocols.evidence import Results
 from msa_eval.report import page
+from msa_eval.targets.checkpoint import load_checkpoint, save_checkpoint
 
 MARK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
 """Text that must not get out of a page as it is."""

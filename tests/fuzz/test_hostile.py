@@ -18,11 +18,11 @@ from fuzz.readers import READERS, pack_header, valid
 from PIL import Image
 from records import make_results
 
-from msa_eval.checkpoint import load_checkpoint
 from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
 from msa_eval.protocols import gallery
 from msa_eval.protocols.evidence import GALLERY, Results
+from msa_eval.targets.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize("name", ["run.json", "samples.csv", "outcomes.csv"])

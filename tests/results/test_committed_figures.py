@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msa_eval.checkpoint import load_checkpoint
 from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import RESNET50_FC, RESNET50_L2, empirical_cdf, isotropic_cdf
+from msa_eval.targets.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results/figure-1").glob("*/sensitivity.json"))

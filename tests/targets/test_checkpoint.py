@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from msa_eval import HPM, Blueprint, Classifier, Variant, load_bare_classifier, load_checkpoint, save_checkpoint
-from msa_eval.checkpoint import read_safetensors
 from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
+from msa_eval.targets.weights import read_safetensors
 
 BLUEPRINT = Blueprint("digits-cnn", {"width": 2}, 10, {"mean": [0.5], "std": [0.25]})
 

@@ -6,25 +6,24 @@ its blueprint and, for HPM, its momentum and variant. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msa_eval.defense.architectures import Blueprint, Classifier
-from msa_eval.files import replacing
 from msa_eval.hpm.model import HPM, Variant
-from msa_eval.splitting import Cut
+from msa_eval.targets.cut import Cut
+from msa_eval.targets.weights import misfits, read_safetensors, write_safetensors
 from msa_eval.untrusted import told
 
 FORMAT = "msa-eval"
+
+
 FORMAT_VERSION = 1
 
 
@@ -159,51 +158,6 @@ def load_bare_classifier(
     return Checkpoint(model.eval().requires_grad_(False), blueprint, {"file": path.name})
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and metadata to a safetensors file that appears whole or not at all; the same bytes each time.
-
-    Raises:
-        OSError: when it can't be written.
-    """
-    with replacing(path) as partial:
-        try:
-            save_file(dict(tensors), partial, metadata=dict(header))
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
-        with partial.open("rb+") as opened:
-            _order(opened)
-
-
-def _order(opened: BinaryIO) -> None:
-    """Put the metadata in order, which safetensors writes in another one each time."""
-    length = int.from_bytes(opened.read(8), "little")
-    header = json.loads(opened.read(length))
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(text) <= length, "the same header, in another order, is no longer"
-    opened.seek(8)
-    opened.write(text.ljust(length))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read the metadata and the tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ValueError: when the file is missing or is no safetensors file.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            header = dict(opened.metadata() or {})
-            return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({told(error)}); pickles are never loaded"
-        ) from error
-
-
 def _build_quietly(blueprint: Blueprint) -> Classifier:
     """Build without a trace in the global random state: the weights are overwritten anyway."""
     with torch.random.fork_rng(devices=[]):
@@ -221,7 +175,7 @@ def _check_shapes(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
-    from msa_eval.targets import rebuild  # which builds on checkpoints itself
+    from msa_eval.targets.rebuilding import rebuild
 
     try:
         return rebuild(blueprint, trunk=trunk)
@@ -251,17 +205,3 @@ def _build(about: Mapping[str, Any], classifier: Classifier) -> HPM | Classifier
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if wrong := misfits(model, tensors):
         raise ValueError(wrong)
-
-
-def misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with the names, shapes and values of tensors that a model is to load; empty if nothing is."""
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"{name} is not part of the model" for name in tensors.keys() - expected.keys()]
-    for name in expected.keys() & tensors.keys():
-        if expected[name].shape != tensors[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
-        elif not bool(torch.isfinite(tensors[name]).all()):
-            problems.append(f"{name} holds values that are not finite")
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(sorted(problems)[:3]) + more

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from msa_eval import HPM, Classifier, evaluate
 from msa_eval.defense.architectures import Normalize
 from msa_eval.defense.contract import as_defense
-from msa_eval.splitting import Cut, PostClassifier, Trunk, split
+from msa_eval.targets.cut import Cut, PostClassifier, Trunk
+from msa_eval.targets.splitting import split
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
