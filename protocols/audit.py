@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, without_weight_gradients
 from msa_eval.defense.micro_batches import fitting
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.numerics import exact
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.offers import answer_with_gradient, offer

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
 from msa_eval.defense.checks import check_trunk, looks_batch_dependent
 from msa_eval.defense.contexts import Company, in_context, own_companions
@@ -17,7 +18,6 @@ from msa_eval.defense.contract import Defense, WholeModel, decide, describe
 from msa_eval.defense.micro_batches import plain
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.randomness import seeded

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.external.attack import PeerAttack
+from msa_eval.attacks.external.faults import Fault, told
+from msa_eval.attacks.external.libraries import LIBRARIES, find, installed
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
+from msa_eval.engine.external_runs import peer_runs
+from msa_eval.engine.schedule import Run
+from msa_eval.judging.batch_history import History
 from msa_eval.numerics import exact
-from msa_eval.peers import LIBRARIES, find, installed
-from msa_eval.peers.faults import Fault, told
 from msa_eval.progress import Progress, silent, ticking
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.history import History
-from msa_eval.protocols.peering import PeerAttack, peer_runs
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.runs import Run
 from msa_eval.protocols.spec import PeerSpec
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import Reopened, reopen

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import fitting
 from msa_eval.defense.precision import EXACT, Search
+from msa_eval.engine.external_runs import peer_runs
+from msa_eval.engine.schedule import Run, plan_runs
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.offers import Offers, offer
-from msa_eval.protocols.peering import peer_runs
 from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.runs import Run, plan_runs
 from msa_eval.protocols.spec import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.batch import Batch
 from msa_eval.defense.contexts import AmongOthers
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.hashing import bytes_of
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble, ensemble

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch, Placed, Point
 from msa_eval.attacks.losses import margin
 from msa_eval.device import asynchronous
-from msa_eval.protocols.batch import Batch, Finding, Placed, Point
+from msa_eval.judging.outcomes import Finding
 from msa_eval.protocols.later import Later
 
 

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import Attack
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.companions import CompositionAttack
+from msa_eval.attacks.pursuit import PursuitAttack
 from msa_eval.defense.contract import WholeModel
 from msa_eval.defense.micro_batches import fitting, plain
 from msa_eval.defense.precision import EXACT
+from msa_eval.engine.schedule import OWN, Run
 from msa_eval.errors import AttackError
+from msa_eval.judging.batch_history import History
+from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.protocols.archive import Proof
-from msa_eval.protocols.batch import Batch, Outcome, Trace
 from msa_eval.protocols.clean import CleanBatches, Pool
-from msa_eval.protocols.composition import CompositionAttack
 from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.guard import StateGuard
-from msa_eval.protocols.history import History
-from msa_eval.protocols.pursuit import PursuitAttack
-from msa_eval.protocols.runs import OWN, Attack, Run
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded

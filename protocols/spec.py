@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from msa_eval.attacks.ball import Ball, Norm
+from msa_eval.attacks.external.libraries import library_of
 from msa_eval.attacks.losses import MIN_CLASSES
-from msa_eval.peers import library_of
 from msa_eval.quantity import as_number
 from msa_eval.untrusted import told
 
@@ -189,7 +189,7 @@ class RunSpec(NamedTuple):
 
 
 class PeerSpec(NamedTuple):
-    """An attack of others as a protocol names it (see `msa_eval.peers`).
+    """An attack of others as a protocol names it (see `msa_eval.attacks.external`).
 
     Attributes:
         name: ``library:attack``.

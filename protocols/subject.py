@@ -12,12 +12,12 @@ from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.protocols import signs
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.guard import answer
 from msa_eval.protocols.inner_gradients import counting_gradients
 from msa_eval.protocols.offers import answer_with_gradient

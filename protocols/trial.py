@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, per_image
+from msa_eval.attacks.batch import Batch, Placed, Point
+from msa_eval.attacks.external.faults import Fault
 from msa_eval.defense.contexts import NEAR_TIE, AmongOthers, Company, OneAtATime
 from msa_eval.defense.contract import Defense, decide
 from msa_eval.defense.precision import EXACT, Search
 from msa_eval.device import asynchronous
 from msa_eval.errors import AttackError
-from msa_eval.peers.faults import Fault
-from msa_eval.protocols.batch import Batch, Outcome, Placed, Point, Trace
+from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.protocols.later import Later
 from msa_eval.protocols.record import Record
 from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority

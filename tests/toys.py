@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.batch import Batch, Outcome, Point
-from msa_eval.protocols.runs import ApgdAttack
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols.trial import Trial
 
 

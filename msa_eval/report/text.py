@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from msa_eval.ablation import Ablation
-from msa_eval.peers.faults import LOUD
+from msa_eval.attacks.external.faults import LOUD
 from msa_eval.protocols.crosscheck import Crosscheck
 from msa_eval.protocols.evidence import METRICS, Results
 from msa_eval.protocols.signs import NO_TRANSFER

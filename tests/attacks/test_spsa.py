@@ -13,10 +13,10 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, apgd, spsa, square
+from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import ce, margin
 from msa_eval.attacks.spsa import _schedule
 from msa_eval.defense.contract import Defense, decide
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.trial import Trial
 
 Model = Callable[[Tensor], Tensor]

@@ -16,11 +16,11 @@ import torch
 
 from msa_eval import HPM, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import without_weight_gradients
-from msa_eval.protocols.batch import Batch
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.plan import plan_batches
-from msa_eval.protocols.runs import ApgdAttack
 from msa_eval.protocols.trial import Trial
 from msa_eval.references import reference_path
 from msa_eval.surrogates import get

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks import apgd
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import LOSSES
 from msa_eval.defense.contract import without_weight_gradients
 from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.plan import plan_batches
-from msa_eval.protocols.runs import ApgdAttack
 from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import get
 

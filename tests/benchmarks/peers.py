@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers import Seat, find, meet
+from msa_eval.attacks.external import Seat, find, meet
 from msa_eval.protocols import Protocol
 from msa_eval.protocols.spec import load_protocol
 from msa_eval.references import reference_path

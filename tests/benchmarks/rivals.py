@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM
 from msa_eval.attacks import Ball
-from msa_eval.peers import Seat, find, meet
+from msa_eval.attacks.external import Seat, find, meet
 from msa_eval.surrogates import get
 
 Model = Callable[[Tensor], Tensor]

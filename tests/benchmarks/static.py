@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msa_eval import Samples, evaluate
 from msa_eval.attacks import Ball
-from msa_eval.peers import find, installed, library_of
+from msa_eval.attacks.external import find, installed, library_of
 from msa_eval.protocols import Protocol, make_protocol
 
 from . import rivals

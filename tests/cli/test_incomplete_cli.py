@@ -12,9 +12,10 @@ from torch import Tensor
 
 import msa_eval.paper
 from msa_eval import load_target
+from msa_eval.attacks import query
 from msa_eval.cli import main
 from msa_eval.paper import PaperModel, Reported
-from msa_eval.protocols import make_protocol, runs
+from msa_eval.protocols import make_protocol
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -60,7 +61,7 @@ def test_a_part_that_fails_is_named_and_made_by_the_same_command(
     name: str, run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "square", _fail)
+        patched.setattr(query, "square", _fail)
         result = run(name)
     assert result.exit_code == 4, result.output
     parts = COMMANDS[name][1]

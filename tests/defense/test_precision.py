@@ -12,14 +12,15 @@ from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, WholeModel, evaluate
 from msa_eval.attacks import Ball
+from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.losses import margin
+from msa_eval.attacks.query import SquareAttack
 from msa_eval.defense import precision
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search, choose
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols import engine, make_protocol
-from msa_eval.protocols.batch import Batch, Outcome, Point
-from msa_eval.protocols.runs import SquareAttack
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get

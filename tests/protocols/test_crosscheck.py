@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from msa_eval import HPM, Results, Samples, evaluate
+from msa_eval.attacks.external import Peer
 from msa_eval.cli import main
-from msa_eval.peers import Peer
 from msa_eval.protocols import crosscheck as module
 from msa_eval.protocols import load_protocol
 from msa_eval.protocols.crosscheck import crosscheck
@@ -211,10 +211,10 @@ def test_other_data_and_changed_results_are_refused(folder: Path, digits_hpm: HP
 def test_a_peer_that_fails_is_told_and_never_reads_as_nothing_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from msa_eval.protocols import peering
+    from msa_eval.engine import external_runs
 
     toy = Peer("autoattack:square", lambda model, x, y, seed, turn: x * torch.nan, gradient_free=True)
-    monkeypatch.setattr(peering, "find", lambda name, ball, options: toy)
+    monkeypatch.setattr(external_runs, "find", lambda name, ball, options: toy)
     result = _check(folder, *GIVEN, "--peer", "autoattack:square", "--on", "defense", "--context", "joint")
     assert result.exit_code == 1
     told = " ".join(result.stdout.split())

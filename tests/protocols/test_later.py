@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import make_batch, make_classifier, make_hpm
 
 from msa_eval.attacks import Ball
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
-from msa_eval.protocols.batch import Batch, Outcome, Point
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols.later import Later
-from msa_eval.protocols.runs import ApgdAttack
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import get
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import evaluate
+from msa_eval.attacks.batch import Point
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.batch import Outcome, Point
 from msa_eval.protocols.trial import Trial
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]

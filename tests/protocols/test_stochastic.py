@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import Classifier, Results, Samples, WholeModel, evaluate, verify
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.batch import Outcome
 from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.verdict import (
     CONFIRM,

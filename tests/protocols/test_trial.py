@@ -15,14 +15,16 @@ from toys import AskedInQueries, attacked, make_classifier, make_hpm, make_sampl
 
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import LOSSES, margin
+from msa_eval.attacks.query import SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
 from msa_eval.errors import AttackError
-from msa_eval.protocols.batch import Batch, Finding, Outcome, Point
+from msa_eval.judging.outcomes import Finding, Outcome
 from msa_eval.protocols.record import Record
-from msa_eval.protocols.runs import ApgdAttack, SquareAttack
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.protocols.verdict import decide_by_majority
 from msa_eval.surrogates import ensemble, get

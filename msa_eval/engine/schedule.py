@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.ball import per_image
-from msa_eval.attacks.losses import (
-    LOSSES,
-    MIN_CLASSES,
-    TARGETED,
-    Loss,
-    alternating,
-    averaged,
-    focused,
-    most_likely_others,
-    pooled,
-    targeted_dlr,
-)
-from msa_eval.attacks.spsa import spsa
-from msa_eval.attacks.square import square
+from msa_eval.attacks.attacked_batch import Attack
+from msa_eval.attacks.borderline import OvertimeAttack
+from msa_eval.attacks.companions import RANKS
+from msa_eval.attacks.gradient import ApgdAttack
+from msa_eval.attacks.losses import MIN_CLASSES, TARGETED
+from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
-from msa_eval.protocols.climb import climb
-from msa_eval.protocols.composition import RANKS
-from msa_eval.protocols.history import History
+from msa_eval.judging.batch_history import History
 from msa_eval.protocols.offers import Offers
-from msa_eval.protocols.overtime import OvertimeAttack
 from msa_eval.protocols.spec import ApgdBudget, Protocol, RunSpec
-from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.protocols.trial import Setting
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 
@@ -46,92 +32,6 @@ every class, that take the place of the others."""
 
 OWN = "own"
 """The loss of an attack of others."""
-
-
-class Attack(Interface):
-    """A search on one trial: it returns its final points ``(B, C, H, W)`` and judges nothing."""
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Search."""
-        ...
-
-
-@dataclass(frozen=True)
-class ApgdAttack:
-    """APGD with one loss.
-
-    Attributes:
-        loss: its name.
-        steps: gradient steps.
-        target: the rank of the class that a targeted loss pushes towards.
-        turns: on an ensemble, whether its members take turns; else their mean is followed.
-        from_start: whether to start at the trial's starting points; else at random ones.
-    """
-
-    loss: str
-    steps: int
-    target: int = 0
-    turns: bool = False
-    from_start: bool = False
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Return the points of highest surrogate loss."""
-        start = trial.start.x if self.from_start else None
-        if start is None and len(trial.rows) < len(trial.counted):
-            drawn, rows = trial.ball.random(trial.batch.x, generator), trial.rows
-            start = drawn if trial.among_others else trial.start.x.index_copy(0, rows, drawn[rows])
-        return climb(trial, self._loss, steps=self.steps, generator=generator, start=start)
-
-    def _loss(self, trial: Trial, rows: Tensor) -> Loss:
-        loss = self._one(trial, rows)
-        if trial.among_others:
-            return pooled(loss, trial.counted)
-        if trial.rows_interact and (trial.stops_early or len(trial.rows) < len(trial.counted)):
-            return focused(loss, lambda: trial.rows)
-        return loss
-
-    def _one(self, trial: Trial, rows: Tensor) -> Loss:
-        if self.loss == TARGETED:
-            clean = trial.clean_logits()
-            likely = clean.mean(dim=0) if trial.ensemble else clean
-            loss = targeted_dlr(most_likely_others(likely, trial.batch.y, self.target)[rows])
-        else:
-            loss = LOSSES[self.loss]
-        if not trial.ensemble:
-            return loss
-        return alternating(loss, calls=trial.eot) if self.turns else averaged(loss)
-
-
-@dataclass(frozen=True)
-class SquareAttack:
-    """Square on the hard target, for the samples it gets right."""
-
-    queries: int
-    p_init: float
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Return the points kept last."""
-        return _query(trial, square, queries=self.queries, p_init=self.p_init, generator=generator)
-
-
-@dataclass(frozen=True)
-class SpsaAttack:
-    """SPSA on the hard target, for the samples it gets right."""
-
-    queries: int
-    samples: int
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Return the points kept last."""
-        return _query(trial, spsa, queries=self.queries, samples=self.samples, generator=generator)
-
-
-def _query(trial: Trial, search: Callable[..., Tensor], **budget: Any) -> Tensor:
-    """Search for the samples counted that are right; the others stay at their start."""
-    batch = trial.batch
-    attacked = batch.correct & trial.counted
-    found = search(trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, **budget)
-    return torch.where(per_image(attacked, found), found, trial.start.x)
 
 
 @dataclass(frozen=True)

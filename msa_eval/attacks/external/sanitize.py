@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import per_image
-from msa_eval.peers.faults import Fault, PeerError
-from msa_eval.peers.peer import Peer
-from msa_eval.peers.seat import Seat
+from msa_eval.attacks.external.adapter import Peer
+from msa_eval.attacks.external.batch_model import Seat
+from msa_eval.attacks.external.faults import Fault, PeerError
 from msa_eval.randomness import Chance
 
 

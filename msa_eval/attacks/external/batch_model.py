@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball, per_image
+from msa_eval.attacks.external.faults import PeerError
 from msa_eval.attacks.losses import margin
-from msa_eval.peers.faults import PeerError
 from msa_eval.randomness import Chance
 
 Ask = Callable[[Tensor, Tensor], Tensor]

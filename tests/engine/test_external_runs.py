@@ -15,10 +15,11 @@ from toys import make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.external import Peer, attack, find
 from msa_eval.defense.contract import decide
-from msa_eval.peers import Peer, find
-from msa_eval.protocols import load_protocol, make_protocol, peering
-from msa_eval.protocols.batch import Batch
+from msa_eval.engine import external_runs
+from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.report import render_page, render_table
@@ -48,7 +49,7 @@ def _protocol(*peers: dict[str, Any], contexts: tuple[str, ...] = ("joint",), **
 
 def _toy(monkeypatch: pytest.MonkeyPatch, search: Any, **about: Any) -> None:
     toy = Peer("autoattack:square", lambda model, x, y, seed, turn: search(model, x, y), **about)
-    monkeypatch.setattr(peering, "find", lambda name, ball, options: toy)
+    monkeypatch.setattr(external_runs, "find", lambda name, ball, options: toy)
 
 
 def test_apgd_t_through_fc_finds_the_points_of_a_direct_call(hpm: HPM, samples: Samples) -> None:
@@ -56,8 +57,8 @@ def test_apgd_t_through_fc_finds_the_points_of_a_direct_call(hpm: HPM, samples: 
     with torch.no_grad():
         z = hpm.features(x)
         trial = Trial(hpm, FC_ORACLE, Batch(0, x, y, z, decide(hpm, z)), Ball("Linf", EPS))
-    attack = peering.PeerAttack(find("autoattack:apgd-t", trial.ball, {"steps": 100, "targets": 3}))
-    points = attack(trial, torch.Generator().manual_seed(7))
+    made = attack.PeerAttack(find("autoattack:apgd-t", trial.ball, {"steps": 100, "targets": 3}))
+    points = made(trial, torch.Generator().manual_seed(7))
     suite = AutoAttack(hpm.fc_target, eps=EPS, norm="Linf", seed=7, version="custom", attacks=["apgd-t"])
     suite.apgd_targeted.n_target_classes = 3
     with torch.random.fork_rng():
@@ -225,7 +226,7 @@ def test_the_same_seed_gives_the_same_rows(hpm: HPM, samples: Samples) -> None:
 def test_mistakes_are_told_before_any_attack(
     peer: dict[str, Any], message: str, hpm: HPM, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peering.PeerAttack, "__call__", lambda *_: pytest.fail("an attack was made"))
+    monkeypatch.setattr(attack.PeerAttack, "__call__", lambda *_: pytest.fail("an attack was made"))
     with pytest.raises(ValueError, match=message):
         evaluate(hpm, samples, protocol=_protocol(peer))
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import per_image
+from msa_eval.attacks.batch import Point
+from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
 from msa_eval.attacks.losses import margin
-from msa_eval.protocols.batch import Point
-from msa_eval.protocols.composition import FIRST_STEP, LAST_STEP, MOMENTUM
-from msa_eval.protocols.mixer import Mixer
+from msa_eval.attacks.mixtures import Mixer
 from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 

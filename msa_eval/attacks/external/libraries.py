@@ -1,8 +1,8 @@
 """Attacks of others, behind guards: pyautoattack, torchattacks and foolbox.
 
 A *peer* is run on a *seat*, which stands for the model and answers each image in its place in the whole batch, and what
-it returns is held to the ball, the box and float32 before anybody judges it (see `msa_eval.peers.guard`). A library is
-imported when one of its attacks is asked for, and not before.
+it returns is held to the ball, the box and float32 before anybody judges it (see
+`msa_eval.attacks.external.sanitize`). A library is imported when one of its attacks is asked for, and not before.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers.faults import Fault, PeerError, told
-from msa_eval.peers.guard import Found, meet
-from msa_eval.peers.peer import Peer
-from msa_eval.peers.seat import Seat
+from msa_eval.attacks.external.adapter import Peer
+from msa_eval.attacks.external.batch_model import Seat
+from msa_eval.attacks.external.faults import Fault, PeerError, told
+from msa_eval.attacks.external.sanitize import Found, meet
 
 __all__ = [
     "LIBRARIES",
@@ -93,4 +93,4 @@ def _adapter(library: str) -> ModuleType:
         importlib.import_module(package)
     except ImportError as error:
         raise ValueError(f"{package} can't be imported ({error}); install it with: {command}") from error
-    return importlib.import_module(f"msa_eval.peers.{library}")
+    return importlib.import_module(f"msa_eval.attacks.external.{library}")

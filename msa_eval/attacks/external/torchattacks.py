@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers.peer import Peer, chosen, options_of, pick
+from msa_eval.attacks.external.adapter import Peer, chosen, options_of, pick
 
 _OURS = ("self", "model", "eps", "max_epsilon", "norm", "seed", "verbose", "n_classes")
 """What the adapter gives: the model, the ball, the seed and the number of classes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers.peer import Peer, chosen, options_of, pick
+from msa_eval.attacks.external.adapter import Peer, chosen, options_of, pick
 
 _NO_GRADIENT = ("Noise", "Boundary", "HopSkipJump", "Pointwise", "GenAttack", "SpatialAttack", "Contrast", "Inversion",
                 "Blur", "Binarization")  # fmt: skip

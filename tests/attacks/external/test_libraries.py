@@ -11,7 +11,7 @@ from toys import make_classifier, make_samples
 
 from msa_eval import Samples
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers import LIBRARIES, Found, Seat, find, installed, meet
+from msa_eval.attacks.external import LIBRARIES, Found, Seat, find, installed, meet
 
 BALL = Ball("Linf", 0.06)
 SEED = 11
@@ -107,7 +107,7 @@ def test_steps_and_targets_cost_what_they_should(model: nn.Module, samples: Samp
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_missing_library_gives_the_command(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import msa_eval.peers as package
+    from msa_eval.attacks.external import libraries as package
 
     monkeypatch.setattr(package, "LIBRARIES", {library: ("no_such_package", LIBRARIES[library][1])})
     with pytest.raises(ValueError, match=r"no_such_package can't be imported .*; install it with: pip install"):

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.gradient import climb
 from msa_eval.attacks.losses import MIN_CLASSES, TARGETED, Loss, margin, most_likely_others, targeted_dlr
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.climb import climb
 from msa_eval.protocols.trial import Trial
 
 NEAREST = 8

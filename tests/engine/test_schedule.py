@@ -9,13 +9,14 @@ import torch
 from toys import make_classifier, make_hpm
 
 from msa_eval import HPM
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.borderline import OvertimeAttack
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
+from msa_eval.engine.schedule import Run, plan_runs
+from msa_eval.judging.batch_history import History
 from msa_eval.protocols import load_protocol, make_protocol
-from msa_eval.protocols.batch import Batch
-from msa_eval.protocols.history import History
 from msa_eval.protocols.offers import offer
-from msa_eval.protocols.overtime import OvertimeAttack
-from msa_eval.protocols.runs import ApgdAttack, Run, plan_runs
 
 PRODUCT = {
     "schema": 1, "name": "product", "version": 1, "description": "A test.", "threat": {"norm": "Linf", "eps": 0.1},

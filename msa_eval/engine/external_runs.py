@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.defense.contract import Defense, modules_of
-from msa_eval.peers import find
-from msa_eval.peers.guard import meet
-from msa_eval.peers.peer import Peer
-from msa_eval.peers.seat import Seat
-from msa_eval.protocols.batch import Batch
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.external.adapter import Peer
+from msa_eval.attacks.external.attack import PeerAttack
+from msa_eval.attacks.external.libraries import find
+from msa_eval.defense.contract import Defense
+from msa_eval.engine.schedule import OWN, Run
 from msa_eval.protocols.offers import offer
-from msa_eval.protocols.runs import OWN, Run
 from msa_eval.protocols.spec import ApgdBudget, PeerSpec
-from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates.registry import Own, Surrogate
 
 TARGET = "target"
 """Among a peer's surrogates, the hard target itself."""
-
-
-@dataclass(frozen=True)
-class PeerAttack:
-    """An attack of others on whole batches.
-
-    Where rows are decided apart from each other (in ``solo``, ``alone`` and ``composed``, or by a target that ignores
-    companions) it is given the samples searched for, and every row that it shows is answered, and judged, in a batch of
-    its own. In ``joint`` it is given the whole batch, and moves all of it.
-
-    Attributes:
-        peer: the attack.
-        turn: which restart, from 0.
-    """
-
-    peer: Peer
-    turn: int = 0
-
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
-        """Return its points, made sound; what had to be mended stands in the trial's ``faults``."""
-        batch = trial.batch
-        rows = trial.counted.nonzero().flatten() if not trial.rows_interact else torch.arange(len(batch.y))
-        seat = Seat(
-            trial.ask, batch.x, batch.y, trial.ball, classes=batch.logits.shape[1], rows=rows.to(batch.y.device),
-            parts=modules_of(trial.target),
-        )  # fmt: skip
-        found = meet(self.peer, seat, seed=generator.initial_seed(), turn=self.turn)
-        trial.faults += found.faults
-        return trial.start.x.index_copy(0, seat.rows, found.x)
 
 
 def peer_runs(

@@ -5,25 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.batch import Batch, Point, capacity
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contexts import Company, own_companions
+from msa_eval.judging.outcomes import Finding, Outcome, Trace
 from msa_eval.protocols.archive import Proof, cover
-from msa_eval.protocols.batch import Batch, Finding, Outcome, Point, Trace
 
 POINTS = 144
 """So many points of each image are kept at most, the latest."""
-
-POOL_BYTES = 2**31
-"""Of a batch's points, images up to this size are kept."""
-
-
-def capacity(x: Tensor) -> int:
-    """How many points of a batch ``(B, C, H, W)`` there is room for, at least two.
-
-    >>> capacity(torch.zeros(64, 3, 224, 224))
-    55
-    """
-    return max(POOL_BYTES // max(x.nbytes, 1), 2)
 
 
 class History:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch
+from msa_eval.attacks.external import Fault, Found, Peer, PeerError, Seat, find, meet, told
+from msa_eval.attacks.external.attack import PeerAttack
 from msa_eval.defense.contract import decide
-from msa_eval.peers import Fault, Found, Peer, PeerError, Seat, find, meet, told
-from msa_eval.protocols.batch import Batch, Outcome
-from msa_eval.protocols.peering import PeerAttack
+from msa_eval.judging.outcomes import Outcome
 from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import FC_ORACLE, STE
 

@@ -8,11 +8,11 @@ from toys import make_batch, make_hpm
 
 from msa_eval import HPM
 from msa_eval.attacks import Ball
+from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.losses import margin
+from msa_eval.attacks.mixtures import Mixer
+from msa_eval.attacks.pursuit import PursuitAttack, _Pursuit, gather, roles
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.batch import Batch, Point
-from msa_eval.protocols.mixer import Mixer
-from msa_eval.protocols.pursuit import PursuitAttack, _Pursuit, gather, roles
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import get
 
@@ -88,7 +88,7 @@ def _recombined() -> tuple[HPM, Batch, Ball, Mixer]:
 
 def test_mixtures_by_products_of_features_are_those_found_by_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defence that can only be asked gets the same mixtures, one class after another."""
-    monkeypatch.setattr("msa_eval.protocols.mixer.AIMS", 1)
+    monkeypatch.setattr("msa_eval.attacks.mixtures.AIMS", 1)
     _, _, _, fast = _recombined()
     monkeypatch.delattr(HPM, "exchange")
     _, _, _, asked = _recombined()
@@ -133,7 +133,7 @@ def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> 
 
 def test_a_pursuit_forgets_only_points_that_serve_in_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little room there is, every mixture stays the batch that was chosen for its lead."""
-    monkeypatch.setattr("msa_eval.protocols.history.POOL_BYTES", 5 * 12 * 12 * 4)
+    monkeypatch.setattr("msa_eval.attacks.batch.POOL_BYTES", 5 * 12 * 12 * 4)
     hpm, batch, _, mixer = _recombined()
     pursuit, most = _Pursuit(mixer), 0
     for turn in range(3):

@@ -11,7 +11,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.peers.peer import Peer, chosen, pick
+from msa_eval.attacks.external.adapter import Peer, chosen, pick
 
 _KNOWN: Mapping[str, Mapping[str, Any]] = {
     "apgd-ce": {"steps": 100, "rho": 0.75},

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.batch import Point, capacity
+from msa_eval.attacks.companions import best_offer, descend
 from msa_eval.attacks.prototype_mixtures import Mixtures
 from msa_eval.defense.contexts import Company
 from msa_eval.defense.exchange import Exchange
-from msa_eval.protocols.batch import Point
-from msa_eval.protocols.composition import best_offer, descend
-from msa_eval.protocols.history import capacity
 from msa_eval.protocols.trial import Trial
 
 WIDTH = 48

@@ -9,10 +9,10 @@ from toys import make_classifier, make_samples
 
 from msa_eval import as_defense
 from msa_eval.attacks import Ball
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.borderline import NEAREST, OvertimeAttack
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.batch import Batch, Point
-from msa_eval.protocols.overtime import NEAREST, OvertimeAttack
 from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.surrogates import get
 

@@ -1,0 +1,47 @@
+"""Runs of the gradient-free attacks, which ask the target itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_eval.attacks.ball import per_image
+from msa_eval.attacks.spsa import spsa
+from msa_eval.attacks.square import square
+from msa_eval.protocols.trial import Trial
+
+
+@dataclass(frozen=True)
+class SquareAttack:
+    """Square on the hard target, for the samples it gets right."""
+
+    queries: int
+    p_init: float
+
+    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+        """Return the points kept last."""
+        return _query(trial, square, queries=self.queries, p_init=self.p_init, generator=generator)
+
+
+@dataclass(frozen=True)
+class SpsaAttack:
+    """SPSA on the hard target, for the samples it gets right."""
+
+    queries: int
+    samples: int
+
+    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+        """Return the points kept last."""
+        return _query(trial, spsa, queries=self.queries, samples=self.samples, generator=generator)
+
+
+def _query(trial: Trial, search: Callable[..., Tensor], **budget: Any) -> Tensor:
+    """Search for the samples counted that are right; the others stay at their start."""
+    batch = trial.batch
+    attacked = batch.correct & trial.counted
+    found = search(trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, **budget)
+    return torch.where(per_image(attacked, found), found, trial.start.x)

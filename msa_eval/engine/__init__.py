@@ -1,0 +1,1 @@
+"""A protocol on a target, from start to results."""

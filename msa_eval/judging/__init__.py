@@ -1,0 +1,1 @@
+"""One run on one batch: passes and verdicts, by the target itself."""

@@ -1,0 +1,106 @@
+"""What a run did to a batch: for the tables, and for later runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.external.faults import Fault
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An adversarial batch that was judged, or several that differ in one row.
+
+    Attributes:
+        breaks: the samples it breaks, a mask ``(B,)``.
+        x: the batch ``(B, C, H, W)``.
+        own: where given, sample i is broken by the batch whose row i is ``own[i]`` ``(B, C, H, W)``.
+    """
+
+    breaks: Tensor
+    x: Tensor
+    own: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves to later ones and to the proofs: images, which are not kept for the tables.
+
+    Attributes:
+        final: the final points.
+        best: each sample's own point of the lowest lead.
+        best_lead: that lead ``(B,)``.
+        company: who sat beside it ``(B, B - 1)``, where the attacker chooses.
+        findings: adversarial batches that break samples not broken before, where these are kept.
+        trail: the points of every iterate, where these are kept.
+    """
+
+    final: Point
+    best: Point
+    best_lead: Tensor
+    company: Tensor | None
+    findings: tuple[Finding, ...]
+    trail: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did to a batch; one entry a sample ``(B,)`` unless said otherwise.
+
+    Attributes:
+        surrogate_fooled: the attacked model is wrong on the final batch.
+        final_broken: the hard target is wrong on the final batch.
+        any_broken: it is wrong on some batch it was shown.
+        first_iterate: the first of these, counted from 0; -1 where there is none.
+        min_margin: the lowest logit lead of the label over all batches shown.
+        perturbation: norm of the final perturbation.
+        committed: right on the one shown batch that leaves the fewest right.
+        forwards: images passed through the trunk (a number).
+        backwards: images passed back through it (a number).
+        decisions: rows decided by the hard target (a number).
+        faults: of an attack of others, what it did and should not have.
+    """
+
+    surrogate_fooled: Tensor
+    final_broken: Tensor
+    any_broken: Tensor
+    first_iterate: Tensor
+    min_margin: Tensor
+    perturbation: Tensor
+    committed: Tensor
+    forwards: int
+    backwards: int
+    decisions: int
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def failed(cls, batch: Batch) -> Outcome:
+        """Of a run that came to no end: it broke nothing, and what it would have measured is NaN."""
+        nothing, unknown = torch.zeros_like(batch.correct), torch.full_like(batch.y, torch.nan, dtype=torch.float32)
+        first = torch.full_like(batch.y, -1)
+        return cls(nothing, nothing, nothing, first, unknown, unknown, batch.correct, 0, 0, 0)
+
+    def taking_back(self, taken: Tensor, correct: Tensor) -> Outcome:
+        """The same run with some of its breaks taken back: these samples count as right on every batch it showed.
+
+        Nothing else is changed, except that the attacker commits to the final batch where that now leaves fewer right.
+
+        Args:
+            taken: the samples ``(B,)``, right on the clean batch.
+            correct: the samples that are right on it ``(B,)``.
+        """
+        final_broken, committed = self.final_broken & ~taken, self.committed | taken
+        last = correct & ~final_broken
+        return dataclasses.replace(
+            self,
+            final_broken=final_broken,
+            any_broken=self.any_broken & ~taken,
+            first_iterate=self.first_iterate.masked_fill(taken, -1),
+            min_margin=torch.where(taken, self.min_margin.clamp(min=0), self.min_margin),
+            committed=last if int(last.sum()) < int(committed.sum()) else committed,
+        )
