@@ -27,11 +27,11 @@ from msa_eval.defense.contract import Defense, brought_by, without_weight_gradie
 from msa_eval.defense.micro_batches import fitting
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
+from msa_eval.judging.batch_plan import plan_batches, select
+from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.usable_surrogates import answer_with_gradient, offer
 from msa_eval.numerics import exact
-from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.guard import StateGuard
-from msa_eval.protocols.offers import answer_with_gradient, offer
-from msa_eval.protocols.plan import plan_batches, select
 from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of, without_advice
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
 from msa_eval.protocols.subject import Subject

@@ -24,12 +24,12 @@ from msa_eval.device import check_device
 from msa_eval.engine.external_runs import peer_runs
 from msa_eval.engine.schedule import Run
 from msa_eval.judging.batch_history import History
+from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.replay import Replay
+from msa_eval.judging.trial import Trial
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent, ticking
-from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.replay import Replay
 from msa_eval.protocols.spec import PeerSpec
-from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import Reopened, reopen
 from msa_eval.randomness import seeded
 

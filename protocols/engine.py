@@ -26,13 +26,15 @@ from msa_eval.defense.micro_batches import fitting, parts_of, passed_last, plain
 from msa_eval.defense.precision import Search, choose
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
+from msa_eval.evidence import archive, gallery
+from msa_eval.evidence.gallery import Exhibit
+from msa_eval.evidence.proof import Proof
 from msa_eval.hashing import bytes_of
+from msa_eval.judging.batch_plan import batch_of, plan_batches, select
+from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols import archive, gallery
-from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
-from msa_eval.protocols.clean import CleanBatches
 from msa_eval.protocols.engines import Engine, engine_of
 from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.evidence import (
@@ -45,9 +47,7 @@ from msa_eval.protocols.evidence import (
     TargetRecord,
     tabulate,
 )
-from msa_eval.protocols.gallery import Exhibit
 from msa_eval.protocols.ledger import Evaluated, Ledger
-from msa_eval.protocols.plan import batch_of, plan_batches, select
 from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.signs import unconfirmed_breaks, without_advice

@@ -12,9 +12,9 @@ from msa_eval.defense.micro_batches import fitting
 from msa_eval.defense.precision import EXACT, Search
 from msa_eval.engine.external_runs import peer_runs
 from msa_eval.engine.schedule import Run, plan_runs
-from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.offers import Offers, offer
-from msa_eval.protocols.replay import Replay
+from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.replay import Replay
+from msa_eval.judging.usable_surrogates import Offers, offer
 from msa_eval.protocols.spec import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own

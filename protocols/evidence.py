@@ -41,7 +41,7 @@ NEW_ARCHIVE = f"new-{ARCHIVE}"
 """The same while the tables are not written yet, so that earlier results stay whole."""
 
 GALLERY = "gallery.safetensors"
-"""Pictures of a few broken samples (see `msa_eval.protocols.gallery`), where these are kept."""
+"""Pictures of a few broken samples (see `msa_eval.evidence.gallery`), where these are kept."""
 PAGE = "report.html"
 """The page made from all this; not evidence, so it has no hash, and other results take it away."""
 CROSSCHECK = "crosscheck.csv"
@@ -58,7 +58,7 @@ OURS = ("run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GA
 class RunRecord:
     """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
 
-    The fields are those of `msa_eval.protocols.trial.Outcome`, joined over batches. Where it failed, nothing is broken,
+    The fields are those of `msa_eval.judging.trial.Outcome`, joined over batches. Where it failed, nothing is broken,
     and margin and perturbation are NaN. ``notes`` are its faults in words; ``None`` for our own attacks.
     """
 

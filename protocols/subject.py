@@ -17,12 +17,12 @@ from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
+from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.usable_surrogates import answer_with_gradient
 from msa_eval.protocols import signs
 from msa_eval.protocols.guard import answer
 from msa_eval.protocols.inner_gradients import counting_gradients
-from msa_eval.protocols.offers import answer_with_gradient
 from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
-from msa_eval.protocols.trial import Setting, Trial
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate

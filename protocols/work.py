@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from msa_eval.evidence.proof import Proof
 from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.progress import Progress
-from msa_eval.protocols.archive import Proof
 from msa_eval.protocols.packing import RECORDS
 from msa_eval.protocols.units import Units
 

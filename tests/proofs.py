@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval import Results, Samples, WholeModel, evaluate
+from msa_eval.evidence.archive import Written, write
+from msa_eval.evidence.proof import Proof, cover
+from msa_eval.judging.replay import Replay
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.archive import Proof, Written, cover, write
 from msa_eval.protocols.evidence import ARCHIVE
-from msa_eval.protocols.replay import Replay
 
 
 def make_content(**overrides: Any) -> Any:

@@ -12,7 +12,7 @@ from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 
 class LinearTrunk(nn.Module):

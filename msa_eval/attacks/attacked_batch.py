@@ -7,7 +7,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 
 class Attack(Interface):

@@ -11,7 +11,7 @@ from torch import Tensor
 from msa_eval.attacks.gradient import climb
 from msa_eval.attacks.losses import MIN_CLASSES, TARGETED, Loss, margin, most_likely_others, targeted_dlr
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 NEAREST = 8
 """One in so many of the standing samples is searched for at a time: those whose label leads by least."""

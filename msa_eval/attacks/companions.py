@@ -17,7 +17,7 @@ from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import margin, most_likely_others
 from msa_eval.defense.contexts import Company, decide_each, decide_offers
 from msa_eval.defense.contract import Defense
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 Candidates = Callable[[int, Company], Tensor]
 """``(place, company) -> (n, w)``: what each row may put in a place of its company, as places in the pool."""

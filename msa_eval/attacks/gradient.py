@@ -20,7 +20,7 @@ from msa_eval.attacks.losses import (
     pooled,
     targeted_dlr,
 )
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 
 def climb(

@@ -16,7 +16,7 @@ from msa_eval.attacks.companions import best_offer, descend
 from msa_eval.attacks.prototype_mixtures import Mixtures
 from msa_eval.defense.contexts import Company
 from msa_eval.defense.exchange import Exchange
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""

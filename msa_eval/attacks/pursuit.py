@@ -18,7 +18,7 @@ from msa_eval.attacks.batch import Point
 from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
 from msa_eval.attacks.losses import margin
 from msa_eval.attacks.mixtures import Mixer
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 
 STEPS = 10

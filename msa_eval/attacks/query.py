@@ -12,7 +12,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from msa_eval.attacks.batch import Batch, Point, capacity
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contexts import Company, own_companions
+from msa_eval.evidence.proof import Proof, cover
 from msa_eval.judging.outcomes import Finding, Outcome, Trace
-from msa_eval.protocols.archive import Proof, cover
 
 POINTS = 144
 """So many points of each image are kept at most, the latest."""

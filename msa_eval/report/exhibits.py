@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from msa_eval.protocols import gallery
+from msa_eval.evidence import gallery
 from msa_eval.protocols.evidence import GALLERY, Results
 from msa_eval.report import frames
 from msa_eval.report.inline import csv_link

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from msa_eval.protocols import gallery
+from msa_eval.evidence import gallery
 from msa_eval.protocols.evidence import FIGURES, Results
 from msa_eval.report.charts import charts, draw_gallery
 from msa_eval.report.style import save

@@ -13,7 +13,7 @@ from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.borderline import NEAREST, OvertimeAttack
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.judging.trial import Setting, Trial
 from msa_eval.surrogates import get
 
 STEPS = 5

@@ -18,8 +18,8 @@ from msa_eval.attacks import Ball
 from msa_eval.attacks.companions import ALL, CompositionAttack, _lead, descend
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contexts import Company, OneAtATime
+from msa_eval.judging.trial import Trial
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.trial import Trial
 from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)

@@ -13,7 +13,7 @@ from msa_eval.attacks.losses import margin
 from msa_eval.attacks.mixtures import Mixer
 from msa_eval.attacks.pursuit import PursuitAttack, _Pursuit, gather, roles
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.judging.trial import Setting, Trial
 from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)

@@ -17,7 +17,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import ce, margin
 from msa_eval.attacks.spsa import _schedule
 from msa_eval.defense.contract import Defense, decide
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 

@@ -19,9 +19,9 @@ from msa_eval.attacks import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import without_weight_gradients
-from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.plan import plan_batches
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.batch_plan import plan_batches
+from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.trial import Trial
 from msa_eval.references import reference_path
 from msa_eval.surrogates import get
 

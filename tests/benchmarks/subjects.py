@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from msa_eval import HPM, Classifier, Samples, load_checkpoint, load_samples
 from msa_eval.attacks import Ball
-from msa_eval.protocols.plan import plan_batches
+from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.references import reference_path
 from msa_eval.sensitivity import autoattack_resnet18
 

@@ -19,8 +19,8 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.external import Peer, attack, find
 from msa_eval.defense.contract import decide
 from msa_eval.engine import external_runs
+from msa_eval.judging.trial import Trial
 from msa_eval.protocols import load_protocol, make_protocol
-from msa_eval.protocols.trial import Trial
 from msa_eval.protocols.verify import verify
 from msa_eval.report import render_page, render_table
 from msa_eval.surrogates import FC_ORACLE

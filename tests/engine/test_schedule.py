@@ -15,8 +15,8 @@ from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
 from msa_eval.engine.schedule import Run, plan_runs
 from msa_eval.judging.batch_history import History
+from msa_eval.judging.usable_surrogates import offer
 from msa_eval.protocols import load_protocol, make_protocol
-from msa_eval.protocols.offers import offer
 
 PRODUCT = {
     "schema": 1, "name": "product", "version": 1, "description": "A test.", "threat": {"norm": "Linf", "eps": 0.1},

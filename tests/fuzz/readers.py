@@ -21,8 +21,10 @@ from records import make_results
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
+from msa_eval.evidence import archive, gallery
+from msa_eval.evidence.proof import Proof
 from msa_eval.hpm.model import HPM
-from msa_eval.protocols import archive, gallery, load_protocol
+from msa_eval.protocols import load_protocol
 from msa_eval.protocols.evidence import Results
 from msa_eval.report import page
 from msa_eval.targets.checkpoint import load_checkpoint, save_checkpoint
@@ -105,11 +107,11 @@ _BALL = Ball("Linf", 0.1)
 def _archive() -> Files:
     x = (_CLEAN + 0.05).clone()
     proofs = [
-        archive.Proof("defense", "joint", 0, "batch", torch.tensor([0, 2]), x),
-        archive.Proof("fc", "solo", 0, "rows", torch.tensor([1]), x[:1]),
+        Proof("defense", "joint", 0, "batch", torch.tensor([0, 2]), x),
+        Proof("fc", "solo", 0, "rows", torch.tensor([1]), x[:1]),
     ]
 
-    def confirm(proof: archive.Proof) -> torch.Tensor:
+    def confirm(proof: Proof) -> torch.Tensor:
         return torch.ones(len(proof.positions), dtype=torch.bool)
 
     return _written(

@@ -17,9 +17,9 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Classifier, Results, Samples, Variant, evaluate
 from msa_eval.defense.architectures import Normalize
+from msa_eval.judging.batch_plan import plan_batches
+from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.protocols import load_protocol, make_protocol
-from msa_eval.protocols.clean import CleanBatches
-from msa_eval.protocols.plan import plan_batches
 from msa_eval.surrogates import Surrogate
 
 SMALL: dict[str, Any] = {

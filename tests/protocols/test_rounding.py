@@ -15,8 +15,8 @@ from msa_eval.attacks.batch import Point
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
 from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.trial import Trial
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.trial import Trial
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]
 MOVES = ["fc-oracle:margin", "soft-hybrid@0.3:margin:companions", "ste:margin:image", "frozen-assignment:dlr:standing"]

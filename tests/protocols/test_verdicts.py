@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, Results, evaluate, verify
-from msa_eval.protocols import archive, make_protocol
+from msa_eval.evidence import archive
+from msa_eval.protocols import make_protocol
 from msa_eval.protocols.signs import unconfirmed_breaks
 from msa_eval.report import render_table
 
@@ -153,7 +154,7 @@ def test_breaks_that_can_not_be_confirmed_are_a_reason_against_sound(
         model.tired = tires
         return kept(*arguments, **options)
 
-    monkeypatch.setattr("msa_eval.protocols.archive.write", write)
+    monkeypatch.setattr("msa_eval.evidence.archive.write", write)
     results = evaluate(model, samples, protocol=_protocol(), out=tmp_path / "r", save_adversarial=True)
     broken = int((results.samples["clean_correct"] & ~results.samples["robust"]).sum())
     assert broken > 2

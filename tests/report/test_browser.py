@@ -15,7 +15,7 @@ import pytest
 from records import make_results
 
 from msa_eval import Results
-from msa_eval.protocols import gallery
+from msa_eval.evidence import gallery
 from msa_eval.report import compare, write_page
 from msa_eval.report.sidebyside import write_comparison
 

@@ -20,7 +20,7 @@ from PIL import Image
 from records import RUNS, make_results
 
 from msa_eval import Results
-from msa_eval.protocols import gallery
+from msa_eval.evidence import gallery
 from msa_eval.protocols.evidence import GALLERY
 from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare

@@ -19,7 +19,7 @@ from records import make_results
 
 from msa_eval import Results
 from msa_eval.cli import main
-from msa_eval.protocols import gallery
+from msa_eval.evidence import gallery
 from msa_eval.report.comparison import compare, load_all, only_one, render_comparison
 from msa_eval.report.page import SECTIONS, render_page
 from msa_eval.report.sidebyside import render_page as render_comparison_page

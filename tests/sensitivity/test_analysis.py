@@ -14,7 +14,7 @@ from msa_eval import HPM, Samples, Variant
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import ce
-from msa_eval.protocols.plan import plan_batches
+from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.sensitivity import analyse, empirical_cdf, sensitivity
 from msa_eval.sensitivity.analysis import analyse_model
 from msa_eval.sensitivity.heads import plain_l2_head

@@ -11,7 +11,7 @@ from msa_eval.attacks.external.adapter import Peer
 from msa_eval.attacks.external.batch_model import Seat
 from msa_eval.attacks.external.sanitize import meet
 from msa_eval.defense.contract import modules_of
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 
 
 @dataclass(frozen=True)

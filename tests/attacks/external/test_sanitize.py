@@ -17,7 +17,7 @@ from msa_eval.attacks.external import Fault, Found, Peer, PeerError, Seat, find,
 from msa_eval.attacks.external.attack import PeerAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.protocols.trial import Trial
+from msa_eval.judging.trial import Trial
 from msa_eval.surrogates import FC_ORACLE, STE
 
 BALL = Ball("Linf", 0.06)

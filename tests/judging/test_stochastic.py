@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import Classifier, Results, Samples, WholeModel, evaluate, verify
+from msa_eval.judging.majority import CONFIRM, CONFIRM_SIGMAS, JUDGE, JUDGE_SIGMAS, clear_majority, telling_draw
 from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.replay import Replay
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.replay import Replay
-from msa_eval.protocols.verdict import (
-    CONFIRM,
-    CONFIRM_SIGMAS,
-    JUDGE,
-    JUDGE_SIGMAS,
-    clear_majority,
-    telling_draw,
-)
 
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 
@@ -203,7 +196,7 @@ def test_the_order_of_the_numbers_survives_what_is_taken_back(data: st.DataObjec
 
 
 def test_how_often_chance_passes_and_how_often_a_replay_refutes_what_passed() -> None:
-    """By the binomial law, for the draws of the default: what `msa_eval.protocols.verdict` and the README state."""
+    """By the binomial law, for the draws of the default: what `msa_eval.judging.majority` and the README state."""
     looks, judged = 9 * CONFIRM, 9 * JUDGE
     assert (looks, clear_majority(looks, CONFIRM_SIGMAS)) == (99, 60)
     needed = clear_majority(judged, JUDGE_SIGMAS)

@@ -9,8 +9,8 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch, Placed, Point
 from msa_eval.attacks.losses import margin
 from msa_eval.device import asynchronous
+from msa_eval.judging.deferred import Later
 from msa_eval.judging.outcomes import Finding
-from msa_eval.protocols.later import Later
 
 
 class Record:

@@ -17,9 +17,9 @@ from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
+from msa_eval.judging.deferred import Later
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.protocols.later import Later
-from msa_eval.protocols.trial import Setting, Trial
+from msa_eval.judging.trial import Setting, Trial
 from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)

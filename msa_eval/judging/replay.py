@@ -10,8 +10,8 @@ from torch import Tensor
 from msa_eval.data import Samples
 from msa_eval.defense.checks import check_trunk, looks_batch_dependent
 from msa_eval.defense.contract import Defense, WholeModel, decide
-from msa_eval.protocols.archive import Proof
-from msa_eval.protocols.verdict import JUDGE, JUDGE_SIGMAS, telling_draw
+from msa_eval.evidence.proof import Proof
+from msa_eval.judging.majority import JUDGE, JUDGE_SIGMAS, telling_draw
 from msa_eval.randomness import seeded
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.protocols.archive import Archive, Broken, Proof, Written, cover, read, write
-from msa_eval.protocols.replay import Replay
+from msa_eval.evidence.archive import Archive, Written, read, write
+from msa_eval.evidence.proof import Broken, Proof, cover
+from msa_eval.judging.replay import Replay
 
 LINF, L2 = Ball("Linf", 8 / 255), Ball("L2", 0.5)
 SIZE, IMAGE = 6, (3, 4, 4)

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate, verify
-from msa_eval.protocols import gallery
-from msa_eval.protocols.archive import Proof
+from msa_eval.evidence import gallery
+from msa_eval.evidence.proof import Proof
+from msa_eval.judging import exhibits
 from msa_eval.protocols.evidence import GALLERY
 
 FAST = {"attack.square.queries": 5, "attack.apgd.steps": 4, "threat.eps": 0.2, "audit.samples": 0}
@@ -140,7 +141,7 @@ def test_what_could_not_be_read_again_is_not_made(shape: tuple[int, int, int], c
     """Two channels are no picture; of 12 megapixels, 94 MB each, one fits."""
     point = torch.zeros(1, *shape)
     proof = Proof("defense", "joint", 0, "rows", torch.tensor([0]), point)
-    made = gallery.exhibit([gallery.Candidate(proof, 1, "run", point[0], torch.ones(2))] * 3, _Wrong())  # type: ignore[arg-type]
+    made = exhibits.exhibit([exhibits.Candidate(proof, 1, "run", point[0], torch.ones(2))] * 3, _Wrong())  # type: ignore[arg-type]
     assert len(made) == count
     if made:
         (tmp_path / GALLERY).write_bytes(gallery.pack(made))

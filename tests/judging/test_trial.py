@@ -23,10 +23,10 @@ from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
 from msa_eval.errors import AttackError
+from msa_eval.judging.break_record import Record
+from msa_eval.judging.majority import decide_by_majority
 from msa_eval.judging.outcomes import Finding, Outcome
-from msa_eval.protocols.record import Record
-from msa_eval.protocols.trial import Setting, Trial
-from msa_eval.protocols.verdict import decide_by_majority
+from msa_eval.judging.trial import Setting, Trial
 from msa_eval.surrogates import ensemble, get
 
 BALL = Ball("Linf", 0.2)

@@ -21,10 +21,10 @@ from msa_eval.defense.contract import Defense, decide
 from msa_eval.defense.precision import EXACT, Search
 from msa_eval.device import asynchronous
 from msa_eval.errors import AttackError
+from msa_eval.judging.break_record import Record
+from msa_eval.judging.deferred import Later
+from msa_eval.judging.majority import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.judging.outcomes import Outcome, Trace
-from msa_eval.protocols.later import Later
-from msa_eval.protocols.record import Record
-from msa_eval.protocols.verdict import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.protocols import load_protocol
-from msa_eval.protocols.plan import plan_batches, select
 
 
 @given(count=st.integers(1, 500), size=st.integers(1, 100), seed=st.integers(0, 100))

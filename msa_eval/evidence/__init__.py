@@ -1,0 +1,1 @@
+"""What is known of every sample, in memory and on disk."""
