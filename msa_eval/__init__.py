@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from msa_eval.defense import Defense, WholeModel, as_defense
     from msa_eval.defense.architectures import Blueprint, Classifier
     from msa_eval.errors import AttackError
+    from msa_eval.evidence.results import Results
     from msa_eval.hpm import HPM, Variant
     from msa_eval.hpm.finetune import FinetuneSettings, finetune
     from msa_eval.protocols import Protocol, load_protocol
     from msa_eval.protocols.audit import audit
     from msa_eval.protocols.cluster import RayEngine
     from msa_eval.protocols.engine import evaluate
-    from msa_eval.protocols.evidence import Results
     from msa_eval.protocols.sizes import batch_size_report
     from msa_eval.protocols.verify import verify
     from msa_eval.targets import Target, load_target
@@ -83,7 +83,7 @@ _FILES = {
     "msa_eval.protocols.audit": ("audit",),
     "msa_eval.protocols.cluster": ("RayEngine",),
     "msa_eval.protocols.engine": ("evaluate",),
-    "msa_eval.protocols.evidence": ("Results",),
+    "msa_eval.evidence.results": ("Results",),
     "msa_eval.protocols.sizes": ("batch_size_report",),
     "msa_eval.protocols.verify": ("verify",),
     "msa_eval.targets.splitting": ("split",),

@@ -15,10 +15,10 @@ import pandas as pd
 
 from msa_eval.data import Samples
 from msa_eval.errors import AttackError
+from msa_eval.evidence.results import INCOMPLETE, Results
 from msa_eval.hpm.model import HPM
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.engine import evaluate
-from msa_eval.protocols.evidence import INCOMPLETE, Results
 from msa_eval.protocols.spec import load_protocol
 from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets.loading import load_target

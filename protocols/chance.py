@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from msa_eval.protocols.metrics import rate
+from msa_eval.evidence.metrics import rate
 
 Classes = npt.NDArray[np.integer]
 

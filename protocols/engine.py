@@ -27,8 +27,13 @@ from msa_eval.defense.precision import Search, choose
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.evidence import archive, gallery
+from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE, UNFINISHED
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
+from msa_eval.evidence.provenance import defense_hash, environment, place
+from msa_eval.evidence.records import TargetRecord
+from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
+from msa_eval.evidence.tables import tabulate
 from msa_eval.hashing import bytes_of
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
@@ -37,18 +42,7 @@ from msa_eval.progress import Progress, silent
 from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.engines import Engine, engine_of
 from msa_eval.protocols.entrant import Entrant
-from msa_eval.protocols.evidence import (
-    ARCHIVE,
-    INCOMPLETE,
-    NEW_ARCHIVE,
-    SCHEMA_VERSION,
-    UNFINISHED,
-    Results,
-    TargetRecord,
-    tabulate,
-)
 from msa_eval.protocols.ledger import Evaluated, Ledger
-from msa_eval.protocols.provenance import defense_hash, environment, place
 from msa_eval.protocols.series import Series
 from msa_eval.protocols.signs import unconfirmed_breaks, without_advice
 from msa_eval.protocols.spec import Protocol, load_protocol

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from msa_eval.protocols import metrics
+from msa_eval.evidence import metrics
 
 Mask = npt.NDArray[np.bool_]
 

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from msa_eval.evidence.results import Results
 from msa_eval.protocols.chance import Classes, against_chance, in_words
-from msa_eval.protocols.evidence import Results
 
 Severity = Literal["note", "suspect", "unreliable"]
 Mask = npt.NDArray[np.bool_]

@@ -24,9 +24,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msa_eval.evidence.diff import differences
+from msa_eval.evidence.folder import LOCK, UNFINISHED, claim_folder, set_aside
 from msa_eval.files import write_whole
-from msa_eval.protocols.differences import differences
-from msa_eval.protocols.evidence import LOCK, UNFINISHED, claim_folder, set_aside
 from msa_eval.protocols.packing import pack, unpack
 
 try:

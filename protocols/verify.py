@@ -27,14 +27,15 @@ from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.evidence.archive import Archive
+from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, GALLERY, TABLES
 from msa_eval.evidence.proof import Proof
+from msa_eval.evidence.provenance import defense_hash
+from msa_eval.evidence.results import SCHEMA_VERSION, run_digest
 from msa_eval.hashing import bytes_of, file_hash
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols.evidence import ARCHIVE, CROSSCHECK, GALLERY, SCHEMA_VERSION, TABLES, run_digest
-from msa_eval.protocols.provenance import defense_hash
 from msa_eval.protocols.recount import COLUMNS, Tables, check_columns, recount
 from msa_eval.protocols.spec import Protocol, make_protocol
 from msa_eval.targets.loading import resolve

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from msa_eval import Results, Samples, WholeModel, evaluate
 from msa_eval.evidence.archive import Written, write
+from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.evidence.proof import Proof, cover
 from msa_eval.judging.replay import Replay
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.evidence import ARCHIVE
 
 
 def make_content(**overrides: Any) -> Any:

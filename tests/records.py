@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from msa_eval.evidence.records import RunRecord, TargetRecord
+from msa_eval.evidence.results import Results
+from msa_eval.evidence.tables import tabulate
 from msa_eval.protocols import load_protocol
-from msa_eval.protocols.evidence import Results, RunRecord, TargetRecord, tabulate
 
 RUNS = (
     ("fc-oracle:apgd-margin:0", "fc-oracle", "apgd", "margin", 0),

@@ -53,9 +53,10 @@ def crosscheck(
     Lists every sample that one of them broke. TARGET and the data are by default those of the command line in run.json.
     Exit status 0 if nothing was broken and every peer came to its end, else 1.
     """
+    from msa_eval.evidence.folder import CROSSCHECK
+    from msa_eval.evidence.results import Results
     from msa_eval.files import write_whole
     from msa_eval.protocols.crosscheck import crosscheck as check
-    from msa_eval.protocols.evidence import CROSSCHECK, Results
     from msa_eval.report.text import render_crosscheck
 
     recorded = _recorded(Results.load(results).run, results) if not data.source or not target.word else {}

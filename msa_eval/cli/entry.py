@@ -34,7 +34,7 @@ def entry(
     It belongs into RobustBench's folder model_info/DATASET/NORM. The worst case stands under "external", as figures
     of adaptive evaluations do there; AutoAttack's own number is not claimed.
     """
-    from msa_eval.protocols.evidence import Results
+    from msa_eval.evidence.results import Results
     from msa_eval.report.entry import robustbench_entry
 
     made = robustbench_entry(Results.load(results), target=target, context=context, about=dict(about))

@@ -385,9 +385,9 @@ def check_complete(table: pd.DataFrame, of: str) -> None:
         table: of results, with a ``verdict`` a row where they have any.
         of: the column that says what a row stands for.
     """
-    from msa_eval.protocols import evidence
+    from msa_eval.evidence import results
 
-    incomplete = list(table[table["verdict"] == evidence.INCOMPLETE][of].unique()) if "verdict" in table else []
+    incomplete = list(table[table["verdict"] == results.INCOMPLETE][of].unique()) if "verdict" in table else []
     if incomplete:
         click.echo(
             f"Error: incomplete: parts of the evaluation of {', '.join(map(str, incomplete))} failed, which are named "

@@ -142,7 +142,7 @@ def _measure(
     quiet: bool,
 ) -> str:
     """Measure, write tables and figures, and say what they show."""
-    from msa_eval.protocols.provenance import defense_hash, environment
+    from msa_eval.evidence.provenance import defense_hash, environment
     from msa_eval.report.style import save
     from msa_eval.sensitivity.analysis import analyse_model
     from msa_eval.sensitivity.curves import accuracy_curves

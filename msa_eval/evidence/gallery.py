@@ -17,8 +17,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
+from msa_eval.evidence.folder import GALLERY
 from msa_eval.hashing import file_hash
-from msa_eval.protocols.evidence import GALLERY
 from msa_eval.untrusted import check_inside, told
 
 LIMIT = 12

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from msa_eval.evidence.gallery import Exhibit
-from msa_eval.protocols.evidence import Results
+from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 from msa_eval.report.style import COLOURS, COLUMN, DASHES, GRID, INK, NAMES, PAGE, PALETTE, SEQUENTIAL, paper_style
 

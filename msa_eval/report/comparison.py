@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import binomtest
 
-from msa_eval.protocols.evidence import METRICS, Results
-from msa_eval.protocols.metrics import Z_95
+from msa_eval.evidence.metrics import METRICS, Z_95
+from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 from msa_eval.report.charts import percent
 from msa_eval.report.style import NAMES

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from msa_eval.protocols.evidence import Results
+from msa_eval.evidence.results import Results
 
 FIELDS = (
     "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",

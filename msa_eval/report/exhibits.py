@@ -13,7 +13,8 @@ import pandas as pd
 from PIL import Image
 
 from msa_eval.evidence import gallery
-from msa_eval.protocols.evidence import GALLERY, Results
+from msa_eval.evidence.folder import GALLERY
+from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 from msa_eval.report.inline import csv_link
 from msa_eval.report.style import NAMES

@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 
 from msa_eval.evidence import gallery
-from msa_eval.protocols.evidence import FIGURES, Results
+from msa_eval.evidence.folder import FIGURES
+from msa_eval.evidence.results import Results
 from msa_eval.report.charts import charts, draw_gallery
 from msa_eval.report.style import save
 

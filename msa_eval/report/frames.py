@@ -7,8 +7,8 @@ import tomllib
 
 import pandas as pd
 
-from msa_eval.protocols.evidence import Results
-from msa_eval.protocols.metrics import rate
+from msa_eval.evidence.metrics import rate
+from msa_eval.evidence.results import Results
 from msa_eval.protocols.spec import StochasticBudget
 from msa_eval.report.style import NAMES
 

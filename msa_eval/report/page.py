@@ -17,8 +17,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from msa_eval._version import __version__
+from msa_eval.evidence.folder import PAGE
+from msa_eval.evidence.metrics import METRICS
+from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
-from msa_eval.protocols.evidence import METRICS, PAGE, Results
 from msa_eval.report import frames
 from msa_eval.report.charts import KINDS, Kind, percent
 from msa_eval.report.comparison import points, told_p

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from msa_eval.protocols.evidence import Results
+from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 
 FATES = ("robust", "broken", "wrong on clean")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
-from msa_eval.protocols.evidence import Results
 from msa_eval.report import frames
 from msa_eval.report.charts import draw_differences
 from msa_eval.report.comparison import Comparison, only_one, points, told_p

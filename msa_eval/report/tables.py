@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from msa_eval.protocols.evidence import Results
+from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 
 FORMATS = ("latex", "markdown", "csv")

@@ -18,10 +18,10 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import ce
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
+from msa_eval.evidence.metrics import rate
 from msa_eval.hpm.model import HPM
 from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols.metrics import rate
 from msa_eval.sensitivity.empirical import AngleModel, empirical_cdf, fit_angles
 from msa_eval.sensitivity.heads import classifier_of, features, plain_l2_head
 from msa_eval.sensitivity.isotropic import isotropic_cdf

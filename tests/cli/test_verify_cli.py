@@ -11,7 +11,7 @@ from proofs import make_results
 
 from msa_eval import HPM, Samples
 from msa_eval.cli import main
-from msa_eval.protocols.evidence import ARCHIVE
+from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))

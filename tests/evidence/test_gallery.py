@@ -16,9 +16,9 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate, verify
 from msa_eval.evidence import gallery
+from msa_eval.evidence.folder import GALLERY
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging import exhibits
-from msa_eval.protocols.evidence import GALLERY
 
 FAST = {"attack.square.queries": 5, "attack.apgd.steps": 4, "threat.eps": 0.2, "audit.samples": 0}
 

@@ -23,9 +23,9 @@ from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
 from msa_eval.evidence import archive, gallery
 from msa_eval.evidence.proof import Proof
+from msa_eval.evidence.results import Results
 from msa_eval.hpm.model import HPM
 from msa_eval.protocols import load_protocol
-from msa_eval.protocols.evidence import Results
 from msa_eval.report import page
 from msa_eval.targets.checkpoint import load_checkpoint, save_checkpoint
 

@@ -21,7 +21,8 @@ from records import make_results
 from msa_eval.data import load_samples
 from msa_eval.defense.architectures import Blueprint
 from msa_eval.evidence import gallery
-from msa_eval.protocols.evidence import GALLERY, Results
+from msa_eval.evidence.folder import GALLERY
+from msa_eval.evidence.results import Results
 from msa_eval.targets.checkpoint import load_checkpoint
 
 

@@ -18,8 +18,8 @@ from msa_eval.attacks import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.defense.contract import decide
 from msa_eval.errors import AttackError
+from msa_eval.evidence.results import Results
 from msa_eval.protocols.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
-from msa_eval.protocols.evidence import Results
 from msa_eval.protocols.signs import (
     gradient_free_beats_white_box,
     large_eps,

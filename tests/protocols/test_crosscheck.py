@@ -16,10 +16,10 @@ from torch import nn
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.external import Peer
 from msa_eval.cli import main
+from msa_eval.evidence.folder import CROSSCHECK
 from msa_eval.protocols import crosscheck as module
 from msa_eval.protocols import load_protocol
 from msa_eval.protocols.crosscheck import crosscheck
-from msa_eval.protocols.evidence import CROSSCHECK
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -146,7 +146,7 @@ def test_the_command_takes_target_and_data_from_the_results(tmp_path: Path) -> N
     assert CliRunner().invoke(main, made).exit_code == 0
     run = json.loads((folder / "run.json").read_text())
     run["command"] = ["msa-eval", *made]
-    from msa_eval.protocols.evidence import run_digest
+    from msa_eval.evidence.results import run_digest
 
     run["sha256"] = run_digest(run)
     (folder / "run.json").write_text(json.dumps(run))

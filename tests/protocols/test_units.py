@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_eval.attacks.batch import Point
+from msa_eval.evidence.diff import differences
 from msa_eval.judging.outcomes import Finding
 from msa_eval.protocols import units
-from msa_eval.protocols.differences import differences
 from msa_eval.protocols.packing import pack, unpack
 from msa_eval.protocols.units import Units, opened
 

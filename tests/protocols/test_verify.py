@@ -22,11 +22,12 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
+from msa_eval.evidence import metrics
 from msa_eval.evidence.archive import read
+from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.evidence.proof import Proof
+from msa_eval.evidence.results import run_digest
 from msa_eval.judging.replay import Replay
-from msa_eval.protocols import metrics
-from msa_eval.protocols.evidence import ARCHIVE, run_digest
 from msa_eval.protocols.verify import NEAR, Verification, reopen, verify
 
 NAMES = ["run.json", "hashes", "tables", "protocol", "weights", "data", "numbers", "batches", "samples", "trunk",

@@ -21,7 +21,7 @@ from records import RUNS, make_results
 
 from msa_eval import Results
 from msa_eval.evidence import gallery
-from msa_eval.protocols.evidence import GALLERY
+from msa_eval.evidence.folder import GALLERY
 from msa_eval.report import draw_curves, render_page, write_page
 from msa_eval.report.comparison import compare
 from msa_eval.report.figures import write_figures

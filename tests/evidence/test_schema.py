@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from records import make_results
 
 from msa_eval.cli import main
-from msa_eval.protocols.evidence import TABLES, TRIMMED, Results
-from msa_eval.protocols.fields import COLUMNS, MOST, RUN, check_run
+from msa_eval.evidence.folder import TABLES
+from msa_eval.evidence.results import TRIMMED, Results
+from msa_eval.evidence.schema import COLUMNS, MOST, RUN, check_run
 
 ROOT = Path(__file__).parents[2] / "results"
 WRONG = {"text": 7, "dict": ["a"], "list": "a", "int": "1", "float": "1", "bool": "yes"}

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
+
+
 Z_95 = NormalDist().inv_cdf(0.975)
 
 
@@ -77,3 +79,6 @@ def worst_case(correct: Mask, any_broken: Mask) -> Rate:
         any_broken: wrong on some batch of the run ``(runs, N)``.
     """
     return rate(int((correct & ~any_broken.any(axis=0)).sum()), len(correct))
+
+
+METRICS = ("clean", "paper", "realised", "worst_case")

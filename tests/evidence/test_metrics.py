@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from msa_eval.protocols import metrics
+from msa_eval.evidence import metrics
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))

@@ -1,0 +1,197 @@
+"""The results of an evaluation: its tables and its ``run.json``, written and read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from msa_eval.evidence import schema as fields
+from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, FIGURES, GALLERY, PAGE, TABLES, claim_folder, read_run
+from msa_eval.evidence.metrics import METRICS
+from msa_eval.files import write_all
+from msa_eval.protocols.spec import CONTEXTS
+from msa_eval.untrusted import check_inside, told
+
+SCHEMA_VERSION = 1
+
+
+TARGETS = ("defense", "fc")
+
+
+TRIMMED = ("attacks", "outcomes", "batches")
+"""Tables without which results can still be shown, in part."""
+
+
+INCOMPLETE = "incomplete"
+"""The verdict where something failed, so that what was not broken is not known to be robust."""
+
+
+WITHOUT_AUDIT = {"verdict": "not audited", "reasons": ""}
+"""What stands in a table for results without an audit, beside others that have a verdict."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found, as pandas tables (their columns are described in the README).
+
+    Attributes:
+        summary: a row a target, context and number.
+        attacks: a row a run.
+        samples: a row a sample, target and context.
+        outcomes: a row a sample and run.
+        batches: a row a sample's place.
+        run: protocol, seed, hashes, versions and all else that says how the tables were made.
+        audit: a row a target and sign, where the results were audited.
+    """
+
+    summary: pd.DataFrame
+    attacks: pd.DataFrame
+    samples: pd.DataFrame
+    outcomes: pd.DataFrame
+    batches: pd.DataFrame
+    run: Mapping[str, Any]
+    audit: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def save(
+        self, folder: str | Path, *, force: bool = False, archive: Path | None = None, gallery: bytes | None = None
+    ) -> None:
+        """Write the tables as CSV and ``run.json``, all or none.
+
+        Measured times go to ``run.json`` and leave ``seconds`` in ``attacks.csv`` empty, so that the same seed gives
+        identical CSVs; `load` puts them back. ``run.json`` also holds the SHA-256 of each file and, last, of itself
+        (see `run_digest`). What other results left there (archive, audit, gallery, page, cross-check) goes; a gallery
+        of these same results stays.
+
+        Args:
+            folder: made if need be.
+            force: write over other results.
+            archive: a file in the folder with adversarial batches, named by ``run``, to be moved to its place.
+            gallery: the content of `GALLERY`.
+
+        Raises:
+            ValueError: when the folder holds something else.
+            OSError: when it can't be written.
+        """
+        folder = Path(folder)
+        claim_folder(folder, self.run, force=force)
+        before = (read_run(folder) or {}).get("key", self.run["key"])
+        if gallery is None and (folder / GALLERY).is_file():
+            held = (folder / GALLERY).read_bytes()
+            listed = self.run.get("files", {}).get(GALLERY)
+            gallery = held if hashlib.sha256(held).hexdigest() == listed else None
+        tables = {name: getattr(self, name) for name in TABLES}
+        tables["attacks"] = self.attacks.assign(seconds=None)
+        if len(self.audit):
+            tables["audit"] = self.audit
+        contents = {
+            f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()
+        }
+        if gallery is not None:
+            contents[GALLERY] = gallery
+        run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
+        run["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        run["sha256"] = run_digest(run)
+        contents["run.json"] = f"{json.dumps(run, indent=2, ensure_ascii=False)}\n".encode()
+        write_all(folder, {name: [content] for name, content in contents.items()})
+        if archive is not None:
+            archive.replace(folder / ARCHIVE)
+        stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK} - set(contents) | (
+            {ARCHIVE} if run.get("adversarial") is None else set()
+        )
+        for name in stale:
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        if before != self.run["key"] and (folder / FIGURES).is_dir():
+            warnings.warn(f"{folder / FIGURES} is still of the results before; make the figures again", stacklevel=2)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, trimmed: bool = False) -> Results:
+        """Read what `save` wrote; the files are taken for hostile.
+
+        Args:
+            folder: of the results.
+            trimmed: let tables of `TRIMMED` be missing; they come without rows then, but for ``batches``, which the
+                samples tell.
+
+        Raises:
+            ValueError: when the folder holds no complete results of this schema, or a file is not as `save` wrote it:
+                a field of ``run.json`` or a column of a table is missing or of another type, or there is a target or
+                context that there is not.
+        """
+        folder = Path(folder)
+        run = read_run(folder)
+        if run is None:
+            raise ValueError(f"{folder} holds no complete results: there is no run.json")
+        if run.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder} has schema version {run.get('schema_version')!a:.20}, but this release reads "
+                f"{SCHEMA_VERSION}"
+            )
+        fields.check_run(str(folder / "run.json"), run)
+        tables = {}
+        for name in (*TABLES, "audit"):
+            path = folder / f"{name}.csv"
+            if not path.is_file() and (name == "audit" or (trimmed and name in TRIMMED)):
+                continue
+            try:
+                tables[name] = _read(path, name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{folder} holds no complete results: {error}") from error
+            _check_known(str(path), tables[name])
+        for name in set(TRIMMED) - set(tables):
+            of_samples = name == "batches"
+            seats = tables["samples"][["batch", "position", "index"]].drop_duplicates("index", ignore_index=True)
+            tables[name] = seats if of_samples else pd.DataFrame(columns=list(fields.COLUMNS[name]))
+        fields.check_together(str(folder), tables, METRICS)
+        seconds = run.get("seconds_by_run", {})
+        tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
+        return cls(**tables, run=run)
+
+
+def run_digest(run: Mapping[str, Any]) -> str:
+    """SHA-256 over all fields of a ``run.json`` but ``sha256``, as JSON with sorted keys and no white space.
+
+    >>> run_digest({"seed": 0, "sha256": "any"})[:8]
+    'bd048884'
+    """
+    fields = {name: value for name, value in run.items() if name != "sha256"}
+    # There and back first: keys are sorted as they stand in the file, as texts.
+    text = json.dumps(json.loads(json.dumps(fields)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keys(attacks: pd.DataFrame) -> list[str]:
+    """What names a run among all targets and contexts."""
+    return [f"{row['target']}/{row['context']}/{row['run']}" for row in attacks.to_dict(orient="records")]
+
+
+def _read(path: Path, name: str) -> pd.DataFrame:
+    check_inside(path, path.parent)
+    try:
+        table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is no readable table: {told(error)}") from error
+    fields.check_table(str(path), name, table)
+    for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
+        table[column] = table[column].astype("string").fillna("").astype(object)
+    return table.astype({column: "Int64" for column in ("broken_at", "first_iterate") if column in table})
+
+
+def _check_known(name: str, table: pd.DataFrame) -> None:
+    """Names of targets and contexts become parts of file names and pages, so no others are let in.
+
+    Raises:
+        ValueError: when there is another.
+    """
+    for column, known in (("target", TARGETS), ("context", CONTEXTS)):
+        others = [value for value in table.get(column, pd.Series(dtype=object)).unique() if value not in known]
+        if others:
+            raise ValueError(f"{name} names the {column} {others[0]!a:.40}; expected one of {', '.join(known)}")
