@@ -21,6 +21,7 @@ if not (Path(__file__).parent / "protocols").is_dir():
 
 if TYPE_CHECKING:
     from msa_eval.ablation import Ablation, ablate
+    from msa_eval.auditing.audit import audit
     from msa_eval.data import Samples, load_samples
     from msa_eval.defense import Defense, WholeModel, as_defense
     from msa_eval.defense.architectures import Blueprint, Classifier
@@ -29,14 +30,13 @@ if TYPE_CHECKING:
     from msa_eval.hpm import HPM, Variant
     from msa_eval.hpm.finetune import FinetuneSettings, finetune
     from msa_eval.protocols import Protocol, load_protocol
-    from msa_eval.protocols.audit import audit
     from msa_eval.protocols.cluster import RayEngine
     from msa_eval.protocols.engine import evaluate
     from msa_eval.protocols.sizes import batch_size_report
-    from msa_eval.protocols.verify import verify
     from msa_eval.targets import Target, load_target
     from msa_eval.targets.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.targets.splitting import split
+    from msa_eval.verification.verify import verify
 
 __all__ = [
     "HPM",
@@ -80,12 +80,12 @@ _FILES = {
     "msa_eval.hpm.finetune": ("FinetuneSettings", "finetune"),
     "msa_eval.hpm": ("HPM", "Variant"),
     "msa_eval.protocols": ("Protocol", "load_protocol"),
-    "msa_eval.protocols.audit": ("audit",),
+    "msa_eval.auditing.audit": ("audit",),
     "msa_eval.protocols.cluster": ("RayEngine",),
     "msa_eval.protocols.engine": ("evaluate",),
     "msa_eval.evidence.results": ("Results",),
     "msa_eval.protocols.sizes": ("batch_size_report",),
-    "msa_eval.protocols.verify": ("verify",),
+    "msa_eval.verification.verify": ("verify",),
     "msa_eval.targets.splitting": ("split",),
     "msa_eval.targets": ("Target", "load_target"),
 }

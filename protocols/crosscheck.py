@@ -30,8 +30,8 @@ from msa_eval.judging.trial import Trial
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent, ticking
 from msa_eval.protocols.spec import PeerSpec
-from msa_eval.protocols.verify import Reopened, reopen
 from msa_eval.randomness import seeded
+from msa_eval.verification.reopen import Reopened, reopen
 
 SURROGATES = ("fc-oracle", "ste")
 """What a peer with gradients is run on by default: the FC head, and the target's own gradient."""

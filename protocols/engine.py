@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from msa_eval._version import __version__
+from msa_eval.auditing.audit import Sign, StateGuard, probe, signs_from, verdict_of
+from msa_eval.auditing.rules import unconfirmed_breaks, without_advice
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.defense.micro_batches import fitting, parts_of, passed_last, plain
@@ -39,12 +41,10 @@ from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols.audit import Sign, StateGuard, probe, signs_from, verdict_of
 from msa_eval.protocols.engines import Engine, engine_of
 from msa_eval.protocols.entrant import Entrant
 from msa_eval.protocols.ledger import Evaluated, Ledger
 from msa_eval.protocols.series import Series
-from msa_eval.protocols.signs import unconfirmed_breaks, without_advice
 from msa_eval.protocols.spec import Protocol, load_protocol
 from msa_eval.protocols.units import Notify, Units, opened, warn
 from msa_eval.protocols.work import Failure, Work

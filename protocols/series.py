@@ -15,6 +15,7 @@ from msa_eval.attacks.attacked_batch import Attack
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.companions import CompositionAttack
 from msa_eval.attacks.pursuit import PursuitAttack
+from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.defense.contract import WholeModel
 from msa_eval.defense.micro_batches import fitting, plain
 from msa_eval.defense.precision import EXACT
@@ -26,7 +27,6 @@ from msa_eval.judging.clean_batches import CleanBatches, Pool
 from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.judging.trial import Trial
 from msa_eval.protocols.entrant import Entrant
-from msa_eval.protocols.guard import StateGuard
 from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from toys import make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
+from msa_eval.auditing.audit import audit
 from msa_eval.numerics import WORKSPACE, _settings, exact
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.audit import audit
 from msa_eval.protocols.crosscheck import crosscheck
-from msa_eval.protocols.verify import verify
+from msa_eval.verification.verify import verify
 
 
 def _state() -> list[object]:

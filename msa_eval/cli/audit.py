@@ -11,8 +11,8 @@ import click
 from msa_eval.cli import options
 
 if TYPE_CHECKING:
-    from msa_eval.protocols.audit import AuditReport
-    from msa_eval.protocols.signs import Sign
+    from msa_eval.auditing.audit import AuditReport
+    from msa_eval.auditing.sign import Sign
 
 WIDTH = 100
 
@@ -43,7 +43,7 @@ def audit(
     A short look at the first batches of a protocol, no evaluation: randomness, state, batch dependence, vanishing
     gradients, and attacks that do better or worse than they should.
     """
-    from msa_eval.protocols.audit import audit as audit_target
+    from msa_eval.auditing.audit import audit as audit_target
 
     samples = data.load()
     loaded = target.load(samples)

@@ -24,8 +24,8 @@ def verify(results: Path, target: options.Chosen, data: options.Data, device: st
     Replays the adversarial batches kept by 'msa-eval evaluate --save-adversarial': each must lie in the ball and break
     on the real target what it is said to break. Exit status 0 if all was checked and holds, else 1.
     """
-    from msa_eval.protocols.verify import LEAST
-    from msa_eval.protocols.verify import verify as verify_results
+    from msa_eval.verification.verify import LEAST
+    from msa_eval.verification.verify import verify as verify_results
 
     samples = data.load(quiet=quiet)
     found = verify_results(

@@ -10,10 +10,10 @@ import pandas as pd
 
 from msa_eval.ablation import Ablation
 from msa_eval.attacks.external.faults import LOUD
+from msa_eval.auditing.rules import NO_TRANSFER
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.protocols.crosscheck import Crosscheck
-from msa_eval.protocols.signs import NO_TRANSFER
 from msa_eval.report import frames
 
 QUERY = ("square", "spsa")

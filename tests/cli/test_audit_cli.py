@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from msa_eval.auditing.audit import AuditReport, Sign
 from msa_eval.cli import main
 from msa_eval.cli.audit import render
-from msa_eval.protocols.audit import AuditReport, Sign
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -58,9 +58,7 @@ def _report(*signs: Sign) -> AuditReport:
 def test_strict_speaks_through_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, signs: list[Sign], strict: bool, status: int
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["msa_eval.protocols.audit"], "audit", lambda *arguments, **settings: _report(*signs)
-    )
+    monkeypatch.setattr(sys.modules["msa_eval.auditing.audit"], "audit", lambda *arguments, **settings: _report(*signs))
     result = _run(DIGITS, "--data", "digits", *(["--strict"] if strict else []))
     assert result.exit_code == status
     assert "verdict: " in result.stdout

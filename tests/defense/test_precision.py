@@ -22,8 +22,8 @@ from msa_eval.defense.precision import Search, choose
 from msa_eval.judging.outcomes import Outcome
 from msa_eval.judging.trial import Setting, Trial
 from msa_eval.protocols import engine, make_protocol
-from msa_eval.protocols.verify import verify
 from msa_eval.surrogates import get
+from msa_eval.verification.verify import verify
 
 BALL = Ball("Linf", 0.2)
 

@@ -21,9 +21,9 @@ from msa_eval.defense.contract import decide
 from msa_eval.engine import external_runs
 from msa_eval.judging.trial import Trial
 from msa_eval.protocols import load_protocol, make_protocol
-from msa_eval.protocols.verify import verify
 from msa_eval.report import render_page, render_table
 from msa_eval.surrogates import FC_ORACLE
+from msa_eval.verification.verify import verify
 
 EPS = 0.06
 

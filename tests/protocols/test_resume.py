@@ -19,10 +19,10 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, AttackError, Results, Samples, WholeModel, evaluate
 from msa_eval.protocols import Protocol, make_protocol
 from msa_eval.protocols.units import Units
-from msa_eval.protocols.verify import verify
 from msa_eval.report import render_table
 from msa_eval.report.page import write_page
 from msa_eval.surrogates import Surrogate
+from msa_eval.verification.verify import verify
 
 TIMES = {"seconds", "seconds_by_run", "sha256"}
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Classifier, Results, evaluate, verify
+from msa_eval.auditing.rules import unconfirmed_breaks
 from msa_eval.evidence import archive
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.signs import unconfirmed_breaks
 from msa_eval.report import render_table
 
 

@@ -28,7 +28,9 @@ from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.results import run_digest
 from msa_eval.judging.replay import Replay
-from msa_eval.protocols.verify import NEAR, Verification, reopen, verify
+from msa_eval.verification.referee import NEAR
+from msa_eval.verification.reopen import reopen
+from msa_eval.verification.verify import Verification, verify
 
 NAMES = ["run.json", "hashes", "tables", "protocol", "weights", "data", "numbers", "batches", "samples", "trunk",
          "clean", "archive", "points", "replay"]  # fmt: skip

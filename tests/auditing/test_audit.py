@@ -16,11 +16,8 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, Classifier, Samples, WholeModel
 from msa_eval.attacks import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.defense.contract import decide
-from msa_eval.errors import AttackError
-from msa_eval.evidence.results import Results
-from msa_eval.protocols.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
-from msa_eval.protocols.signs import (
+from msa_eval.auditing.audit import AuditReport, Sign, StateGuard, audit, probe, signs_from, verdict_of
+from msa_eval.auditing.rules import (
     gradient_free_beats_white_box,
     large_eps,
     loss_not_rising,
@@ -28,6 +25,9 @@ from msa_eval.protocols.signs import (
     surrogate_disagrees,
     transfer_beats_direct,
 )
+from msa_eval.defense.contract import decide
+from msa_eval.errors import AttackError
+from msa_eval.evidence.results import Results
 from msa_eval.surrogates import STE, get
 
 COMMITTED = Path(__file__).parents[2] / "results/cifar10-wrn10-2"

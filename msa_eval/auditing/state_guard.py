@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.attacks.batch import Batch
+from msa_eval.auditing.rules import SAME, state_guard
+from msa_eval.auditing.sign import Sign, change
 from msa_eval.defense.contract import Defense, decide, modules_of
 from msa_eval.defense.micro_batches import plain
 from msa_eval.hashing import tensor_hash
-from msa_eval.protocols.signs import SAME, Sign, change, state_guard
 from msa_eval.randomness import seeded
 
 

@@ -15,14 +15,15 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
+from msa_eval.auditing import rules
+from msa_eval.auditing.rules import Mask
+from msa_eval.auditing.sign import NO_ANSWER, Change, Sign, change
+from msa_eval.auditing.state_guard import answer
 from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.judging.trial import Setting, Trial
 from msa_eval.judging.usable_surrogates import answer_with_gradient
-from msa_eval.protocols import signs
-from msa_eval.protocols.guard import answer
 from msa_eval.protocols.inner_gradients import counting_gradients
-from msa_eval.protocols.signs import NO_ANSWER, Change, Mask, Sign, change
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate
@@ -76,7 +77,7 @@ class Subject:
         self.right = torch.cat([batch.correct for batch in batches])
         self.losses = {name: loss for name, loss in LOSSES.items() if num_classes >= MIN_CLASSES[name]}
         self.chance = self._between(lambda batch: self._ask(batch.x), lambda batch: self._ask(batch.x, other=True))
-        self.stochastic = self.chance.drift > signs.SAME
+        self.stochastic = self.chance.drift > rules.SAME
 
     def _ask(self, x: Tensor, *, other: bool = False) -> Tensor:
         return answer(self.defense, x, self.seed + other)
@@ -95,28 +96,28 @@ class Subject:
         """Measure all signs."""
         clean = torch.cat([batch.logits for batch in self.batches])
         labels, classes = (torch.cat(parts).cpu().numpy() for parts in ([b.y for b in self.batches], [clean.argmax(1)]))
-        found = [signs.clean_at_chance(labels, classes, clean.shape[1])]
-        found += [signs.probabilities(clean), signs.training_mode(left_training(self.defense)), *self.determinism()]
+        found = [rules.clean_at_chance(labels, classes, clean.shape[1])]
+        found += [rules.probabilities(clean), rules.training_mode(left_training(self.defense)), *self.determinism()]
         with counting_gradients() as made:
             self._ask(self.batches[0].x)
-        found.append(signs.optimises_inside(made.count))
+        found.append(rules.optimises_inside(made.count))
         found += self.gradients(surrogates)
         found += self.attacks(surrogates)
         if surrogates:
-            found.append(signs.surrogate_disagrees({s.name: self.disagreement(s) for s in surrogates}))
+            found.append(rules.surrogate_disagrees({s.name: self.disagreement(s) for s in surrogates}))
         return found
 
     def determinism(self) -> list[Sign]:
         """Randomness, state and batch dependence."""
         repeated, after_use = self._repeats(self._ask), self._after_use(self._ask)
-        moves = max(repeated.drift, after_use.drift) > signs.SAME
+        moves = max(repeated.drift, after_use.drift) > rules.SAME
         seeded_too = self._ask_all_seeded
-        others = moves and max(self._repeats(seeded_too).drift, self._after_use(seeded_too).drift) <= signs.SAME
+        others = moves and max(self._repeats(seeded_too).drift, self._after_use(seeded_too).drift) <= rules.SAME
         noise = self.chance if self.stochastic else None
         return [
-            signs.randomness(self.chance, repeats=not moves),
-            signs.state(repeated, after_use, other_generators=others),
-            signs.batch_dependence(self._companions(), declared=self.batch_dependent, noise=noise),
+            rules.randomness(self.chance, repeats=not moves),
+            rules.state(repeated, after_use, other_generators=others),
+            rules.batch_dependence(self._companions(), declared=self.batch_dependent, noise=noise),
         ]
 
     def _ask_all_seeded(self, x: Tensor) -> Tensor:
@@ -192,8 +193,8 @@ class Subject:
         everywhere = torch.stack(list(dead.values())).all(dim=0) if dead else torch.ones_like(own)
         share = self._share(everywhere)
         return [
-            signs.zero_gradients(share, {name: self._share(mask) for name, mask in dead.items()}),
-            signs.own_gradient_zero(self._share(own), share),
+            rules.zero_gradients(share, {name: self._share(mask) for name, mask in dead.items()}),
+            rules.own_gradient_zero(self._share(own), share),
         ]
 
     def _share(self, mask: Tensor) -> float:
@@ -251,12 +252,12 @@ class Subject:
             direct = self._apgd(STE).broken
         if direct is not None:
             others = {name: mask for name, mask in broken.items() if name != STE.name}
-            found.append(signs.transfer_beats_direct(direct, others))
+            found.append(rules.transfer_beats_direct(direct, others))
         elif len(broken) < 2:
-            found.append(signs.transfer_beats_direct(np.zeros(self.n, dtype=bool), {}))
+            found.append(rules.transfer_beats_direct(np.zeros(self.n, dtype=bool), {}))
         one = {surrogate.name: self._apgd(surrogate, one_step=True) for surrogate in surrogates}
-        found.append(signs.one_step_beats_forty(_counts(one), _counts(forty), self.n))
-        found.append(signs.loss_not_rising({s.name: self._rise(s, forty[s.name].losses) for s in surrogates}))
+        found.append(rules.one_step_beats_forty(_counts(one), _counts(forty), self.n))
+        found.append(rules.loss_not_rising({s.name: self._rise(s, forty[s.name].losses) for s in surrogates}))
         found.append(self._large_eps(surrogates))
         return found
 
@@ -264,12 +265,12 @@ class Subject:
         """What Square breaks beyond the white-box runs; before that counts as a sign, these try all losses anew."""
         nothing = np.zeros(self.n, dtype=bool)
         only = self._square().surely & ~np.logical_or.reduce([nothing, *broken.values()])
-        sign = signs.gradient_free_beats_white_box(int(only.sum()), self.n)
+        sign = rules.gradient_free_beats_white_box(int(only.sum()), self.n)
         if not sign.fired:
             return sign
         again = [self._apgd(surrogate, loss=loss, restart=1).broken for surrogate in surrogates for loss in self.losses]
         only = only & ~np.logical_or.reduce([nothing, *again])
-        return signs.gradient_free_beats_white_box(int(only.sum()), self.n)
+        return rules.gradient_free_beats_white_box(int(only.sum()), self.n)
 
     def _setting(self) -> Setting:
         return Setting(eot=EOT if self.stochastic else 1)
@@ -349,10 +350,10 @@ class Subject:
             try:
                 left = left & ~self._apgd(surrogate, ball=ball, steps=LARGE_STEPS).broken
             except AttackError as error:
-                return signs.large_eps(int(left.sum()), self.n, words, failure=str(error))
+                return rules.large_eps(int(left.sum()), self.n, words, failure=str(error))
             if not left.any():
                 break
-        return signs.large_eps(int(left.sum()), self.n, words)
+        return rules.large_eps(int(left.sum()), self.n, words)
 
 
 def _counts(runs: Mapping[str, _Attacked]) -> dict[str, int]:

@@ -1,31 +1,18 @@
-"""Signs that a robustness figure should not be believed, and the verdict they add up to.
-
-Each sign is a function of what was measured: numbers in, one plain sentence out. What measures them is
-`msa_eval.protocols.audit`; `signs_from` reads those that a finished evaluation holds.
-
-References:
-    Obfuscated Gradients Give a False Sense of Security (Athalye, Carlini & Wagner, 2018), arXiv:1802.00420,
-    section 3.1; On Evaluating Adversarial Robustness (Carlini et al., 2019), arXiv:1902.06705, section 5.
-"""
+"""The rules by which what was measured becomes a sign: a function a sign."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from msa_eval.evidence.results import Results
-from msa_eval.protocols.chance import Classes, against_chance, in_words
+from msa_eval.auditing.chance import Classes, against_chance, in_words
+from msa_eval.auditing.sign import Change, Severity, Sign
 
-Severity = Literal["note", "suspect", "unreliable"]
 Mask = npt.NDArray[np.bool_]
 
-GRADIENT_FREE = frozenset({"square", "spsa"})
-"""Attacks that use no gradient; all others are white-box."""
 
 OF_ATTACKS = frozenset(
     {"zero_gradients", "own_gradient_zero", "gradient_free_beats_white_box", "transfer_beats_direct", "large_eps",
@@ -33,92 +20,13 @@ OF_ATTACKS = frozenset(
 )  # fmt: skip
 """The signs that show how attacks fared, and give advice about them."""
 
+
 SAME = 1e-5
 """Answers whose drift, as a share of the range of the logits, is below this are the same."""
 
+
 ALONE = 1e-3
 """Likewise, where the shape of the batch differs: other kernels add up in another order, in TF32 on some GPUs."""
-
-
-@dataclass(frozen=True)
-class Sign:
-    """One sign.
-
-    Attributes:
-        name: what was looked at.
-        fired: whether it was seen.
-        severity: what it counts for when it fires.
-        value: what was measured.
-        threshold: above (or, where the reason says so, below) which it fires.
-        reason: one sentence: what was seen, and what to do about it.
-    """
-
-    name: str
-    fired: bool
-    severity: Severity
-    value: float
-    threshold: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a figure can be believed.
-
-    Attributes:
-        verdict: ``sound``, ``suspect`` or ``unreliable``; of an evaluation in which something failed, ``incomplete``.
-        reasons: what failed, and the signs that made it so, the gravest first.
-    """
-
-    verdict: Literal["sound", "suspect", "unreliable", "incomplete"]
-    reasons: tuple[str, ...]
-
-
-def verdict_of(signs: Iterable[Sign]) -> Verdict:
-    """Add signs up: the gravest that fired decides, and notes never do.
-
-    >>> verdict_of([Sign("large_eps", True, "unreliable", 0.3, 0.05, "30 % are left.")])
-    Verdict(verdict='unreliable', reasons=('30 % are left.',))
-    >>> verdict_of([Sign("randomness", True, "note", 0.1, 1e-5, "It draws.")])
-    Verdict(verdict='sound', reasons=())
-    """
-    fired = [sign for sign in signs if sign.fired]
-    grave = [sign.reason for sign in fired if sign.severity == "unreliable"]
-    doubtful = [sign.reason for sign in fired if sign.severity == "suspect"]
-    return Verdict("unreliable" if grave else "suspect" if doubtful else "sound", (*grave, *doubtful))
-
-
-class Change(NamedTuple):
-    """How two answers to the same images differ.
-
-    Attributes:
-        drift: the largest difference of a logit, as a share of the range of all logits.
-        mean: the mean difference, likewise.
-        flips: the share of samples whose class differs.
-    """
-
-    drift: float
-    mean: float
-    flips: float
-
-
-NO_ANSWER = Change(1.0, 1.0, 1.0)
-"""What counts as the change to no answer at all, or to one that is not finite."""
-
-
-def change(before: Tensor, after: Tensor) -> Change:
-    """Compare two answers ``(B, k)``.
-
-    >>> import torch
-    >>> change(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 3.0]]))
-    Change(drift=0.25, mean=0.125, flips=0.0)
-    """
-    if not bool(after.isfinite().all()):
-        return NO_ANSWER
-    scale = max(float(before.max() - before.min()), 1e-12)
-    difference = (after - before).abs() / scale
-    flips = (after.argmax(dim=1) != before.argmax(dim=1)).float().mean()
-    return Change(float(difference.max()), float(difference.mean()), float(flips))
 
 
 def clean_at_chance(labels: Classes, predictions: Classes, num_classes: int) -> Sign:
@@ -451,78 +359,6 @@ def state_guard(changes: Sequence[str]) -> Sign:
     else:
         reason = "parameters, buffers, modes and the answer to a clean batch are as they were before"
     return Sign("state_guard", fired, "unreliable", float(len(changes)), 0.0, _sentence(reason))
-
-
-def signs_from(results: Results, *, target: str = "defense") -> list[Sign]:
-    """The signs that finished evidence holds: of clean accuracy, and of attacks against each other.
-
-    Where there are several contexts, the one in which a sign is strongest speaks.
-
-    Args:
-        results: of an evaluation.
-        target: ``defense`` or ``fc``.
-    """
-    of_target = results.attacks["target"] == target
-    by_context = [_signs_in(results, target, context) for context in results.attacks[of_target]["context"].unique()]
-    found: dict[str, Sign] = {}
-    for sign in (sign for signs in by_context for sign in signs):
-        if sign.name not in found or (sign.fired, sign.value) > (found[sign.name].fired, found[sign.name].value):
-            found[sign.name] = sign
-    return list(found.values())
-
-
-def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
-    """The signs of one target in one context."""
-    attacks, samples, outcomes = (
-        table[(table["target"] == target) & (table["context"] == context)]
-        for table in (results.attacks, results.samples, results.outcomes)
-    )
-    if samples.empty:
-        return []
-    right = samples.set_index("index")["clean_correct"].astype(bool)
-    wide = outcomes.pivot(index="index", columns="run", values="any_broken").loc[right.index]
-    broken: dict[str, Mask] = {str(run): wide[run].to_numpy(dtype=bool) & right.to_numpy() for run in wide.columns}
-    kinds = {str(row["run"]): row for row in attacks.to_dict(orient="records")}
-    free = [run for run in broken if kinds[run]["attack"] in GRADIENT_FREE]
-    # Attacks of others have a colon in their names; the signs are of our own runs.
-    white = [run for run in broken if kinds[run]["attack"] not in GRADIENT_FREE and ":" not in kinds[run]["attack"]]
-    # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
-    continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")
-    signs = [
-        clean_at_chance(
-            samples["label"].to_numpy(), samples["clean_prediction"].to_numpy(),
-            results.run["targets"][target]["num_classes"],
-        )
-    ]  # fmt: skip
-    if free:
-        only = _union(broken, free, len(right)) & ~_union(broken, white, len(right))
-        signs.append(gradient_free_beats_white_box(int(only.sum()), len(right), continued=continued))
-    if not continued:
-        pairs = {
-            run: (kinds[run]["surrogate"], *(kinds[run][key] for key in ("attack", "loss", "restart"))) for run in white
-        }
-        signs += _transfer_sign(broken, pairs)
-    return signs
-
-
-def _transfer_sign(broken: Mapping[str, Mask], runs: Mapping[str, tuple[object, ...]]) -> list[Sign]:
-    """Compare each surrogate with ``ste`` on the runs that both made, so that none has more tries."""
-    made: dict[object, dict[tuple[object, ...], str]] = {}
-    for run, (surrogate, *key) in runs.items():
-        made.setdefault(surrogate, {})[tuple(key)] = run
-    direct = made.pop("ste", {})
-    transfers = {}
-    for surrogate, others in made.items():
-        if set(others) == set(direct):
-            transfers[str(surrogate)] = np.logical_or.reduce([broken[run] for run in others.values()])
-    if not transfers:
-        return []
-    return [transfer_beats_direct(np.logical_or.reduce([broken[run] for run in direct.values()]), transfers)]
-
-
-def _union(broken: Mapping[str, Mask], runs: Sequence[str], n: int) -> Mask:
-    union: Mask = np.logical_or.reduce([np.zeros(n, dtype=bool), *(broken[run] for run in runs)])
-    return union
 
 
 def _listed(values: Mapping[str, float], show: Callable[[float], str]) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import Samples, audit, evaluate
-from msa_eval.protocols.chance import against_chance, ranges
-from msa_eval.protocols.signs import OF_ATTACKS, clean_at_chance
+from msa_eval.auditing.chance import against_chance, ranges
+from msa_eval.auditing.rules import OF_ATTACKS, clean_at_chance
 
 Y = np.arange(60) % 10
 RANDOM = np.random.default_rng(0).integers(0, 10, 60)

@@ -1,7 +1,7 @@
 """The audit: short measurements of a target that show whether a robustness figure can be believed.
 
-They use the engine's own batches, trials and surrogates. What is measured stands in `msa_eval.protocols.subject`, what
-it means in `msa_eval.protocols.signs`.
+They use the engine's own batches, trials and surrogates. What is measured stands in `msa_eval.auditing.probes`, what
+it means in `msa_eval.auditing.rules`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
+from msa_eval.auditing.evidence_signs import signs_from
+from msa_eval.auditing.probes import Subject
+from msa_eval.auditing.rules import without_advice
+from msa_eval.auditing.sign import Sign, Verdict, verdict_of
+from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, without_weight_gradients
 from msa_eval.defense.micro_batches import fitting
@@ -31,10 +36,7 @@ from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.usable_surrogates import answer_with_gradient, offer
 from msa_eval.numerics import exact
-from msa_eval.protocols.guard import StateGuard
-from msa_eval.protocols.signs import Sign, Verdict, signs_from, verdict_of, without_advice
 from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
-from msa_eval.protocols.subject import Subject
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own, Surrogate, get
 from msa_eval.targets.loading import resolve

@@ -1,0 +1,1 @@
+"""Results checked without attacking anything again: replayed, and counted again."""

@@ -1,0 +1,219 @@
+"""The checks of a verification: each says what it found, or raises."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from msa_eval.data import Samples
+from msa_eval.defense.contract import Defense
+from msa_eval.evidence.archive import Archive
+from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, GALLERY, TABLES
+from msa_eval.evidence.provenance import defense_hash
+from msa_eval.evidence.results import run_digest
+from msa_eval.hashing import bytes_of, file_hash
+from msa_eval.judging.batch_plan import batch_of, plan_batches, select
+from msa_eval.judging.replay import Replay
+from msa_eval.protocols.spec import Protocol, make_protocol
+from msa_eval.verification.recompute import COLUMNS, Tables, check_columns, recount
+from msa_eval.verification.referee import NEAR, NEAR_TIE, Referee
+from msa_eval.verification.stated import Stated
+
+
+class NotCheckedError(Exception):
+    """A check that can't be made; says why."""
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """The first three faults, and how many more there are."""
+    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return "; ".join(faults[:3]) + more
+
+
+def none_of(faults: Sequence[str]) -> None:
+    """Raise a `ValueError` with the first of the faults, if there are any."""
+    if faults:
+        raise ValueError(first_of(faults))
+
+
+def check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
+    """Hold every table, the gallery, and run.json itself, against the hashes recorded.
+
+    A gallery proves nothing, so one that was left out is no fault.
+    """
+    if "files" not in run and "sha256" not in run:
+        raise NotCheckedError("run.json carries no hashes: it is from before they were recorded, or they were removed")
+    faults = []
+    if run.get("sha256") != run_digest(run):
+        faults.append("run.json was tampered with: it does not match its own hash")
+    recorded = run.get("files")
+    files = recorded if isinstance(recorded, dict) else {}
+    paths = [*(path for path in folder.glob("*.csv") if path.name != CROSSCHECK), *folder.glob(GALLERY)]
+    held = {path.name: file_hash(path) for path in paths}
+    left_out = {GALLERY} & set(files) - set(held)
+    due = {*held, *files, *(f"{name}.csv" for name in TABLES)} - left_out
+    for name in sorted(due):
+        if name not in held or files.get(name) != held[name]:
+            faults.append(f"{name} was tampered with: it does not match the hash in run.json")
+    none_of(faults)
+    missing = f"; {GALLERY} is missing and was not checked" if left_out else ""
+    return f"{len(due)} files and run.json match the hashes recorded{missing}", None
+
+
+def read_tables(folder: Path) -> tuple[str, Tables]:
+    """Read the tables and hold their columns against what is known of them."""
+    tables = {}
+    for name in COLUMNS:
+        path = folder / f"{name}.csv"
+        try:
+            # At once, or a column's type would be guessed piece by piece.
+            tables[name] = pd.read_csv(path, low_memory=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path.name} is not readable: {error}") from error
+        check_columns(name, tables[name])
+    return f"{len(tables['samples'])} samples, {len(tables['outcomes'])} outcomes", Tables(**tables)
+
+
+def read_protocol(stated: Stated) -> tuple[str, Protocol]:
+    """Read the protocol in ``run.json`` and hold it against its hash."""
+    try:
+        protocol = make_protocol(tomllib.loads(stated.protocol), source="the protocol in run.json")
+    except RecursionError as error:
+        raise ValueError("the protocol in run.json is not readable") from error
+    if protocol.digest() != stated.protocol_sha256:
+        raise ValueError("the protocol's text in run.json was tampered with: it does not match the protocol's hash")
+    changed = dict(stated.overrides)
+    if stated.modified != bool(changed) or any(protocol.values.get(key) != value for key, value in changed.items()):
+        raise ValueError("the overrides in run.json are not those of the protocol's text")
+    return f"{protocol.name} v{protocol.version}, as hashed", protocol
+
+
+def check_weights(stated: Stated, targets: Mapping[str, Defense]) -> tuple[str, bool]:
+    """Hold the targets and their weights against those that the results are of."""
+    if set(stated.targets) != set(targets):
+        raise ValueError(
+            f"the results are of {' and '.join(sorted(stated.targets))}, "
+            f"but what is given makes {' and '.join(sorted(targets))}"
+        )
+    for name, expected in stated.targets.items():
+        found = defense_hash(targets[name])
+        if found != expected:
+            raise ValueError(
+                f"the {name} has other weights ({found[:12]}) than the one the results are of ({expected[:12]})"
+            )
+    return f"of {' and '.join(stated.targets)}, as hashed", True
+
+
+def check_data(stated: Stated, samples: Samples) -> tuple[str, bool]:
+    """Hold the data set against the one that the results are about."""
+    found = samples.digest()
+    if found != stated.data_sha256:
+        raise ValueError(
+            f"{samples.name} ({found[:12]}) is not the data the results are about ({stated.data_sha256[:12]})"
+        )
+    return f"{len(samples)} images and labels, as hashed", True
+
+
+def check_numbers(tables: Tables, protocol: Protocol, stated: Stated) -> tuple[str, None]:
+    """Count the tables again."""
+    none_of(recount(tables, targets=list(stated.targets), contexts=protocol.contexts, eps=protocol.ball.eps))
+    if bool(tables.attacks["final"].isna().any()) and stated.run.get("verdict") != "incomplete":
+        raise ValueError("attacks.csv holds runs that failed, but run.json does not call the results incomplete")
+    return "summary.csv, attacks.csv and samples.csv follow from outcomes.csv, and the order of the numbers holds", None
+
+
+def planned(protocol: Protocol, samples: Samples) -> tuple[Tensor, list[Tensor]]:
+    """The samples that a protocol evaluates, and the places in these of every batch."""
+    chosen = select(samples.y, protocol)
+    plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    if protocol.apgd is not None and protocol.apgd.victim is not None:
+        chosen, plan = batch_of(protocol.apgd.victim, chosen, plan)
+    return chosen, plan
+
+
+def check_batches(tables: Tables, protocol: Protocol, stated: Stated, samples: Samples) -> tuple[str, list[Tensor]]:
+    """Make the plan again; hand on indices into the data set, a tensor a batch."""
+    chosen, plan = planned(protocol, samples)
+    seats = [chosen[places] for places in plan]
+    expected = [(number, at, index) for number, seat in enumerate(seats) for at, index in enumerate(seat.tolist())]
+    found = tables.batches[["batch", "position", "index"]].to_numpy().tolist()
+    if [tuple(row) for row in found] != expected:
+        raise ValueError("batches.csv is not the plan that the protocol makes")
+    digest = hashlib.sha256(b"".join(bytes_of(seat) + b"|" for seat in seats)).hexdigest()
+    if digest != stated.plan_sha256 or stated.n != len(chosen):
+        raise ValueError("run.json states another batch plan than the protocol makes")
+    return f"{len(chosen)} samples in {len(seats)} batches, as the protocol plans them", seats
+
+
+def check_samples(tables: Tables, seats: Sequence[Tensor], samples: Samples) -> tuple[str, None]:
+    """Hold every row of samples.csv against the data and the plan."""
+    seated = {
+        int(index): (int(samples.y[index]), number, at)
+        for number, seat in enumerate(seats)
+        for at, index in enumerate(seat.tolist())
+    }
+    faults = []
+    for (target, context), rows in tables.samples.groupby(["target", "context"]):
+        index = rows["index"].tolist()
+        if index != sorted(seated):
+            faults.append(f"samples.csv ({target}, {context}) is not about the samples of the plan, in their order")
+            continue
+        held = zip(index, rows[["label", "batch", "position"]].to_numpy().tolist(), strict=True)
+        faults += [
+            f"samples.csv: sample {i} ({target}, {context}) has label, batch and position {tuple(row)}, not {seated[i]}"
+            for i, row in held
+            if tuple(row) != seated[i]
+        ]
+    none_of(faults)
+    return "labels and places are those of the data and the plan", None
+
+
+def check_clean(tables: Tables, replays: Mapping[str, Replay]) -> tuple[str, None]:
+    """Make the clean predictions again."""
+    faults = []
+    count = 0
+    at_random: set[str] = set()
+    for (target, context), rows in tables.samples.groupby(["target", "context"]):
+        if target not in replays:
+            continue
+        if replays[str(target)].draws > 1:
+            at_random.add(str(target))
+            continue
+        stated = dict(zip(rows["index"].tolist(), rows["clean_prediction"].tolist(), strict=True))
+        for index, found, close in _clean_predictions(replays[str(target)], str(context)):
+            count += 1
+            if stated.get(index) != found:
+                reason = NEAR if close else f"but is {found} here"
+                faults.append(f"sample {index} ({target}, {context}): clean_prediction {stated.get(index)}, {reason}")
+    none_of(faults)
+    chance = "".join(f"; {target} answers at random, so its own were not compared" for target in sorted(at_random))
+    return f"{count} clean predictions made again{chance}", None
+
+
+def _clean_predictions(replay: Replay, context: str) -> Iterator[tuple[int, int, bool]]:
+    """Each sample's index, its prediction, and whether that hangs on rounding."""
+    for number, seat in enumerate(replay.batches):
+        logits = replay.clean_logits(number, context)
+        found = logits.argmax(dim=1)
+        top = logits.topk(2, dim=1).values
+        close = top[:, 0] - top[:, 1] < NEAR_TIE * logits.abs().amax(dim=1)
+        yield from zip(seat.tolist(), found.tolist(), close.tolist(), strict=True)
+
+
+def open_archive(folder: Path, stated: Stated, referee: Referee) -> tuple[str, Archive]:
+    """Open the archive, if it is the one that ``run.json`` names."""
+    path = folder / ARCHIVE
+    if stated.archive is None:
+        raise ValueError(f"run.json does not know of {ARCHIVE}: it is not of this run, or its entry was removed")
+    if stated.archive.get("file") != ARCHIVE or not path.is_file():
+        raise ValueError(f"{ARCHIVE}, which run.json names, is not there")
+    if file_hash(path) != stated.archive.get("sha256"):
+        raise ValueError(f"{ARCHIVE} was tampered with: it does not match the hash in run.json")
+    archive = Archive(path, referee.images, referee.protocol.ball)
+    return f"{len(archive)} proofs in {path.stat().st_size} bytes, as hashed", archive
