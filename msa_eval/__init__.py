@@ -20,19 +20,19 @@ if not (Path(__file__).parent / "protocols").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from msa_eval.ablation import Ablation, ablate
     from msa_eval.auditing.audit import audit
     from msa_eval.data import Samples, load_samples
     from msa_eval.defense import Defense, WholeModel, as_defense
     from msa_eval.defense.architectures import Blueprint, Classifier
+    from msa_eval.engine.evaluate import evaluate
+    from msa_eval.engine.ray_executor import RayEngine
     from msa_eval.errors import AttackError
     from msa_eval.evidence.results import Results
     from msa_eval.hpm import HPM, Variant
     from msa_eval.hpm.finetune import FinetuneSettings, finetune
     from msa_eval.protocols import Protocol, load_protocol
-    from msa_eval.protocols.cluster import RayEngine
-    from msa_eval.protocols.engine import evaluate
-    from msa_eval.protocols.sizes import batch_size_report
+    from msa_eval.studies.ablation import Ablation, ablate
+    from msa_eval.studies.batch_sizes import batch_size_report
     from msa_eval.targets import Target, load_target
     from msa_eval.targets.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.targets.splitting import split
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 _FILES = {
-    "msa_eval.ablation": ("Ablation", "ablate"),
+    "msa_eval.studies.ablation": ("Ablation", "ablate"),
     "msa_eval.defense.architectures": ("Blueprint", "Classifier"),
     "msa_eval.targets.checkpoint": ("Checkpoint", "load_bare_classifier", "load_checkpoint", "save_checkpoint"),
     "msa_eval.data": ("Samples", "load_samples"),
@@ -81,10 +81,10 @@ _FILES = {
     "msa_eval.hpm": ("HPM", "Variant"),
     "msa_eval.protocols": ("Protocol", "load_protocol"),
     "msa_eval.auditing.audit": ("audit",),
-    "msa_eval.protocols.cluster": ("RayEngine",),
-    "msa_eval.protocols.engine": ("evaluate",),
+    "msa_eval.engine.ray_executor": ("RayEngine",),
+    "msa_eval.engine.evaluate": ("evaluate",),
     "msa_eval.evidence.results": ("Results",),
-    "msa_eval.protocols.sizes": ("batch_size_report",),
+    "msa_eval.studies.batch_sizes": ("batch_size_report",),
     "msa_eval.verification.verify": ("verify",),
     "msa_eval.targets.splitting": ("split",),
     "msa_eval.targets": ("Target", "load_target"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,3 +31,12 @@ def ticking(progress: Progress, total: int, description: str) -> Iterator[Callab
         close = getattr(bar, "close", None)
         if close is not None:
             close()
+
+
+Notify = Callable[[str], None]
+"""Told of what a user should know: where an evaluation goes on, what was found damaged."""
+
+
+def warn(text: str) -> None:
+    """Tell it as a warning."""
+    warnings.warn(text, stacklevel=3)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import msa_eval
-from msa_eval.ablation import VARIANTS
 from msa_eval.cli import COMMANDS
 from msa_eval.cli.ablate import NAMES
+from msa_eval.studies.ablation import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["jinja2", "matplotlib", "numpy", "pandas", "PIL", "safetensors", "scipy", "sklearn", "torch", "tqdm"]

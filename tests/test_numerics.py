@@ -16,7 +16,7 @@ from msa_eval import HPM, evaluate
 from msa_eval.auditing.audit import audit
 from msa_eval.numerics import WORKSPACE, _settings, exact
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.crosscheck import crosscheck
+from msa_eval.studies.crosscheck import crosscheck
 from msa_eval.verification.verify import verify
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from msa_eval.hpm.finetune import FinetuneSettings
 
 NAMES = ("full", "no-global", "average", "inner", "plain-l2", "plain-cosine")
-"""Of the variants, in the order of `msa_eval.ablation.VARIANTS`: the help lists them without importing torch."""
+"""Of the variants, in the order of `msa_eval.studies.ablation.VARIANTS`: the help lists them without torch."""
 
 
 @click.command()
@@ -64,9 +64,9 @@ def ablate(
     otherwise. Each variant's evidence goes to a folder of its own in OUT, with its checkpoint beside it. Stopped and
     started again with the same options, it goes on with the variants that are not done.
     """
-    from msa_eval.ablation import VARIANTS, settings_of
-    from msa_eval.ablation import ablate as ablate_classifier
     from msa_eval.report.text import render_ablation
+    from msa_eval.studies.ablation import VARIANTS, settings_of
+    from msa_eval.studies.ablation import ablate as ablate_classifier
 
     training = data.like(train, split="train", quiet=quiet)
     start = options.load_classifier(target, training, **described, quiet=quiet)

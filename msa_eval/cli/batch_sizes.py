@@ -49,9 +49,9 @@ def batch_sizes(
     **common: Any,
 ) -> None:
     """Show how the accuracy of TARGET depends on the batch size."""
-    from msa_eval.protocols.sizes import batch_size_report
     from msa_eval.protocols.spec import load_protocol
     from msa_eval.report.text import render_sizes
+    from msa_eval.studies.batch_sizes import batch_size_report
 
     samples = data.load(quiet=quiet)
     report = batch_size_report(

@@ -56,8 +56,8 @@ def crosscheck(
     from msa_eval.evidence.folder import CROSSCHECK
     from msa_eval.evidence.results import Results
     from msa_eval.files import write_whole
-    from msa_eval.protocols.crosscheck import crosscheck as check
     from msa_eval.report.text import render_crosscheck
+    from msa_eval.studies.crosscheck import crosscheck as check
 
     recorded = _recorded(Results.load(results).run, results) if not data.source or not target.word else {}
     target = target if target.word else recorded["target"]

@@ -11,7 +11,7 @@ import click
 from msa_eval.cli import options
 
 if TYPE_CHECKING:
-    from msa_eval.protocols.engines import Engine
+    from msa_eval.engine.executors import Engine
 
 
 @click.command()
@@ -86,7 +86,7 @@ def run(
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
-    from msa_eval.protocols.engine import evaluate as evaluate_target
+    from msa_eval.engine.evaluate import evaluate as evaluate_target
     from msa_eval.protocols.spec import load_protocol
     from msa_eval.report.text import render_sample, render_table
 

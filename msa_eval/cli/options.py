@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from msa_eval.data import Samples, Split
-    from msa_eval.protocols.engines import Engine
+    from msa_eval.engine.executors import Engine
     from msa_eval.targets.checkpoint import Checkpoint
     from msa_eval.targets.target import Target
 
@@ -296,7 +296,7 @@ def _engine(engine: str, address: str | None, cpus: int | None, gpus: float | No
         ValueError: when a cluster is described that is not used.
     """
     if engine == "ray":
-        from msa_eval.protocols.cluster import RayEngine
+        from msa_eval.engine.ray_executor import RayEngine
 
         return RayEngine(address or "auto", cpus=cpus, gpus=gpus or 0)
     if address is not None or cpus is not None or gpus is not None:

@@ -38,8 +38,8 @@ def paper_table(
 
     Rows whose weights are not to be had say so. What fails otherwise is named, and the exit status is then 4.
     """
-    from msa_eval.paper import paper_table as measure
     from msa_eval.report.text import render_paper_table
+    from msa_eval.studies.paper_tables import paper_table as measure
 
     samples = data.like(data.source or dataset, split="test", quiet=quiet)
     table = measure(

@@ -33,7 +33,7 @@ PAGE = "report.html"
 
 
 CROSSCHECK = "crosscheck.csv"
-"""What attacks of others broke of it (see `msa_eval.protocols.crosscheck`); made later, so it has no hash either."""
+"""What attacks of others broke of it (see `msa_eval.studies.crosscheck`); made later, so it has no hash either."""
 
 
 FIGURES = "figures"
@@ -41,7 +41,7 @@ FIGURES = "figures"
 
 
 UNFINISHED, LOCK = "unfinished", ".lock"
-"""What an evaluation keeps there while it is under way (see `msa_eval.protocols.units`)."""
+"""What an evaluation keeps there while it is under way (see `msa_eval.engine.resume`)."""
 
 
 OURS = ("run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from msa_eval.ablation import Ablation
 from msa_eval.attacks.external.faults import LOUD
 from msa_eval.auditing.rules import NO_TRANSFER
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
-from msa_eval.protocols.crosscheck import Crosscheck
 from msa_eval.report import frames
+from msa_eval.studies.ablation import Ablation
+from msa_eval.studies.crosscheck import Crosscheck
 
 QUERY = ("square", "spsa")
 
@@ -198,7 +198,7 @@ def render_sizes(table: pd.DataFrame) -> str:
     """Batch-size dependence as text: a row a batch size, in percent with 95 % intervals.
 
     Args:
-        table: of a `msa_eval.protocols.sizes.SizeReport`.
+        table: of a `msa_eval.studies.batch_sizes.SizeReport`.
     """
     cells = [
         f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
@@ -268,7 +268,7 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
     """The paper's numbers next to the measured ones as text, in percent with 95 % intervals, and why a row is empty.
 
     Args:
-        table: of `msa_eval.paper.paper_table`.
+        table: of `msa_eval.studies.paper_tables.paper_table`.
         dataset: whose table it is.
     """
     rows: list[dict[str, str]] = []

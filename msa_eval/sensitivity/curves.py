@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from msa_eval.data import Samples
+from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.metrics import rate
 from msa_eval.evidence.results import Results
 from msa_eval.hpm.model import HPM
 from msa_eval.progress import Progress, silent
-from msa_eval.protocols.engine import evaluate
 
 EPS = (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
 SURROGATES = ("ste", "fc-oracle")

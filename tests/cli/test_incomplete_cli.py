@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-import msa_eval.paper
 from msa_eval import load_target
 from msa_eval.attacks import query
 from msa_eval.cli import main
-from msa_eval.paper import PaperModel, Reported
 from msa_eval.protocols import make_protocol
 from msa_eval.references import reference_path
+from msa_eval.studies import paper_tables
+from msa_eval.studies.paper_tables import PaperModel, Reported
 
 DIGITS = str(reference_path("digits"))
 TUNED = ("--train", "digits", "--train-limit", "32", "--variant", "inner", "--finetune", "steps=1")
@@ -40,9 +40,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Resu
     protocol = tmp_path / "small.toml"
     protocol.write_text(make_protocol(content).text())
     row = PaperModel("Toy", Reported(90.0, 60.0), Reported(80.0, 70.0))
-    monkeypatch.setattr(msa_eval.paper, "TABLES", {"cifar10": (row,)})
-    monkeypatch.setattr(msa_eval.paper, "load_target", lambda word, samples, **_: load_target(DIGITS, samples))
-    monkeypatch.setattr(msa_eval.paper, "load_protocol", lambda *_, **__: make_protocol(content))
+    monkeypatch.setattr(paper_tables, "TABLES", {"cifar10": (row,)})
+    monkeypatch.setattr(paper_tables, "load_target", lambda word, samples, **_: load_target(DIGITS, samples))
+    monkeypatch.setattr(paper_tables, "load_protocol", lambda *_, **__: make_protocol(content))
 
     def made(name: str) -> Result:
         more = () if name == "paper-table" else ("--protocol", str(protocol))
@@ -87,7 +87,7 @@ def test_a_row_that_fails_is_an_error_and_one_without_weights_is_not(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(msa_eval.paper, "load_target", fail)
+    monkeypatch.setattr(paper_tables, "load_target", fail)
     result = run("paper-table")
     assert result.exit_code == status
     assert f"Toy, fc and hpm: {error}" in result.stdout

@@ -12,9 +12,9 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Classifier, Samples, WholeModel, audit, evaluate, verify
 from msa_eval.defense.own_forward import counted
-from msa_eval.protocols.crosscheck import crosscheck
-from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.report import render_table
+from msa_eval.studies.batch_sizes import batch_size_report
+from msa_eval.studies.crosscheck import crosscheck
 
 QUICK: dict[str, Any] = {"attack.apgd.steps": 3, "attack.square.queries": 3, "audit.samples": 0, "threat.eps": 0.1}
 

@@ -19,9 +19,10 @@ from msa_eval.defense import precision
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search, choose
+from msa_eval.engine import evaluate as engine
 from msa_eval.judging.outcomes import Outcome
 from msa_eval.judging.trial import Setting, Trial
-from msa_eval.protocols import engine, make_protocol
+from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
 from msa_eval.verification.verify import verify
 

@@ -11,10 +11,10 @@ import pytest
 from scipy.stats import binomtest
 
 from msa_eval import Ablation, load_checkpoint
-from msa_eval.ablation import FULL, VARIANTS
 from msa_eval.hashing import weights_hash
 from msa_eval.references import reference_path
 from msa_eval.report import render_ablation
+from msa_eval.studies.ablation import FULL, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted((ROOT / "results").glob("ablation-*"))

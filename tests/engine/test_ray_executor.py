@@ -18,8 +18,8 @@ import torch
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import RayEngine, Results, evaluate
+from msa_eval.engine.ray_executor import INSTALL
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.cluster import INSTALL
 
 SMALL: dict[str, Any] = {
     "schema": 1, "name": "small", "version": 1, "description": "A test.", "audit.samples": 0,

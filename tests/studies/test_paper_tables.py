@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from msa_eval import HPM, Samples, load_target, save_checkpoint
-from msa_eval import paper as module
 from msa_eval.cli import main
-from msa_eval.paper import TABLES, PaperModel, Reported, paper_table
 from msa_eval.report import render_paper_table
+from msa_eval.studies import paper_tables
+from msa_eval.studies.paper_tables import TABLES, PaperModel, Reported, paper_table
 
 NEEDS = pytest.mark.skipif(
     importlib.util.find_spec("robustbench") is None, reason="needs pip install '.[robustbench]': no robustbench"
@@ -77,7 +77,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         PaperModel(NAME, Reported(90.0, 60.0), Reported(80.0, 70.0)),
         PaperModel("Rade2021Helper_R18_ddpm", Reported(91.0, 61.0), Reported(81.0, 71.0)),
     )
-    monkeypatch.setattr(module, "TABLES", dict(TABLES) | {"cifar10": rows})
+    monkeypatch.setattr(paper_tables, "TABLES", dict(TABLES) | {"cifar10": rows})
 
 
 @NEEDS
@@ -144,7 +144,7 @@ def test_a_model_that_fails_leaves_the_others_and_every_row_is_written(
         written.append(len(pd.read_csv(file)) if file.is_file() else 0)
         raise error
 
-    monkeypatch.setattr(module, "load_target", fail)
+    monkeypatch.setattr(paper_tables, "load_target", fail)
     found = paper_table("cifar10", samples, out=tmp_path)
     assert set(found["note"]) == {str(error)}
     assert written == [0, 2]

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_eval.attacks.batch import Point
+from msa_eval.engine import folder_lock
+from msa_eval.engine.resume import Units, opened
+from msa_eval.engine.serialization import pack, unpack
 from msa_eval.evidence.diff import differences
 from msa_eval.judging.outcomes import Finding
-from msa_eval.protocols import units
-from msa_eval.protocols.packing import pack, unpack
-from msa_eval.protocols.units import Units, opened
 
 ABOUT = {"key": "k", "seed": 0, "protocol": {"name": "small", "text": "[attack]\nsteps = 3\n"}}
 
@@ -186,7 +186,7 @@ def _without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(units.fcntl, "flock", flock)
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
 
 
 def test_where_there_are_no_locks_a_process_at_work_is_asked_for(

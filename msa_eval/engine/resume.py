@@ -5,8 +5,8 @@ evaluation is under way its folder holds ``unfinished/``, with a file a unit and
 they belong to, and ``.lock``, which says who is at work. Both go when the results have been written in full.
 
 A file is a line with the SHA-256 of all that follows, a line of JSON that names the evaluation's key and the unit, and
-what `msa_eval.protocols.packing` makes of the unit. It is written beside its place, synced, and moved there, so that a
-unit is there whole or not at all; one that has been changed since is told of, and made again.
+what `msa_eval.engine.serialization` makes of the unit. It is written beside its place, synced, and moved there, so
+that a unit is there whole or not at all; one that has been changed since is told of, and made again.
 """
 
 from __future__ import annotations
@@ -14,37 +14,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from io import FileIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msa_eval.engine.folder_lock import locked
+from msa_eval.engine.serialization import pack, unpack
 from msa_eval.evidence.diff import differences
-from msa_eval.evidence.folder import LOCK, UNFINISHED, claim_folder, set_aside
+from msa_eval.evidence.folder import UNFINISHED, claim_folder, set_aside
 from msa_eval.files import write_whole
-from msa_eval.protocols.packing import pack, unpack
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from msa_eval.progress import Notify, warn
 
 T = TypeVar("T")
 
-Notify = Callable[[str], None]
-"""Told of what a user should know: where an evaluation goes on, what was found damaged."""
 
 ABOUT = "evaluation.json"
-
-
-def warn(text: str) -> None:
-    """Tell it as a warning."""
-    warnings.warn(text, stacklevel=3)
 
 
 class Units:
@@ -198,7 +184,7 @@ def opened(
         yield Units(notify=notify, started=started)
         return
     claim_folder(out, about, force=force)
-    with _locked(out, notify):
+    with locked(out, notify):
         if force and (moved := set_aside(out, about["key"])):
             notify(f"what {out} held is kept in {moved}")
         claim_folder(out, about, force=force)  # another process may have finished meanwhile
@@ -247,76 +233,3 @@ def _write(path: Path, *parts: bytes) -> None:
     except OSError as error:
         kept = "the units finished before are kept, and the same command goes on from there"
         raise OSError(error.errno, f"{error.strerror}; {kept}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, notify: Notify) -> Iterator[None]:
-    """Keep other processes out of a folder.
-
-    The operating system's own lock on the file decides, so that none outlives its process; where there is no such
-    lock, the process that the file names does.
-
-    Raises:
-        ValueError: when another process is at work there.
-    """
-    path = folder / LOCK
-    with _hold(path, notify) as opened:
-        try:
-            with contextlib.suppress(OSError):  # on a full disk it is held without a name
-                opened.truncate(0)
-                opened.write(json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def _hold(path: Path, notify: Notify) -> FileIO:
-    while True:
-        try:
-            opened = path.open("ab+", buffering=0)
-        except OSError as error:
-            raise ValueError(f"{path} can't be written: {error.strerror}; choose another folder") from error
-        opened.seek(0)
-        holder = _holder(opened.read())
-        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        if not _take(opened, holder):
-            opened.close()
-            raise ValueError(f"{path.parent} is in use by {told}; wait until it ends, or choose another folder")
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(opened.fileno()), path.stat()):  # else its last holder just took it away
-                if holder:
-                    notify(f"took over the lock of {told}, which has ended")
-                return opened
-        opened.close()
-
-
-def _take(opened: FileIO, holder: Mapping[str, Any] | None) -> bool:
-    """Whether the lock is ours now."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return holder is None or (holder["host"] == platform.node() and not _alive(int(holder["pid"])))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _holder(content: bytes) -> dict[str, Any] | None:
-    try:
-        holder = json.loads(content)
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) and {"pid", "host"} <= holder.keys() else None

@@ -11,8 +11,8 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import Samples, verify
 from msa_eval.protocols import make_protocol
-from msa_eval.protocols.sizes import batch_size_report
 from msa_eval.report import render_sizes
+from msa_eval.studies.batch_sizes import batch_size_report
 
 
 def _protocol() -> Any:

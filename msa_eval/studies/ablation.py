@@ -21,16 +21,15 @@ import torch
 from msa_eval._version import __version__
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
+from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.provenance import environment
 from msa_eval.evidence.results import INCOMPLETE, WITHOUT_AUDIT, Results
 from msa_eval.files import write_whole
 from msa_eval.hashing import bytes_of, weights_hash
 from msa_eval.hpm.finetune import FinetuneSettings, finetune, history
 from msa_eval.hpm.model import HPM, Variant
-from msa_eval.progress import Progress, silent
-from msa_eval.protocols.engine import evaluate
+from msa_eval.progress import Notify, Progress, silent, warn
 from msa_eval.protocols.spec import Protocol, load_protocol
-from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets.checkpoint import Checkpoint, save_checkpoint
 from msa_eval.targets.target import Target
 from msa_eval.targets.weights import misfits, read_safetensors

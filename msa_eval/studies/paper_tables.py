@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from msa_eval.data import Samples
+from msa_eval.engine.evaluate import evaluate
 from msa_eval.errors import AttackError
 from msa_eval.evidence.results import INCOMPLETE, Results
 from msa_eval.hpm.model import HPM
-from msa_eval.progress import Progress, silent
-from msa_eval.protocols.engine import evaluate
+from msa_eval.progress import Notify, Progress, silent, warn
 from msa_eval.protocols.spec import load_protocol
-from msa_eval.protocols.units import Notify, warn
 from msa_eval.targets.loading import load_target
 from msa_eval.targets.target import Target
 from msa_eval.targets.zoos import full_name

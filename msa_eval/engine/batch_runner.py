@@ -19,15 +19,15 @@ from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.defense.contract import WholeModel
 from msa_eval.defense.micro_batches import fitting, plain
 from msa_eval.defense.precision import EXACT
+from msa_eval.engine.messages import Failure, Job, Made, Searched, Step
 from msa_eval.engine.schedule import OWN, Run
+from msa_eval.engine.target_plan import Entrant
 from msa_eval.errors import AttackError
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.batch_history import History
 from msa_eval.judging.clean_batches import CleanBatches, Pool
 from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.judging.trial import Trial
-from msa_eval.protocols.entrant import Entrant
-from msa_eval.protocols.work import Failure, Job, Made, Searched, Step
 from msa_eval.randomness import seeded
 
 

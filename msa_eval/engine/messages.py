@@ -1,17 +1,14 @@
-"""The work of an evaluation: what is to be made of a batch, what was made of it, and what failed."""
+"""What is to be made of a batch, what was made of it, and what failed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.outcomes import Outcome, Trace
-from msa_eval.progress import Progress
-from msa_eval.protocols.packing import RECORDS
-from msa_eval.protocols.units import Units
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ class Searched:
     changes: tuple[str, ...]
 
 
-RECORDS |= {"Step": Step, "Failure": Failure, "Searched": Searched}
-
 Made = Step | Failure | Searched
 """What comes of a batch: each run that is made or fails, in their order, and at the end the whole."""
 
@@ -99,24 +94,3 @@ class Job:
     keep: bool
     held: Mapping[int, Step]
     lost: str | None = None
-
-
-@dataclass
-class Work:
-    """An evaluation under way.
-
-    Attributes:
-        progress: shows how far each context has come.
-        units: what is finished, and is not made again.
-        keep: whether to keep an adversarial batch for every broken sample.
-        failures: what failed so far.
-    """
-
-    progress: Progress
-    units: Units
-    keep: bool = False
-    failures: list[Failure] = field(default_factory=list)
-
-    def fail(self, target: str, run: str, error: BaseException) -> None:
-        """Note what failed that belongs to no batch."""
-        self.failures.append(Failure.of(target, run, error))

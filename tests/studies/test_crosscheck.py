@@ -17,10 +17,10 @@ from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.external import Peer
 from msa_eval.cli import main
 from msa_eval.evidence.folder import CROSSCHECK
-from msa_eval.protocols import crosscheck as module
 from msa_eval.protocols import load_protocol
-from msa_eval.protocols.crosscheck import crosscheck
 from msa_eval.references import reference_path
+from msa_eval.studies import crosscheck as module
+from msa_eval.studies.crosscheck import crosscheck
 
 DIGITS = str(reference_path("digits"))
 WEAK = {"samples.limit": 24, "batches.size": 12, "audit.samples": 0, "threat.contexts": ["joint", "solo", "composed"],

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
+from msa_eval.engine.collector import Ledger
+from msa_eval.engine.state import Work
 from msa_eval.progress import ticking
-from msa_eval.protocols.ledger import Ledger
-from msa_eval.protocols.work import Work
 
 ENGINES = ("local", "ray")
 
@@ -73,7 +73,7 @@ def engine_of(engine: str | Engine, device: str) -> Engine:
     if engine == "local":
         engine = Local()
     elif engine == "ray":
-        from msa_eval.protocols.cluster import RayEngine
+        from msa_eval.engine.ray_executor import RayEngine
 
         engine = RayEngine()
     if not isinstance(engine, Engine):

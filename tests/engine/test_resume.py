@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Results, Samples, WholeModel, evaluate
+from msa_eval.engine.resume import Units
 from msa_eval.protocols import Protocol, make_protocol
-from msa_eval.protocols.units import Units
 from msa_eval.report import render_table
 from msa_eval.report.page import write_page
 from msa_eval.surrogates import Surrogate
@@ -395,7 +395,7 @@ def test_a_failed_audit_makes_the_results_incomplete(tmp_path: Path, monkeypatch
         raise AttackError("the audit could not be finished: out of luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr("msa_eval.protocols.engine.probe", fail)
+        patched.setattr("msa_eval.engine.audit_step.probe", fail)
         results = _evaluate(tmp_path, protocol=_protocol(threat__contexts=["joint"]))
     assert results.run["verdict"] == "incomplete"
     assert [(one["target"], one["run"], one["batch"]) for one in results.run["failed"]] == [

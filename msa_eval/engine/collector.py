@@ -14,15 +14,16 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.external.faults import told
 from msa_eval.attacks.losses import margin
 from msa_eval.auditing.state_guard import StateGuard
+from msa_eval.engine.batch_runner import Series
+from msa_eval.engine.messages import Failure, Job, Made, Searched, Step
 from msa_eval.engine.schedule import OWN, Run
+from msa_eval.engine.state import Work
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.records import RunRecord, TargetRecord
 from msa_eval.judging.exhibits import POOL, Candidate, exhibit
 from msa_eval.judging.outcomes import Outcome
 from msa_eval.judging.replay import Replay
-from msa_eval.protocols.series import Series
-from msa_eval.protocols.work import Failure, Job, Made, Searched, Step, Work
 
 Tick = Callable[[], None]
 """Called once for each run on a batch that is made."""

@@ -29,13 +29,14 @@ from msa_eval._version import __version__
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.data import Samples
 from msa_eval.defense.micro_batches import InParts, parts_of
+from msa_eval.engine.batch_runner import Series
+from msa_eval.engine.collector import Ledger, Tick
+from msa_eval.engine.messages import Job, Searched
+from msa_eval.engine.serialization import pack, unpack
+from msa_eval.engine.state import Work
 from msa_eval.evidence.provenance import place
 from msa_eval.numerics import exact
 from msa_eval.progress import ticking
-from msa_eval.protocols.ledger import Ledger, Tick
-from msa_eval.protocols.packing import pack, unpack
-from msa_eval.protocols.series import Series
-from msa_eval.protocols.work import Job, Searched, Work
 
 INSTALL = "pip install 'msa-eval[ray]'"
 

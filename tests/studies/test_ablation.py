@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import make_classifier, make_samples
 
-import msa_eval.ablation
 from msa_eval import (
     HPM,
     Ablation,
@@ -36,12 +35,13 @@ from msa_eval import (
     load_target,
     save_checkpoint,
 )
-from msa_eval.ablation import VARIANTS, settings_of
 from msa_eval.cli import main
 from msa_eval.hashing import weights_hash
 from msa_eval.hpm import finetune
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
+from msa_eval.studies import ablation as module
+from msa_eval.studies.ablation import VARIANTS, settings_of
 from msa_eval.surrogates import get
 from msa_eval.targets.target import Target
 
@@ -293,7 +293,7 @@ def test_one_that_was_stopped_goes_on(
         tuned.append(options["variant"])
         return finetune(*given, **options)
 
-    monkeypatch.setattr(msa_eval.ablation, "finetune", counted)
+    monkeypatch.setattr(module, "finetune", counted)
     progress = _Stopping("nowhere")
     found = _ablate(start, out, protocol=protocol, progress=progress)
     left = list(VARIANTS)[1 if "no-global" in stop else 3 :]
@@ -302,7 +302,7 @@ def test_one_that_was_stopped_goes_on(
     pd.testing.assert_frame_equal(found.table, made[1].table)
     assert (out / "ablation.csv").read_bytes() == (made[0] / "ablation.csv").read_bytes()
     tuned.clear()
-    monkeypatch.setattr(msa_eval.ablation, "environment", None)
+    monkeypatch.setattr(module, "environment", None)
     record = (out / "ablation.json").read_bytes()
     assert _ablate(start, out, protocol=protocol).about == json.loads(record)
     assert tuned == []
@@ -477,7 +477,7 @@ def test_ctrl_c_says_what_is_left(files: Path, monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
         return finetune(*given, **options)
 
-    monkeypatch.setattr(msa_eval.ablation, "finetune", stopped)
+    monkeypatch.setattr(module, "finetune", stopped)
     result = _command(files, "classifier.safetensors", *TUNE, "--variant", "inner")
     assert result.exit_code == 130
     assert "what is finished is in" in result.stderr

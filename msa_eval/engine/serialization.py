@@ -18,11 +18,14 @@ from torch import Tensor
 from msa_eval.attacks.batch import Point
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.auditing.sign import Sign
+from msa_eval.engine.messages import Failure, Searched, Step
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.outcomes import Finding, Outcome, Trace
 
-RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Fault, Finding, Outcome, Point, Proof, Sign, Trace)}
-"""The dataclasses that may be packed, by name; a module adds its own."""
+RECORDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Failure, Fault, Finding, Outcome, Point, Proof, Searched, Sign, Step, Trace)
+}
+"""The dataclasses that may be packed, by name."""
 
 
 def pack(value: Any) -> tuple[bytes, bytes]:

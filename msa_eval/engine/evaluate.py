@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import itertools
-import json
 import math
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from msa_eval._version import __version__
-from msa_eval.auditing.audit import Sign, StateGuard, probe, signs_from, verdict_of
-from msa_eval.auditing.rules import unconfirmed_breaks, without_advice
+from msa_eval.auditing.audit import Sign, StateGuard
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
-from msa_eval.defense.micro_batches import fitting, parts_of, passed_last, plain
+from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import Search, choose
 from msa_eval.device import check_device
+from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
+from msa_eval.engine.audit_step import probe_target
+from msa_eval.engine.batch_runner import Series
+from msa_eval.engine.collector import Evaluated, Ledger
+from msa_eval.engine.executors import Engine, engine_of
+from msa_eval.engine.output import pictures, save, write_results
+from msa_eval.engine.resume import Units, opened
+from msa_eval.engine.state import Work
+from msa_eval.engine.target_plan import Entrant
 from msa_eval.errors import AttackError
-from msa_eval.evidence import archive, gallery
-from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE, UNFINISHED
-from msa_eval.evidence.gallery import Exhibit
-from msa_eval.evidence.proof import Proof
-from msa_eval.evidence.provenance import defense_hash, environment, place
-from msa_eval.evidence.records import TargetRecord
-from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
+from msa_eval.evidence.folder import UNFINISHED
+from msa_eval.evidence.provenance import environment, place
+from msa_eval.evidence.results import Results
 from msa_eval.evidence.tables import tabulate
-from msa_eval.hashing import bytes_of
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import exact
-from msa_eval.progress import Progress, silent
-from msa_eval.protocols.engines import Engine, engine_of
-from msa_eval.protocols.entrant import Entrant
-from msa_eval.protocols.ledger import Evaluated, Ledger
-from msa_eval.protocols.series import Series
+from msa_eval.progress import Notify, Progress, silent, warn
 from msa_eval.protocols.spec import Protocol, load_protocol
-from msa_eval.protocols.units import Notify, Units, opened, warn
-from msa_eval.protocols.work import Failure, Work
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets.loading import resolve
@@ -202,7 +192,7 @@ def _evaluate(
             )
             for name, model in targets.items()
         ]  # fmt: skip
-        about = _identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
+        about = identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
         options = {
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
             "deterministic": deterministic,
@@ -249,7 +239,7 @@ def _carried_out(
     ledgers: dict[str, list[Ledger]] = {}
     for entrant in entrants:
         guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
-        signs[entrant.name] = _probe(entrant, work) if entrant.protocol.audited else []
+        signs[entrant.name] = probe_target(entrant, work) if entrant.protocol.audited else []
         first, *others = _series(entrant)
         shown = Ledger(first, work, guard, show=show and entrant.name == "defense")
         ledgers[entrant.name] = [shown, *(Ledger(series, work, guard) for series in others)]
@@ -271,21 +261,21 @@ def _carried_out(
     more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied, "fp32_search": exact}
     more["whole"] = why_whole({entrant.name: entrant.defense for entrant in entrants})
     more["begun_elsewhere"] = work.units.environments
-    run = {**about, "taken_back": _taken_back(records, about["draws"])}
+    run = {**about, "taken_back": taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})
     if any(signs.values()) and entrants[0].protocol.audited:
-        results = _judged(results, signs)
-    results = _incomplete(results, work.failures)
+        results = judged(results, signs)
+    results = incomplete(results, work.failures)
     results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(work.units.seconds, 3)})
     if out is None:
         return results
     write = functools.partial(
-        _write, results=results, force=force, entrants=entrants,
+        write_results, results=results, force=force, entrants=entrants,
         proofs=[proof for one in done for proof in one.proofs] if work.keep else None,
-        pictures=_pictures([shown for one in done for shown in one.exhibits]),
+        pictures=pictures([shown for one in done for shown in one.exhibits]),
     )  # fmt: skip
-    results = _save(write, out)
+    results = save(write, out)
     if not work.failures:
         work.units.finish()
     return results
@@ -341,213 +331,3 @@ def _check_any(entrant: Entrant, work: Work) -> None:
     failed = [one for one in work.failures if one.target == entrant.name and one.batch is not None]
     if len(failed) == _due([entrant]):
         raise AttackError(f"{failed[0].target}, run {failed[0].run}, batch {failed[0].batch}: {failed[0].error}")
-
-
-def _probe(entrant: Entrant, work: Work) -> list[Sign]:
-    """Measure the signs of the audit on a few clean batches; none where it fails, which is noted."""
-    name = f"{entrant.name}-audit"
-    held: tuple[Sign, ...] | None = work.units.read(name, tuple)
-    if held is not None:
-        return list(held)
-    clean = entrant.clean
-    sizes = itertools.accumulate(len(seat) for seat in clean.seats)
-    count = max(1, sum(size <= entrant.protocol.audited for size in sizes))
-    batches = list(itertools.islice(clean, count))
-
-    def measure() -> list[Sign]:
-        return probe(
-            entrant.defense, entrant.offers.usable, batches, entrant.protocol.ball,
-            batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=entrant.seed,
-        )  # fmt: skip
-
-    try:
-        found = fitting(entrant.defense, max(len(batch.x) for batch in batches), measure)
-    except (AttackError, MemoryError) as error:
-        work.fail(entrant.name, "the audit", error)
-        return []
-    work.units.write(name, tuple(found))
-    return found
-
-
-def _incomplete(results: Results, failures: Sequence[Failure]) -> Results:
-    """Say of results in which something failed that they are incomplete, and what failed."""
-    if not failures:
-        return results
-    verdicts = dict(results.run.get("verdicts", {}))
-    for target in dict.fromkeys(failure.target for failure in failures):
-        told = tuple(f"{failure.text}." for failure in failures if failure.target == target)
-        verdicts[target] = {
-            "verdict": INCOMPLETE,
-            "reasons": told + tuple(verdicts.get(target, {}).get("reasons", ())),
-        }
-    for target in results.summary["target"].unique():
-        verdicts.setdefault(target, {"verdict": str(results.run["verdict"]), "reasons": ()})
-    named = results.summary["target"]
-    summary = results.summary.assign(
-        verdict=[verdicts[target]["verdict"] for target in named],
-        reasons=["; ".join(verdicts[target]["reasons"]) for target in named],
-    )
-    failed = [dataclasses.asdict(failure) for failure in failures]
-    run = dict(results.run) | {"verdict": INCOMPLETE, "verdicts": verdicts, "failed": failed}
-    return dataclasses.replace(results, summary=summary, run=run)
-
-
-def _judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
-    """Add the audit and its verdict on each target; the defence's is the results'."""
-    rows, verdicts = [], {}
-    for target, probed in signs.items():
-        found: dict[str, Sign] = {}
-        for sign in (*probed, *signs_from(results, target=target)):
-            # Of what a few batches show and what all runs show, the graver counts; of clean accuracy, all samples.
-            if sign.name == "clean_at_chance" or _gravity(sign) >= _gravity(found.get(sign.name, sign)):
-                found[sign.name] = sign
-        kept = without_advice(found.values())
-        verdicts[target] = verdict_of(kept)
-        rows += [{"target": target, **dataclasses.asdict(sign)} for sign in kept]
-    summary = results.summary.assign(
-        verdict=[verdicts[target].verdict for target in results.summary["target"]],
-        reasons=["; ".join(verdicts[target].reasons) for target in results.summary["target"]],
-    )
-    run = dict(results.run) | {
-        "verdict": verdicts["defense"].verdict,
-        "verdicts": {target: dataclasses.asdict(verdict) for target, verdict in verdicts.items()},
-    }
-    audit = pd.DataFrame(rows).rename(columns={"name": "sign"})
-    return dataclasses.replace(results, summary=summary, audit=audit, run=run)
-
-
-def _gravity(sign: Sign) -> int:
-    return ("note", "suspect", "unreliable").index(sign.severity) + 1 if sign.fired else 0
-
-
-def _confirmed(results: Results, written: archive.Written) -> Results:
-    """Add to the audit whether all breaks were confirmed; a target whose were not is sound no more."""
-    for target in results.audit["target"].unique() if len(results.audit) else ():
-        rows = results.samples[results.samples["target"] == target]
-        sign = unconfirmed_breaks(
-            sum(one.target == target for one in written.unconfirmed),
-            int((rows["clean_correct"] & ~rows["robust"]).sum()),
-            left_out=written.left_out if target == "defense" else 0,
-        )
-        results = _with_sign(results, target, sign)
-    return results
-
-
-def _with_sign(results: Results, target: str, sign: Sign) -> Results:
-    """Add a sign to the audit of a target that is judged already."""
-    row = pd.DataFrame([{"target": target, **dataclasses.asdict(sign)}]).rename(columns={"name": "sign"})
-    results = dataclasses.replace(results, audit=pd.concat([results.audit, row], ignore_index=True))
-    verdicts = dict(results.run["verdicts"])
-    held = verdicts[target]
-    if not sign.fired or sign.severity == "note":
-        return results
-    ranks = ("sound", "suspect", "unreliable", INCOMPLETE)
-    graver = max(held["verdict"], sign.severity, key=ranks.index)
-    verdicts[target] = {"verdict": graver, "reasons": (*held["reasons"], sign.reason)}
-    named = results.summary["target"] == target
-    summary = results.summary.assign(
-        verdict=results.summary["verdict"].mask(named, graver),
-        reasons=results.summary["reasons"].mask(named, "; ".join(verdicts[target]["reasons"])),
-    )
-    first = {"verdict": graver} if target == "defense" and results.run["verdict"] != INCOMPLETE else {}
-    return dataclasses.replace(results, summary=summary, run=dict(results.run) | {"verdicts": verdicts} | first)
-
-
-def _pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
-    """The gallery's content; where it can't be made, the evaluation is worth no less."""
-    try:
-        return gallery.pack(exhibits) if exhibits else None
-    except Exception as error:
-        warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
-        return None
-
-
-def _save(write: Callable[[Path], Results], out: Path) -> Results:
-    """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
-    try:
-        return write(out)
-    except OSError as error:
-        rescue = Path(tempfile.mkdtemp(prefix="msa-eval-"))
-        write(rescue)
-        raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
-
-
-def _write(
-    out: Path,
-    *,
-    results: Results,
-    force: bool,
-    entrants: Sequence[Entrant],
-    proofs: Sequence[Proof] | None,
-    pictures: bytes | None,
-) -> Results:
-    """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
-    if proofs is None:
-        results.save(out, force=force, gallery=pictures)
-        return results
-    replays = {entrant.name: entrant.replay for entrant in entrants}
-    path = out / NEW_ARCHIVE
-    try:
-        written = archive.write(
-            path, proofs, next(iter(replays.values())).images, entrants[0].protocol.ball,
-            confirm=lambda proof: replays[proof.target].breaks(proof),
-            exact={name for name, replay in replays.items() if replay.draws > 1},
-        )  # fmt: skip
-        results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
-        results = _confirmed(results, written)
-        results.save(out, force=force, archive=path, gallery=pictures)
-    finally:
-        path.unlink(missing_ok=True)
-    return results
-
-
-def _taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """How many samples of each stochastic target, by context, were called broken and did not stay so."""
-    taken: dict[str, dict[str, int]] = {}
-    for record in records:
-        if draws[record.target] > 1:
-            taken.setdefault(record.target, {})[record.context] = record.taken_back
-    return taken
-
-
-def _identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict[str, Any]:
-    """What the results depend on, and a key made of it."""
-    clean = entrants[0].clean
-    if len({entrant.clean.num_classes for entrant in entrants}) > 1:
-        raise ValueError(
-            "defense and fc must have the same classes, but have "
-            + " and ".join(str(entrant.clean.num_classes) for entrant in entrants)
-        )
-    samples, chosen, seats = clean.samples, clean.chosen, clean.seats
-    plan = hashlib.sha256(b"".join(bytes_of(chosen[seat]) + b"|" for seat in seats)).hexdigest()
-    decisive = {
-        "schema_version": SCHEMA_VERSION,
-        "seed": seed,
-        "protocol": {
-            "name": protocol.name,
-            "version": protocol.version,
-            "modified": protocol.modified,
-            "overrides": dict(protocol.overrides),
-            "sha256": protocol.digest(),
-            "text": protocol.text(),
-        },
-        "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen), **samples.about()},
-        "targets": {
-            entrant.name: {
-                "type": type(plain(entrant.defense)).__name__,
-                "sha256": defense_hash(entrant.defense),
-                "num_classes": entrant.clean.num_classes,
-                "runs": list(dict.fromkeys(run.name for runs in entrant.runs.values() for run in runs)),
-                "not_applicable": list(entrant.offers.missing),
-                "clean_sha256": entrant.clean.digest(),
-                "surrogates_sha256": entrant.offers.sha256,
-            }
-            for entrant in entrants
-        },
-        "batches": {"sha256": plan, "count": len(seats)},
-        "msa_eval": __version__,
-    }
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
-    draws = {entrant.name: entrant.clean.draws for entrant in entrants}
-    return {"key": key} | decisive | {"batch_dependent": dependent, "draws": draws}

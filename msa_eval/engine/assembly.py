@@ -1,0 +1,126 @@
+"""What an evaluation says of itself: its identity before the runs, its verdict after them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from msa_eval._version import __version__
+from msa_eval.auditing.audit import Sign, signs_from, verdict_of
+from msa_eval.auditing.rules import without_advice
+from msa_eval.defense.micro_batches import plain
+from msa_eval.engine.messages import Failure
+from msa_eval.engine.target_plan import Entrant
+from msa_eval.evidence.provenance import defense_hash
+from msa_eval.evidence.records import TargetRecord
+from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
+from msa_eval.hashing import bytes_of
+from msa_eval.protocols.spec import Protocol
+
+
+def incomplete(results: Results, failures: Sequence[Failure]) -> Results:
+    """Say of results in which something failed that they are incomplete, and what failed."""
+    if not failures:
+        return results
+    verdicts = dict(results.run.get("verdicts", {}))
+    for target in dict.fromkeys(failure.target for failure in failures):
+        told = tuple(f"{failure.text}." for failure in failures if failure.target == target)
+        verdicts[target] = {
+            "verdict": INCOMPLETE,
+            "reasons": told + tuple(verdicts.get(target, {}).get("reasons", ())),
+        }
+    for target in results.summary["target"].unique():
+        verdicts.setdefault(target, {"verdict": str(results.run["verdict"]), "reasons": ()})
+    named = results.summary["target"]
+    summary = results.summary.assign(
+        verdict=[verdicts[target]["verdict"] for target in named],
+        reasons=["; ".join(verdicts[target]["reasons"]) for target in named],
+    )
+    failed = [dataclasses.asdict(failure) for failure in failures]
+    run = dict(results.run) | {"verdict": INCOMPLETE, "verdicts": verdicts, "failed": failed}
+    return dataclasses.replace(results, summary=summary, run=run)
+
+
+def judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
+    """Add the audit and its verdict on each target; the defence's is the results'."""
+    rows, verdicts = [], {}
+    for target, probed in signs.items():
+        found: dict[str, Sign] = {}
+        for sign in (*probed, *signs_from(results, target=target)):
+            # Of what a few batches show and what all runs show, the graver counts; of clean accuracy, all samples.
+            if sign.name == "clean_at_chance" or _gravity(sign) >= _gravity(found.get(sign.name, sign)):
+                found[sign.name] = sign
+        kept = without_advice(found.values())
+        verdicts[target] = verdict_of(kept)
+        rows += [{"target": target, **dataclasses.asdict(sign)} for sign in kept]
+    summary = results.summary.assign(
+        verdict=[verdicts[target].verdict for target in results.summary["target"]],
+        reasons=["; ".join(verdicts[target].reasons) for target in results.summary["target"]],
+    )
+    run = dict(results.run) | {
+        "verdict": verdicts["defense"].verdict,
+        "verdicts": {target: dataclasses.asdict(verdict) for target, verdict in verdicts.items()},
+    }
+    audit = pd.DataFrame(rows).rename(columns={"name": "sign"})
+    return dataclasses.replace(results, summary=summary, audit=audit, run=run)
+
+
+def _gravity(sign: Sign) -> int:
+    return ("note", "suspect", "unreliable").index(sign.severity) + 1 if sign.fired else 0
+
+
+def taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """How many samples of each stochastic target, by context, were called broken and did not stay so."""
+    taken: dict[str, dict[str, int]] = {}
+    for record in records:
+        if draws[record.target] > 1:
+            taken.setdefault(record.target, {})[record.context] = record.taken_back
+    return taken
+
+
+def identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict[str, Any]:
+    """What the results depend on, and a key made of it."""
+    clean = entrants[0].clean
+    if len({entrant.clean.num_classes for entrant in entrants}) > 1:
+        raise ValueError(
+            "defense and fc must have the same classes, but have "
+            + " and ".join(str(entrant.clean.num_classes) for entrant in entrants)
+        )
+    samples, chosen, seats = clean.samples, clean.chosen, clean.seats
+    plan = hashlib.sha256(b"".join(bytes_of(chosen[seat]) + b"|" for seat in seats)).hexdigest()
+    decisive = {
+        "schema_version": SCHEMA_VERSION,
+        "seed": seed,
+        "protocol": {
+            "name": protocol.name,
+            "version": protocol.version,
+            "modified": protocol.modified,
+            "overrides": dict(protocol.overrides),
+            "sha256": protocol.digest(),
+            "text": protocol.text(),
+        },
+        "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen), **samples.about()},
+        "targets": {
+            entrant.name: {
+                "type": type(plain(entrant.defense)).__name__,
+                "sha256": defense_hash(entrant.defense),
+                "num_classes": entrant.clean.num_classes,
+                "runs": list(dict.fromkeys(run.name for runs in entrant.runs.values() for run in runs)),
+                "not_applicable": list(entrant.offers.missing),
+                "clean_sha256": entrant.clean.digest(),
+                "surrogates_sha256": entrant.offers.sha256,
+            }
+            for entrant in entrants
+        },
+        "batches": {"sha256": plan, "count": len(seats)},
+        "msa_eval": __version__,
+    }
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
+    draws = {entrant.name: entrant.clean.draws for entrant in entrants}
+    return {"key": key} | decisive | {"batch_dependent": dependent, "draws": draws}

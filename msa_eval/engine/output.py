@@ -1,0 +1,101 @@
+"""The results of an evaluation on disk: tables, archive and gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from msa_eval.auditing.audit import Sign
+from msa_eval.auditing.rules import unconfirmed_breaks
+from msa_eval.engine.target_plan import Entrant
+from msa_eval.evidence import archive, gallery
+from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE
+from msa_eval.evidence.gallery import Exhibit
+from msa_eval.evidence.proof import Proof
+from msa_eval.evidence.results import INCOMPLETE, Results
+
+
+def _confirmed(results: Results, written: archive.Written) -> Results:
+    """Add to the audit whether all breaks were confirmed; a target whose were not is sound no more."""
+    for target in results.audit["target"].unique() if len(results.audit) else ():
+        rows = results.samples[results.samples["target"] == target]
+        sign = unconfirmed_breaks(
+            sum(one.target == target for one in written.unconfirmed),
+            int((rows["clean_correct"] & ~rows["robust"]).sum()),
+            left_out=written.left_out if target == "defense" else 0,
+        )
+        results = _with_sign(results, target, sign)
+    return results
+
+
+def _with_sign(results: Results, target: str, sign: Sign) -> Results:
+    """Add a sign to the audit of a target that is judged already."""
+    row = pd.DataFrame([{"target": target, **dataclasses.asdict(sign)}]).rename(columns={"name": "sign"})
+    results = dataclasses.replace(results, audit=pd.concat([results.audit, row], ignore_index=True))
+    verdicts = dict(results.run["verdicts"])
+    held = verdicts[target]
+    if not sign.fired or sign.severity == "note":
+        return results
+    ranks = ("sound", "suspect", "unreliable", INCOMPLETE)
+    graver = max(held["verdict"], sign.severity, key=ranks.index)
+    verdicts[target] = {"verdict": graver, "reasons": (*held["reasons"], sign.reason)}
+    named = results.summary["target"] == target
+    summary = results.summary.assign(
+        verdict=results.summary["verdict"].mask(named, graver),
+        reasons=results.summary["reasons"].mask(named, "; ".join(verdicts[target]["reasons"])),
+    )
+    first = {"verdict": graver} if target == "defense" and results.run["verdict"] != INCOMPLETE else {}
+    return dataclasses.replace(results, summary=summary, run=dict(results.run) | {"verdicts": verdicts} | first)
+
+
+def pictures(exhibits: Sequence[Exhibit]) -> bytes | None:
+    """The gallery's content; where it can't be made, the evaluation is worth no less."""
+    try:
+        return gallery.pack(exhibits) if exhibits else None
+    except Exception as error:
+        warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
+        return None
+
+
+def save(write: Callable[[Path], Results], out: Path) -> Results:
+    """Write the results, and where that fails now, after all the work, write them to a temporary folder instead."""
+    try:
+        return write(out)
+    except OSError as error:
+        rescue = Path(tempfile.mkdtemp(prefix="msa-eval-"))
+        write(rescue)
+        raise OSError(error.errno, f"{error.strerror}; the results are in {rescue} instead") from error
+
+
+def write_results(
+    out: Path,
+    *,
+    results: Results,
+    force: bool,
+    entrants: Sequence[Entrant],
+    proofs: Sequence[Proof] | None,
+    pictures: bytes | None,
+) -> Results:
+    """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
+    if proofs is None:
+        results.save(out, force=force, gallery=pictures)
+        return results
+    replays = {entrant.name: entrant.replay for entrant in entrants}
+    path = out / NEW_ARCHIVE
+    try:
+        written = archive.write(
+            path, proofs, next(iter(replays.values())).images, entrants[0].protocol.ball,
+            confirm=lambda proof: replays[proof.target].breaks(proof),
+            exact={name for name, replay in replays.items() if replay.draws > 1},
+        )  # fmt: skip
+        results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
+        results = _confirmed(results, written)
+        results.save(out, force=force, archive=path, gallery=pictures)
+    finally:
+        path.unlink(missing_ok=True)
+    return results

@@ -1,0 +1,30 @@
+"""An evaluation under way: what is finished, and what failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msa_eval.engine.messages import Failure
+from msa_eval.engine.resume import Units
+from msa_eval.progress import Progress
+
+
+@dataclass
+class Work:
+    """An evaluation under way.
+
+    Attributes:
+        progress: shows how far each context has come.
+        units: what is finished, and is not made again.
+        keep: whether to keep an adversarial batch for every broken sample.
+        failures: what failed so far.
+    """
+
+    progress: Progress
+    units: Units
+    keep: bool = False
+    failures: list[Failure] = field(default_factory=list)
+
+    def fail(self, target: str, run: str, error: BaseException) -> None:
+        """Note what failed that belongs to no batch."""
+        self.failures.append(Failure.of(target, run, error))
