@@ -36,7 +36,8 @@ from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.usable_surrogates import answer_with_gradient, offer
 from msa_eval.numerics import exact
-from msa_eval.protocols.spec import ApgdBudget, Protocol, load_protocol
+from msa_eval.protocols.loading import load_protocol
+from msa_eval.protocols.schema import ApgdBudget, Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own, Surrogate, get
 from msa_eval.targets.loading import resolve

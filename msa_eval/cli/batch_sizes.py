@@ -49,7 +49,7 @@ def batch_sizes(
     **common: Any,
 ) -> None:
     """Show how the accuracy of TARGET depends on the batch size."""
-    from msa_eval.protocols.spec import load_protocol
+    from msa_eval.protocols.loading import load_protocol
     from msa_eval.report.text import render_sizes
     from msa_eval.studies.batch_sizes import batch_size_report
 

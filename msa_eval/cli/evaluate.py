@@ -87,7 +87,7 @@ def run(
 ) -> None:
     """Evaluate a target, show the table and write the results."""
     from msa_eval.engine.evaluate import evaluate as evaluate_target
-    from msa_eval.protocols.spec import load_protocol
+    from msa_eval.protocols.loading import load_protocol
     from msa_eval.report.text import render_sample, render_table
 
     loaded = load_protocol(protocol, overrides=overrides)

@@ -16,7 +16,7 @@ def protocols(ctx: click.Context) -> None:
 @protocols.command("list")
 def list_protocols() -> None:
     """List the shipped protocols."""
-    from msa_eval.protocols.spec import load_protocol, shipped
+    from msa_eval.protocols.loading import load_protocol, shipped
 
     for name in shipped():
         protocol = load_protocol(name)
@@ -27,6 +27,6 @@ def list_protocols() -> None:
 @click.argument("name")
 def show_protocol(name: str) -> None:
     """Show the protocol NAME (a shipped one, or a .toml file) as it will be run."""
-    from msa_eval.protocols.spec import load_protocol
+    from msa_eval.protocols.loading import load_protocol
 
     click.echo(load_protocol(name).text(), nl=False)

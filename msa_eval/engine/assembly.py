@@ -20,7 +20,7 @@ from msa_eval.evidence.provenance import defense_hash
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
 from msa_eval.hashing import bytes_of
-from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.schema import Protocol
 
 
 def incomplete(results: Results, failures: Sequence[Failure]) -> Results:

@@ -37,7 +37,8 @@ from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import exact
 from msa_eval.progress import Notify, Progress, silent, warn
-from msa_eval.protocols.spec import Protocol, load_protocol
+from msa_eval.protocols.loading import load_protocol
+from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
 from msa_eval.targets.loading import resolve

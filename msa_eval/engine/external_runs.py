@@ -12,7 +12,7 @@ from msa_eval.attacks.external.libraries import find
 from msa_eval.defense.contract import Defense
 from msa_eval.engine.schedule import OWN, Run
 from msa_eval.judging.usable_surrogates import offer
-from msa_eval.protocols.spec import ApgdBudget, PeerSpec
+from msa_eval.protocols.schema import ApgdBudget, PeerSpec
 from msa_eval.surrogates.registry import Own, Surrogate
 
 TARGET = "target"

@@ -15,7 +15,7 @@ from msa_eval.engine.schedule import Run, plan_runs
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.replay import Replay
 from msa_eval.judging.usable_surrogates import Offers, offer
-from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Own
 

@@ -17,7 +17,7 @@ from msa_eval.evidence import schema as fields
 from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, FIGURES, GALLERY, PAGE, TABLES, claim_folder, read_run
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.files import write_all
-from msa_eval.protocols.spec import CONTEXTS
+from msa_eval.protocols.validation import CONTEXTS
 from msa_eval.untrusted import check_inside, told
 
 SCHEMA_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.schema import Protocol
 
 
 def select(y: Tensor, protocol: Protocol) -> Tensor:

@@ -19,7 +19,7 @@ from msa_eval.defense.micro_batches import plain
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
 from msa_eval.judging.majority import decide_by_majority
-from msa_eval.protocols.spec import CompositionBudget, StochasticBudget
+from msa_eval.protocols.schema import CompositionBudget, StochasticBudget
 from msa_eval.randomness import seeded
 
 

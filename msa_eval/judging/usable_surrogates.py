@@ -14,7 +14,7 @@ from msa_eval.defense.contexts import AmongOthers
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.hashing import bytes_of
-from msa_eval.protocols.spec import ApgdBudget, RecombinationBudget
+from msa_eval.protocols.schema import ApgdBudget, RecombinationBudget
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble, ensemble
 from msa_eval.surrogates.registry import Own, Surrogate, get

@@ -9,7 +9,7 @@ import pandas as pd
 
 from msa_eval.evidence.metrics import rate
 from msa_eval.evidence.results import Results
-from msa_eval.protocols.spec import StochasticBudget
+from msa_eval.protocols.schema import StochasticBudget
 from msa_eval.report.style import NAMES
 
 AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")

@@ -91,7 +91,7 @@ def accuracy_curves(
 def _protocol(
     radius: float, steps: int, surrogates: Sequence[str], losses: Sequence[str], limit: int | None, batch_size: int
 ) -> Any:
-    from msa_eval.protocols.spec import make_protocol
+    from msa_eval.protocols.loading import make_protocol
 
     content: dict[str, Any] = {
         "schema": 1,

@@ -29,7 +29,8 @@ from msa_eval.hashing import bytes_of, weights_hash
 from msa_eval.hpm.finetune import FinetuneSettings, finetune, history
 from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Notify, Progress, silent, warn
-from msa_eval.protocols.spec import Protocol, load_protocol
+from msa_eval.protocols.loading import load_protocol
+from msa_eval.protocols.schema import Protocol
 from msa_eval.targets.checkpoint import Checkpoint, save_checkpoint
 from msa_eval.targets.target import Target
 from msa_eval.targets.weights import misfits, read_safetensors

@@ -29,7 +29,7 @@ from msa_eval.judging.replay import Replay
 from msa_eval.judging.trial import Trial
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent, ticking
-from msa_eval.protocols.spec import PeerSpec
+from msa_eval.protocols.schema import PeerSpec
 from msa_eval.randomness import seeded
 from msa_eval.verification.reopen import Reopened, reopen
 

@@ -19,7 +19,7 @@ from msa_eval.errors import AttackError
 from msa_eval.evidence.results import INCOMPLETE, Results
 from msa_eval.hpm.model import HPM
 from msa_eval.progress import Notify, Progress, silent, warn
-from msa_eval.protocols.spec import load_protocol
+from msa_eval.protocols.loading import load_protocol
 from msa_eval.targets.loading import load_target
 from msa_eval.targets.target import Target
 from msa_eval.targets.zoos import full_name

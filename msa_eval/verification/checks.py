@@ -20,7 +20,8 @@ from msa_eval.evidence.results import run_digest
 from msa_eval.hashing import bytes_of, file_hash
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.replay import Replay
-from msa_eval.protocols.spec import Protocol, make_protocol
+from msa_eval.protocols.loading import make_protocol
+from msa_eval.protocols.schema import Protocol
 from msa_eval.verification.recompute import COLUMNS, Tables, check_columns, recount
 from msa_eval.verification.referee import NEAR, NEAR_TIE, Referee
 from msa_eval.verification.stated import Stated

@@ -11,7 +11,7 @@ from torch import Tensor
 from msa_eval.attacks.losses import margin
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.replay import Replay
-from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.schema import Protocol
 
 NEAR_TIE = 1e-5
 """Where two logits are closer than this share of their size, another machine may round to the other verdict."""

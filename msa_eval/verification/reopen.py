@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense
-from msa_eval.protocols.spec import Protocol
+from msa_eval.protocols.schema import Protocol
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets
 from msa_eval.verification.checks import (

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from msa_eval import HPM, Results, Samples, load_checkpoint, load_samples
 from msa_eval.attacks.ball import Ball
-from msa_eval.protocols.spec import CompositionBudget
+from msa_eval.protocols.schema import CompositionBudget
 from msa_eval.references import reference_path
 
 from .subjects import cifar10

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from msa_eval import HPM, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.protocols import Protocol, make_protocol
-from msa_eval.protocols.spec import load_protocol
+from msa_eval.protocols.loading import load_protocol
 from msa_eval.references import reference_path
 from msa_eval.report import draw_curves, spending, to_svg
 

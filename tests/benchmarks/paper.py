@@ -28,7 +28,7 @@ from torch import Tensor
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks import Ball
 from msa_eval.protocols import Protocol, make_protocol
-from msa_eval.protocols.spec import load_protocol
+from msa_eval.protocols.loading import load_protocol
 
 from . import rivals
 from .sheet import Sheet

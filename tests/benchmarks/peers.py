@@ -33,7 +33,7 @@ from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samp
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.external import Seat, find, meet
 from msa_eval.protocols import Protocol
-from msa_eval.protocols.spec import load_protocol
+from msa_eval.protocols.loading import load_protocol
 from msa_eval.references import reference_path
 
 from .subjects import cifar10

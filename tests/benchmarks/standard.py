@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from msa_eval import Samples, evaluate
-from msa_eval.protocols.spec import load_protocol
+from msa_eval.protocols.loading import load_protocol
 
 from .budget import autoattack
 from .paper import OURS, default, enter

@@ -1,0 +1,154 @@
+"""Protocols from files, and from what overrides them."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from msa_eval.attacks.ball import Ball, Norm
+from msa_eval.protocols.schema import (
+    NORMS,
+    ApgdBudget,
+    CompositionBudget,
+    Protocol,
+    RecombinationBudget,
+    SpsaBudget,
+    SquareBudget,
+    StochasticBudget,
+)
+from msa_eval.protocols.validation import KEYS, REQUIRED, contradictions
+from msa_eval.untrusted import told
+
+T = TypeVar("T")
+
+
+def shipped() -> dict[str, Path]:
+    """The protocols that come with the toolkit: name to file.
+
+    >>> sorted(shipped())
+    ['digits', 'msa', 'paper-cifar10', 'paper-cifar100', 'paper-imagenet', 'quick']
+    """
+    folder = Path(str(resources.files("msa_eval.protocols")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+MISTAKES = 20
+"""So many mistakes in a protocol are told; the others are counted."""
+
+
+def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Protocol:
+    """Read a protocol.
+
+    Args:
+        source: the name of a shipped one, or a TOML file.
+        overrides: values to put in place, by dotted key such as ``attack.square.queries``.
+
+    Raises:
+        ValueError: when it can't be found or read, or with every mistake in it.
+
+    >>> load_protocol("quick", overrides={"threat.eps": "2/255"}).modified
+    True
+    """
+    path = shipped().get(str(source), Path(source))
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), shipped(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"there is no protocol {str(source)!r}; {hint}available: {', '.join(shipped())}, or a .toml file"
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable TOML file: {told(error)}") from error
+    return make_protocol(content, overrides=overrides, source=str(source))
+
+
+def make_protocol(
+    content: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "protocol"
+) -> Protocol:
+    """Check the content of a protocol file, nested or with dotted keys.
+
+    Raises:
+        ValueError: with every mistake in it.
+    """
+    given = {key: _plain(key, value) for key, value in _flatten(content).items()}
+    wanted = {key: _plain(key, value) for key, value in _flatten(overrides or {}).items()}
+    changed = {key: value for key, value in wanted.items() if given.get(key) != value}
+    values = dict(sorted((given | changed).items()))
+    parsed: dict[str, Any] = {}
+    mistakes = [f"{key} is missing" for key in REQUIRED if key not in values]
+    for key, value in values.items():
+        if value == {}:
+            mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
+            continue
+        if key not in KEYS:
+            close = [name for name in KEYS if name.endswith(f".{key}")] or difflib.get_close_matches(key, KEYS, n=1)
+            hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ""
+            mistakes.append(f"unknown key {told(key)}{hint}")
+            continue
+        try:
+            parsed[key] = KEYS[key](value)
+        except ValueError as error:
+            mistakes.append(f"{key}: expected {error}, but got {told(repr(value))}")
+    mistakes += contradictions(values)
+    if mistakes:
+        more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""
+        raise ValueError(f"{source}: " + "; ".join(mistakes[:MISTAKES]) + more)
+    return Protocol(
+        name=parsed["name"],
+        version=parsed["version"],
+        description=parsed["description"],
+        ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"]),
+        apgd=_section(ApgdBudget, "attack.apgd.", parsed),
+        square=_section(SquareBudget, "attack.square.", parsed),
+        spsa=_section(SpsaBudget, "attack.spsa.", parsed),
+        recombination=_section(RecombinationBudget, "attack.recombination.", parsed),
+        composition=_section(CompositionBudget, "attack.composition.", parsed) or CompositionBudget(),
+        stochastic=_section(StochasticBudget, "stochastic.", parsed) or StochasticBudget(),
+        overrides=changed,
+        values=values,
+        **{
+            name: parsed[key]
+            for name, key in {
+                "contexts": "threat.contexts",
+                "fraction": "samples.fraction",
+                "per_class": "samples.per_class",
+                "limit": "samples.limit",
+                "samples_seed": "samples.seed",
+                "batch_size": "batches.size",
+                "batches_seed": "batches.seed",
+                "audited": "audit.samples",
+                "peers": "attack.peers",
+            }.items()
+            if key in parsed
+        },
+    )
+
+
+def _section(kind: Callable[..., T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
+    """Build a section from its keys; ``None`` where it has none at all."""
+    given = {key.removeprefix(prefix): value for key, value in parsed.items() if key.startswith(prefix)}
+    return kind(**given) if given else None
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as TOML has it: NumPy's and torch's scalars as numbers, tuples as lists, norms by their own names."""
+    if key == "threat.norm":
+        return NORMS.get(str(value).lower(), value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
