@@ -1,7 +1,9 @@
 """What people look at, made from evidence alone: the model is not needed again."""
 
 from msa_eval.report import frames
-from msa_eval.report.charts import Chart, charts, draw_curves, draw_waterfall
+from msa_eval.report.charts.catalog import Chart, charts
+from msa_eval.report.charts.spending import draw_curves
+from msa_eval.report.charts.waterfall import draw_waterfall
 from msa_eval.report.comparison import Comparison, compare, paired, render_comparison
 from msa_eval.report.entry import robustbench_entry
 from msa_eval.report.figures import write_figures

@@ -11,7 +11,7 @@ import pandas as pd
 from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
 from msa_eval.report import frames
-from msa_eval.report.charts import draw_differences
+from msa_eval.report.charts.differences import draw_differences
 from msa_eval.report.comparison import Comparison, only_one, points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits
 from msa_eval.report.inline import csv_link, inline_svg
