@@ -153,7 +153,9 @@ def _audit(
     ends = np.cumsum([len(seat) for seat in seats])
     seats = seats[: max(int((ends <= limit).sum()), 1)]
     samples = samples.decoded(chosen[torch.cat(seats)])
-    clean = CleanBatches(defense, samples, chosen, seats, device=device, stochastic=protocol.stochastic)
+    clean = CleanBatches(
+        defense, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball
+    )
     batches = list(clean)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):

@@ -16,6 +16,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.auditing import rules
+from msa_eval.auditing.inner_gradients import counting_gradients
 from msa_eval.auditing.rules import Mask
 from msa_eval.auditing.sign import NO_ANSWER, Change, Sign, change
 from msa_eval.auditing.state_guard import answer
@@ -23,7 +24,6 @@ from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.judging.trial import Setting, Trial
 from msa_eval.judging.usable_surrogates import answer_with_gradient
-from msa_eval.protocols.inner_gradients import counting_gradients
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate
@@ -151,7 +151,8 @@ class Subject:
             return {}
         ways: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {"other companions": self._among_others}
         if any(len(batch.y) > 1 for batch in self.batches):
-            ways |= {"another order": self._permuted, "halves": self._halved, "single images": self._alone}
+            ways |= {"another order": self._permuted, "halves": self._halved, "single images": self._alone,
+                     "points of the ball": self._in_the_ball}  # fmt: skip
         return {name: self._changed(way) for name, way in ways.items()}
 
     def _changed(self, way: Callable[[Batch], tuple[Tensor, Tensor]]) -> Change:
@@ -168,6 +169,12 @@ class Subject:
     def _halved(self, batch: Batch) -> tuple[Tensor, Tensor]:
         parts = batch.x.tensor_split(min(2, len(batch.x)))
         return self._ask(batch.x), torch.cat([self._ask(part) for part in parts])
+
+    def _in_the_ball(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Random points, as a whole and in halves of another order."""
+        x = self.ball.random(batch.x, self.generator("moved", batch.number))
+        parts = x.flip(0).tensor_split(min(2, len(x)))
+        return self._ask(x), torch.cat([self._ask(part) for part in parts]).flip(0)
 
     def _alone(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._ask(batch.x), torch.cat([self._ask(image) for image in batch.x.split(1)])

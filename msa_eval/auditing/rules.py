@@ -143,6 +143,19 @@ def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Ch
     return Sign("batch_dependence", fired, severity, value, threshold, _sentence(reason))
 
 
+def batch_dependence_found(drift: float) -> Sign:
+    """Whether a target that was taken to ignore companions answers otherwise about the points found, in other company.
+
+    Args:
+        drift: by how much, as a share of the logits' range.
+    """
+    fired = not drift <= ALONE
+    seen = f"answers to the points found change by {drift:.2g} of the logits' range in other company"
+    if fired:
+        seen += ", though the target was taken to ignore it; set batch_dependent = True and evaluate again"
+    return Sign("batch_dependence", fired, "unreliable", drift, ALONE, _sentence(seen))
+
+
 def state(repeated: Change, after_use: Change, *, other_generators: bool) -> Sign:
     """Whether answers change though inputs and seed are the same.
 

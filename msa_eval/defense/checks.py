@@ -5,25 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_eval.defense.contract import Defense, WholeModel, decide
+from msa_eval.defense.contract import Defense, decide
 
 
-def looks_batch_dependent(model: WholeModel, x: Tensor, logits: Tensor) -> bool:
+def looks_batch_dependent(defense: Defense, z: Tensor, logits: Tensor) -> bool:
     """Whether a batch is decided differently in another order, or in halves.
 
-    The answer only steers a query attack: on a model that seems static it asks about changed images alone, but what
-    it finds is believed only after the whole batch was decided.
-
     Args:
-        model: a stochastic one, or one that can't take half a batch, counts as dependent.
-        x: a clean batch ``(B, C, H, W)``.
+        defense: a stochastic one, or one that can't take half a batch, counts as dependent.
+        z: features of a batch ``(B, ...)``; of a `WholeModel`, the images.
         logits: its logits ``(B, k)``.
     """
-    if len(x) < 2:
+    if len(z) < 2:
         return True
-    half = len(x) // 2
+    half = len(z) // 2
     try:
-        others = (decide(model, x.flip(0)).flip(0), torch.cat([decide(model, x[:half]), decide(model, x[half:])]))
+        others = (decide(defense, z.flip(0)).flip(0), torch.cat([decide(defense, z[:half]), decide(defense, z[half:])]))
     except (RuntimeError, ValueError, IndexError):
         return True
     top = logits.topk(2, dim=1).values

@@ -15,8 +15,9 @@ from msa_eval.attacks.attacked_batch import Attack
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.companions import CompositionAttack
 from msa_eval.attacks.pursuit import PursuitAttack
+from msa_eval.auditing.sign import NO_ANSWER, change
 from msa_eval.auditing.state_guard import StateGuard
-from msa_eval.defense.contract import WholeModel
+from msa_eval.defense.contract import WholeModel, decide
 from msa_eval.defense.micro_batches import fitting, plain
 from msa_eval.defense.precision import EXACT
 from msa_eval.engine.messages import Failure, Job, Made, Searched, Step
@@ -95,7 +96,21 @@ class Series:
             int((history.taken_back & ~history.broken).sum()),
             tuple(self._proofs(batch, history)) if job.keep else (),
             () if guard is None else guard.so_far(),
+            self._drift(batch, history),
         )
+
+    def _drift(self, batch: Batch, history: History) -> float:
+        """How much the answers to the points found change in another order and in halves, if they should not at all."""
+        if self.clean.batch_dependent or self.clean.draws > 1 or len(batch.y) < 2:
+            return 0.0
+        defense, x = self.entrant.defense, history.best.x
+        try:
+            with seeded(0), torch.no_grad():
+                together = decide(defense, defense.features(x))
+                parts = [decide(defense, defense.features(part)) for part in x.flip(0).tensor_split(2)]
+        except (RuntimeError, ValueError, IndexError):
+            return NO_ANSWER.drift
+        return change(together, torch.cat(parts).flip(0)).drift
 
     def _made(self, run: Run, batch: Batch, history: History, job: Job) -> Step:
         if job.lost is not None:

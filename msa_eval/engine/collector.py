@@ -72,6 +72,11 @@ class Ledger:
         self._looked = 0
 
     @property
+    def drift(self) -> float:
+        """Of a target taken to ignore companions: how much its answers to the points found changed in other company."""
+        return max((one.drift for one in self._done.values()), default=0.0)
+
+    @property
     def total(self) -> int:
         """How many runs on a batch there are."""
         return len(self.series.clean) * len(self.series.runs)

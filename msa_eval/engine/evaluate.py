@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.auditing.audit import Sign, StateGuard
+from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.defense.micro_batches import parts_of, passed_last
@@ -188,7 +189,9 @@ def _evaluate(
             Entrant.enter(
                 name,
                 model,
-                CleanBatches(model, samples, chosen, seats, device=device, stochastic=protocol.stochastic),
+                CleanBatches(
+                    model, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball
+                ),
                 protocol=protocol, own=own, seed=seed,
             )
             for name, model in targets.items()
@@ -249,6 +252,8 @@ def _carried_out(
     for entrant in entrants:
         done += _evaluated(entrant, ledgers[entrant.name])
         _check_any(entrant, work)
+        if not entrant.clean.batch_dependent:
+            signs[entrant.name].append(batch_dependence_found(max(one.drift for one in ledgers[entrant.name])))
         try:
             signs[entrant.name].append(ledgers[entrant.name][0].guard.sign())
         except Exception as error:

@@ -65,6 +65,8 @@ class Searched:
         taken_back: how many samples were called broken, and did not stay so.
         proofs: an adversarial batch for every broken sample, where these were asked for.
         changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
+        drift: of a target taken to ignore companions: how much its answers to the points found change in other company,
+            as a share of the logits' range.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -73,6 +75,7 @@ class Searched:
     taken_back: int
     proofs: tuple[Proof, ...]
     changes: tuple[str, ...]
+    drift: float = 0.0
 
 
 Made = Step | Failure | Searched

@@ -83,7 +83,10 @@ class Entrant:
         """The target as it answers for proofs."""
         clean = self.clean
         batches = [clean.chosen[seat] for seat in clean.seats]
-        return Replay(self.defense, clean.samples, batches, device=clean.device, draws=clean.draws)
+        return Replay(
+            self.defense, clean.samples, batches, device=clean.device, draws=clean.draws,
+            batch_dependent=clean.batch_dependent,
+        )  # fmt: skip
 
     @property
     def searched(self) -> Sequence[str]:

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
-from msa_eval.defense.checks import check_trunk, looks_batch_dependent
+from msa_eval.defense.checks import check_trunk
 from msa_eval.defense.contexts import Company, in_context, own_companions
 from msa_eval.defense.contract import Defense, WholeModel, decide, describe
 from msa_eval.defense.micro_batches import plain
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
+from msa_eval.judging.dependence import looks_at_its_batch
 from msa_eval.judging.majority import decide_by_majority
 from msa_eval.protocols.schema import CompositionBudget, StochasticBudget
 from msa_eval.randomness import seeded
@@ -50,6 +52,8 @@ class CleanBatches:
         seats: places in 0..N-1, a tensor a batch.
         device: where to compute.
         stochastic: how often a target that answers at random is asked.
+        ball: the perturbation set, in which points are asked about too, to find out whether the decision looks at the
+            whole batch.
 
     Attributes:
         num_classes: k.
@@ -71,6 +75,7 @@ class CleanBatches:
         *,
         device: str,
         stochastic: StochasticBudget | None = None,
+        ball: Ball | None = None,
     ) -> None:
         self.samples, self.chosen, self.seats = samples, chosen, seats
         self._defense, self.device = defense, device
@@ -92,10 +97,7 @@ class CleanBatches:
             )
         first = next(iter(self))
         check_trunk(defense, first.x, first.z)
-        declared: bool | None = getattr(defense, "batch_dependent", True)
-        if declared is None and isinstance(defense, WholeModel):
-            declared = self.stochastic or looks_batch_dependent(defense, first.x, first.logits)
-        self.batch_dependent = declared is not False
+        self.batch_dependent = looks_at_its_batch(defense, first.x, first.logits, ball, stochastic=self.stochastic)
 
     def __len__(self) -> int:
         return len(self.seats)

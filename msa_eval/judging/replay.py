@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
-from msa_eval.defense.checks import check_trunk, looks_batch_dependent
-from msa_eval.defense.contract import Defense, WholeModel, decide
+from msa_eval.defense.checks import check_trunk
+from msa_eval.defense.contract import Defense, decide
 from msa_eval.evidence.proof import Proof
+from msa_eval.judging.dependence import looks_at_its_batch
 from msa_eval.judging.majority import JUDGE, JUDGE_SIGMAS, telling_draw
 from msa_eval.randomness import seeded
 
@@ -27,13 +29,23 @@ class Replay:
         device: where to compute.
         draws: answers that the verdict on a stochastic target is the majority of; a proof is asked about `JUDGE` times
             as often.
+        ball: the perturbation set, as for `CleanBatches`.
+        batch_dependent: whether the target looks at its batch, where that was found out before.
 
     Raises:
         ValueError: when features depend on more than their own image, so that rows can't be exchanged.
     """
 
     def __init__(
-        self, defense: Defense, samples: Samples, batches: Sequence[Tensor], *, device: str, draws: int = 1
+        self,
+        defense: Defense,
+        samples: Samples,
+        batches: Sequence[Tensor],
+        *,
+        device: str,
+        draws: int = 1,
+        ball: Ball | None = None,
+        batch_dependent: bool | None = None,
     ) -> None:
         self.samples, self.batches = samples, batches
         self._defense, self._device, self.draws = defense, device, draws
@@ -41,10 +53,9 @@ class Replay:
         x = self._images(batches[0])
         z = self._features(x)
         check_trunk(defense, x, z)
-        declared: bool | None = getattr(defense, "batch_dependent", True)
-        if draws == 1 and declared is None and isinstance(defense, WholeModel):
-            declared = looks_batch_dependent(defense, x, decide(defense, z))
-        self.batch_dependent = declared is not False or draws > 1
+        if batch_dependent is None:
+            batch_dependent = draws > 1 or looks_at_its_batch(defense, x, decide(defense, z), ball)
+        self.batch_dependent = batch_dependent or draws > 1
 
     def images(self, number: int) -> Tensor:
         """The clean batch ``(B, C, H, W)`` of a number.

@@ -229,9 +229,12 @@ class _Bout:
         chosen = torch.cat(list(opened.seats)).sort().values
         places = [torch.searchsorted(chosen, seat) for seat in opened.seats]
         clean = CleanBatches(
-            defense, samples, chosen, places, device=device, stochastic=opened.protocol.stochastic
+            defense, samples, chosen, places, device=device, stochastic=opened.protocol.stochastic,
+            ball=opened.protocol.ball,
         )  # fmt: skip
-        replay = Replay(defense, samples, opened.seats, device=device, draws=clean.draws)
+        replay = Replay(
+            defense, samples, opened.seats, device=device, draws=clean.draws, batch_dependent=clean.batch_dependent
+        )
         return cls(name, defense, clean, replay, opened, seed, passes)
 
     def rows(self, specs: Sequence[PeerSpec], contexts: Sequence[str], progress: Progress) -> list[_Row]:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
@@ -202,7 +203,7 @@ class _Case:
         if weights is None:
             self._skip("these are not the weights", "trunk", "clean", "replay")
             return
-        replays = self._step("trunk", lambda: self._prepared(seats, stated))
+        replays = self._step("trunk", lambda: self._prepared(seats, stated, protocol.ball))
         if replays is None:
             self._skip("features do not come from their own image alone", "clean", "replay")
             return
@@ -223,9 +224,9 @@ class _Case:
     def _skip(self, reason: str, *names: str) -> None:
         self.checks += [Check(name, None, f"not checked, because {reason}") for name in names]
 
-    def _prepared(self, seats: Sequence[Tensor], stated: Stated) -> tuple[str, dict[str, Replay]]:
+    def _prepared(self, seats: Sequence[Tensor], stated: Stated, ball: Ball) -> tuple[str, dict[str, Replay]]:
         replays = {
-            name: Replay(target, self.samples, seats, device=self.device, draws=stated.draws.get(name, 1))
+            name: Replay(target, self.samples, seats, device=self.device, draws=stated.draws.get(name, 1), ball=ball)
             for name, target in self.targets.items()
         }
         return "features come from their own image alone, so that rows can be exchanged", replays

@@ -9,8 +9,8 @@ from torch.autograd import grad as imported
 from toys import make_classifier, make_samples
 
 from msa_eval import WholeModel
+from msa_eval.auditing.inner_gradients import counting_gradients
 from msa_eval.defense.contract import decide
-from msa_eval.protocols.inner_gradients import counting_gradients
 
 
 class Adapting(nn.Module):
