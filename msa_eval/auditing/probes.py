@@ -238,14 +238,31 @@ class Subject:
         return answer_with_gradient(surrogate, self.defense, self.batches[0]) is not None
 
     def disagreement(self, surrogate: Surrogate) -> float:
-        """The share of clean samples on which a surrogate's class differs from the target's."""
+        """The share of clean samples on which a surrogate's class differs from the target's.
+
+        Of a target that answers at random the classes are those of most draws, and what the target differs from itself
+        is taken off: single draws disagree by chance.
+        """
+
+        def stands_in(batch: Batch) -> Tensor:
+            return surrogate.logits(self.defense, batch.x if surrogate.on_images else batch.z)
+
         with torch.no_grad():
-            classes = [
-                surrogate.logits(self.defense, batch.x if surrogate.on_images else batch.z).argmax(dim=1)
-                for batch in self.batches
-            ]
-        differs = torch.cat(classes) != torch.cat([batch.logits.argmax(dim=1) for batch in self.batches])
-        return float(differs.float().mean())
+            if not self.stochastic:
+                return self._differ(self._classes(stands_in), self._classes(lambda batch: batch.logits))
+            classes, own, again = (self._classes(ask, DRAWS) for ask in (stands_in, self._hard, self._hard))
+        return max(self._differ(classes, own) - self._differ(again, own), 0.0)
+
+    def _hard(self, batch: Batch) -> Tensor:
+        return decide(self.defense, batch.z)
+
+    def _classes(self, ask: Callable[[Batch], Tensor], draws: int = 1) -> Tensor:
+        """The class that most answers to each image are for ``(N,)``."""
+        drawn = [torch.cat([ask(batch).argmax(dim=1) for batch in self.batches]) for _ in range(draws)]
+        return torch.stack(drawn).mode(dim=0).values
+
+    def _differ(self, first: Tensor, second: Tensor) -> float:
+        return float((first != second).float().mean())
 
     def attacks(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
         """What short white-box and gradient-free runs show; each run serves several signs."""
@@ -336,15 +353,37 @@ class Subject:
         return torch.stack(wrong).float().mean(dim=0) * batch.correct
 
     def _rise(self, surrogate: Surrogate, losses: Tensor) -> float:
-        """How far a run raises the mean loss, in units of the change that its random start makes."""
-        with torch.no_grad():
-            logits = [surrogate.logits(self.defense, b.x if surrogate.on_images else b.z) for b in self.batches]
-        clean = torch.cat([margin(answer.float(), b.y) for answer, b in zip(logits, self.batches, strict=True)])
+        """How far a run raises the mean loss, in units of the change that its random start makes.
+
+        Of a target that answers at random, that change is the root mean square, less what two answers to the same clean
+        images differ by chance.
+        """
         counted = self.right if bool(self.right.any()) else torch.ones_like(self.right)
         last = losses[-max(len(losses) // 4, 1) :].mean(dim=0)
         rise = float((last - losses[0])[counted].mean())
-        unit = float((losses[0] - clean)[counted].abs().mean())
+        clean = self._clean_loss(surrogate)
+        if self.stochastic:
+            chance = (self._clean_loss(surrogate) - clean)[counted].square().mean()
+            moved = (losses[0] - clean)[counted].square().mean() - chance
+            # A rise of less than two standard errors of the mean is none: half of four.
+            unit = float(torch.maximum(moved, 16 * chance / counted.sum()).sqrt())
+        else:
+            unit = float((losses[0] - clean)[counted].abs().mean())
         return rise / max(unit, 1e-3 * rise, 1e-12)
+
+    def _clean_loss(self, surrogate: Surrogate) -> Tensor:
+        """The surrogate's margin loss on clean images ``(N,)``, the mean of as many draws as an attack takes."""
+        with torch.no_grad():
+            drawn = [
+                torch.cat(
+                    [
+                        margin(surrogate.logits(self.defense, b.x if surrogate.on_images else b.z).float(), b.y)
+                        for b in self.batches
+                    ]
+                )
+                for _ in range(self._setting().eot)
+            ]
+        return torch.stack(drawn).mean(dim=0)
 
     def _large_eps(self, surrogates: Sequence[Surrogate]) -> Sign:
         """Attack in a ball in which every image can be erased, until no sample is left."""

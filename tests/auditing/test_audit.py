@@ -156,6 +156,36 @@ def test_what_chance_alone_breaks_is_no_success_of_an_attack() -> None:
     assert abs(signs["one_step"].value) < 0.1, "a step and forty are asked equally often"
 
 
+class NoisyFeatures(Toy):
+    """Noise on the features, so much that many an answer differs from the next."""
+
+    masked = False
+
+    def logits(self, z: Tensor) -> Tensor:
+        z = (4 * z).round() / 4 + 0 * z.sum() if self.masked else z
+        return super().logits(z + 0.3 * torch.randn(z.shape))
+
+
+def test_single_draws_that_disagree_are_no_sign() -> None:
+    model = NoisyFeatures()
+    signs = _signs(model, overrides={"threat.eps": 0.1, "attack.apgd.surrogates": ["ste"]})
+    assert signs["randomness"].fired
+    with torch.no_grad():
+        z = model.features(make_samples(make_classifier(), 48).x)
+        assert (model.logits(z).argmax(dim=1) != model.logits(z).argmax(dim=1)).float().mean() > 0.1
+    for name in ("surrogate_disagrees", "loss_not_rising", "large_eps", "one_step", "zero_gradients"):
+        assert not signs[name].fired, signs[name].reason
+
+
+def test_behind_noise_a_masked_gradient_and_another_surrogate_are_still_seen() -> None:
+    masked = NoisyFeatures()
+    masked.masked = True
+    assert _signs(masked, overrides={"threat.eps": 0.05, "attack.apgd.surrogates": ["ste"]})["loss_not_rising"].fired
+    other = {"turned": lambda defense, z: defense.fc(z).roll(1, 1)}
+    overrides = {"attack.apgd.surrogates": ["soft-hybrid"], "threat.eps": 0.1}
+    assert _signs(NoisyFeatures(), overrides=overrides, surrogates=other)["surrogate_disagrees"].value > 0.5
+
+
 @pytest.mark.parametrize("source", ["numpy", "python"])
 def test_randomness_from_other_generators_is_suspect(source: str) -> None:
     signs = _signs(Noisy(source).eval())
