@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,11 +64,12 @@ def _perturbed(x: Tensor) -> Tensor:
 
 def _difference(target: Any, x: Tensor) -> str:
     """How ``forward`` differs from the trunk and its decision on a batch, in words; empty where it does not."""
-    with _asked():
-        whole, again = _answer(target, x), _answer(target, x)
+    with torch.inference_mode(False), torch.no_grad():
+        whole = _answer(target, x)
+        if isinstance(whole, Exception):
+            return ""
+        again = _answer(target, x)
         parts = _answer(lambda images: target.logits(target.features(images)), x)
-    if isinstance(whole, Exception):
-        return ""
     if isinstance(parts, Exception):
         return f"logits(features(x)) fails ({type(parts).__name__}: {parts}), and forward(x) does not"
     if not isinstance(parts, Tensor):
@@ -92,12 +92,6 @@ def _difference(target: Any, x: Tensor) -> str:
         f"its forward(x) is not logits(features(x)): logits differ by up to {distance:.3g}, "
         f"and {flips} of {len(x)} images get another class"
     )
-
-
-@contextmanager
-def _asked() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _answer(ask: Callable[[Tensor], Any], x: Tensor) -> Any:

@@ -177,7 +177,7 @@ def test_both_targets_stand_in_every_table(digits_hpm: HPM, digits: Samples) -> 
 
 
 def test_a_certain_result_at_both_ends_of_epsilon() -> None:
-    """Nothing breaks where the ball is smaller than every margin, and all where it is the whole box."""
+    """Nothing breaks where the ball is smaller than every margin, and all where nearly every image fits into it."""
     hpm = make_hpm()
     samples = make_samples(hpm, 24)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_a_certain_result_at_both_ends_of_epsilon() -> None:
 
     clean_share, at_nothing = worst(1e-6)
     assert at_nothing == clean_share > 0
-    assert worst(1.0)[1] == 0
+    assert worst(0.49)[1] == 0
 
 
 def test_worst_case_on_a_linear_classifier_is_the_closed_form() -> None:
@@ -225,6 +225,9 @@ def test_batches_stay_whole_and_in_order(digits: Samples) -> None:
         def logits(self, z: Tensor) -> Tensor:
             seen.add((len(z),))
             return super().logits(z)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise NotImplementedError  # or it would be compared, in a batch of another size
 
     plain = make_classifier(10, inputs=64)
     nosy = Nosy(plain.trunk, plain.fc).eval()
@@ -305,7 +308,7 @@ class _Raising(Classifier):
 
     def logits(self, z: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls > 16:  # past the clean passes
+        if self.calls > 40:  # past the clean passes
             raise RuntimeError("out of luck")
         return super().logits(z)
 
