@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+from torch import Tensor
 
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, WholeModel, as_defense, modules_of
@@ -42,22 +43,23 @@ def make_targets(
     """
     if fc is None and (only is None or "fc" in only):
         fc = getattr(target, "fc_target", None)
-    defense = _counted(target, samples, device)
+    images = samples.images(torch.arange(min(IMAGES, micro_batch or IMAGES, len(samples))))
+    defense = _counted(target, images, device)
     targets = {"defense": in_parts(defense, micro_batch)}
     if fc is not None and fc is not False:
-        classifier = _counted(fc, samples, device)
+        classifier = _counted(fc, images, device)
         targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
     return targets
 
 
-def _counted(target: object, samples: Samples, device: str) -> Defense:
+def _counted(target: object, images: Tensor, device: str) -> Defense:
     """The defence that a target is, on the device."""
     defense = as_defense(target)
     for module in modules_of(defense):
         module.to(device)
     if isinstance(defense, WholeModel):
         return defense
-    return counted(defense, onto(samples.images(torch.arange(min(IMAGES, len(samples)))), device))
+    return counted(defense, onto(images, device))
 
 
 def why_whole(targets: Mapping[str, Defense]) -> dict[str, str]:
