@@ -727,7 +727,7 @@ def test_bad_input(settings: dict[str, Any], message: str) -> None:
 
 
 def test_labels_are_needed_and_models_must_be_in_evaluation_mode() -> None:
-    with pytest.raises(ValueError, match="expected labels y"):
+    with pytest.raises(ValueError, match="labels y"):
         audit(make_classifier(), torch.rand(4, 3, 2, 2))
     with pytest.raises(ValueError, match="training mode"):
         audit(make_classifier().train(), make_samples(make_classifier(), 4))

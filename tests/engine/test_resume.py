@@ -413,7 +413,7 @@ def test_when_every_run_fails_there_is_no_evidence(tmp_path: Path) -> None:
 
         def logits(self, z: Tensor) -> Tensor:
             self.calls += 1
-            if self.calls > 8:
+            if self.calls > 40:
                 raise RuntimeError("out of luck")
             out: Tensor = super().logits(z)
             return out
