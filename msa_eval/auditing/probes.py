@@ -16,9 +16,10 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.auditing import rules
+from msa_eval.auditing.companions import Companions
 from msa_eval.auditing.inner_gradients import counting_gradients
 from msa_eval.auditing.rules import Mask
-from msa_eval.auditing.sign import NO_ANSWER, Change, Sign, change
+from msa_eval.auditing.sign import Change, Sign, change
 from msa_eval.auditing.state_guard import answer
 from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
@@ -29,9 +30,6 @@ from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate
 
 STEPS, LARGE_STEPS, QUERIES = 40, 20, 200
-NEIGHBOURS = 8
-"""Images of a batch that are asked about among other companions."""
-
 DRAWS, EOT = 9, 4
 """Of a target that answers at random: answers to the final points of a run, and answers a gradient is averaged over."""
 
@@ -117,7 +115,11 @@ class Subject:
         return [
             rules.randomness(self.chance, repeats=not moves),
             rules.state(repeated, after_use, other_generators=others),
-            rules.batch_dependence(self._companions(), declared=self.batch_dependent, noise=noise),
+            rules.batch_dependence(
+                Companions(self._ask, self.batches, self.ball, self.generator).changes(),
+                declared=self.batch_dependent,
+                noise=noise,
+            ),
         ]
 
     def _ask_all_seeded(self, x: Tensor) -> Tensor:
@@ -144,53 +146,6 @@ class Subject:
                 torch.autograd.grad(logits.sum(), x, allow_unused=True)
         except RuntimeError:
             pass  # a decision that no gradient may enter; the other signs tell of it
-
-    def _companions(self) -> dict[str, Change]:
-        """The change of answers when batches are permuted, cut, or given other companions."""
-        if self.n < 2:
-            return {}
-        ways: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {"other companions": self._among_others}
-        if any(len(batch.y) > 1 for batch in self.batches):
-            ways |= {"another order": self._permuted, "halves": self._halved, "single images": self._alone,
-                     "points of the ball": self._in_the_ball}  # fmt: skip
-        return {name: self._changed(way) for name, way in ways.items()}
-
-    def _changed(self, way: Callable[[Batch], tuple[Tensor, Tensor]]) -> Change:
-        try:
-            pairs = [way(batch) for batch in self.batches]
-        except (RuntimeError, ValueError, IndexError):
-            return NO_ANSWER  # a batch of that shape has no answer at all
-        return change(torch.cat([before for before, _ in pairs]), torch.cat([after for _, after in pairs]))
-
-    def _permuted(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(batch.y), generator=self.generator("order", batch.number)).to(batch.y.device)
-        return self._ask(batch.x)[order], self._ask(batch.x[order])
-
-    def _halved(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        parts = batch.x.tensor_split(min(2, len(batch.x)))
-        return self._ask(batch.x), torch.cat([self._ask(part) for part in parts])
-
-    def _in_the_ball(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Random points, as a whole and in halves of another order."""
-        x = self.ball.random(batch.x, self.generator("moved", batch.number))
-        parts = x.flip(0).tensor_split(min(2, len(x)))
-        return self._ask(x), torch.cat([self._ask(part) for part in parts]).flip(0)
-
-    def _alone(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._ask(batch.x), torch.cat([self._ask(image) for image in batch.x.split(1)])
-
-    def _among_others(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A few images beside others of the data, drawn anew for each; a batch of one gets one companion."""
-        generator = self.generator("companions", batch.number)
-        pool = torch.cat([other.x for other in self.batches])
-        asked = torch.randperm(len(batch.y), generator=generator)[:NEIGHBOURS]
-        rows = []
-        for i in asked.tolist():
-            drawn = torch.randint(len(pool), (max(len(batch.y), 2),), generator=generator)
-            mixed = pool[drawn.to(pool.device)]
-            mixed[i] = batch.x[i]
-            rows.append(self._ask(mixed)[i])
-        return self._ask(batch.x)[asked.to(batch.y.device)], torch.stack(rows)
 
     def gradients(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
         """Zero gradients through all surrogates, and through the defence's own decision."""
