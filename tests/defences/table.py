@@ -1,0 +1,181 @@
+"""The table: our number beside what is known, and the three counts that hold the verdicts to it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from msa_eval import evaluate
+
+from .collection import Truth
+from .known import Known
+
+MARGIN = 2
+"""So many samples above the known number a number may stand without a warning."""
+
+CHEAP = {"attack.apgd.passes": 90, "attack.apgd.overtime": 10, "attack.recombination.passes": 120}
+"""Of the default protocol, for a first look: a quarter of its passes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One defence, evaluated.
+
+    Attributes:
+        defence: its name.
+        kind: ``honest``, ``masked`` or ``masked in part``.
+        by: the mechanism that masks it, and at what level.
+        behaviour: ``static``, ``batch`` or ``stochastic``.
+        context: of the evaluation.
+        seed: of the evaluation.
+        samples: N.
+        clean: how many are right on clean batches.
+        ours: how many the evaluation leaves, or -1 where it refused.
+        known: how many are left by all that is known.
+        verdict: of the evaluation.
+        through: the surrogates that broke samples, and how many each.
+        seconds: it took.
+        reasons: of the verdict.
+    """
+
+    defence: str
+    kind: str
+    by: str
+    behaviour: str
+    context: str
+    seed: int
+    samples: int
+    clean: int
+    ours: int
+    known: int
+    verdict: str
+    through: str
+    seconds: float
+    reasons: str
+
+    @property
+    def too_high(self) -> int:
+        """By how many samples the number stands above what is known."""
+        return self.ours - self.known
+
+
+def evaluated(known: Known, truth: Truth, *, quick: bool = False, seed: int = 0) -> tuple[Row, tuple[int, ...]]:
+    """Evaluate one as a user would, with nothing said but the ball and the context; the row, and which are left."""
+    data = known.samples()
+    overrides = {
+        "threat.norm": known.norm, "threat.eps": known.eps, "threat.contexts": [known.context],
+        "batches.size": len(data) if known.context == "joint" else 64, **(CHEAP if quick else {}),
+    }  # fmt: skip
+    row = Row(
+        defence=known.name, kind=known.kind, by=f"{known.masked}, {known.level}" if known.masked else "",
+        behaviour=known.behaviour, context=known.context, seed=seed, samples=len(data), clean=-1, ours=-1,
+        known=len(truth.left), verdict="refused", through="", seconds=math.nan, reasons="",
+    )  # fmt: skip
+    began = time.perf_counter()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            results = evaluate(known.build(), data, seed=seed, overrides=overrides, fc=False)
+        except ValueError as error:
+            return dataclasses.replace(row, reasons=str(error)), tuple(range(len(data)))
+    found = results.samples
+    broke = results.attacks.groupby("surrogate")["newly_broken"].sum().sort_values(ascending=False, kind="stable")
+    verdict = results.run["verdicts"]["defense"]
+    row = dataclasses.replace(
+        row, clean=int(found["clean_correct"].sum()), ours=int(found["robust"].sum()), verdict=verdict["verdict"],
+        through=", ".join(f"{name} {n}" for name, n in broke.items() if n), reasons="; ".join(verdict["reasons"]),
+        seconds=round(time.perf_counter() - began, 1),
+    )  # fmt: skip
+    return row, tuple(found.loc[found["robust"].astype(bool), "index"].tolist())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the table is judged by.
+
+    Attributes:
+        masked_and_sound: masked, called sound, and the number stands above what is known (0 wanted).
+        honest_and_not_sound: honest and called anything but sound (at most 1).
+        too_high: called sound, and the number stands above what is known by more than two samples (0).
+    """
+
+    masked_and_sound: tuple[str, ...]
+    honest_and_not_sound: tuple[str, ...]
+    too_high: tuple[str, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether all three are as wanted."""
+        return not self.masked_and_sound and not self.too_high and len(self.honest_and_not_sound) <= 1
+
+
+def counted(rows: Iterable[Row], never: Sequence[str] = ()) -> Counts:
+    """The three counts.
+
+    Args:
+        rows: of the table.
+        never: names that no number makes sound.
+    """
+    rows = list(rows)
+    sound = [row for row in rows if row.verdict == "sound"]
+    return Counts(
+        tuple(r.defence for r in sound if r.kind != "honest" and (r.too_high > 0 or r.defence in never)),
+        tuple(r.defence for r in rows if r.kind == "honest" and r.verdict != "sound"),
+        tuple(r.defence for r in sound if r.too_high > MARGIN),
+    )
+
+
+HEAD = ("defence", "kind", "by", "behaviour", "context", "clean", "ours", "known", "verdict", "through", "seconds")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown; numbers are samples, of `samples`."""
+    lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    for row in rows:
+        cells = asdict(row) | {"clean": f"{row.clean} of {row.samples}"}
+        lines.append(f"| {' | '.join(str(cells[name]) for name in HEAD)} |")
+    return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """One row as it is printed."""
+    mark = " " if row.verdict != "sound" or row.too_high <= 0 else "!"
+    return (
+        f"{row.defence:<22} {row.kind:<14} {row.context:<5} {row.clean:>5} {row.ours:>4} {row.known:>5}{mark} "
+        f"{row.verdict:<10} {row.seconds:>7.1f}  {row.through}"
+    )
+
+
+TITLE = f"{'defence':<22} {'kind':<14} in    clean ours known  {'verdict':<10} seconds  through"
+
+
+def summary(counts: Counts) -> str:
+    """The three counts as text."""
+
+    def told(names: tuple[str, ...]) -> str:
+        return f"{len(names)}{f' ({chr(44).join(names)})' if names else ''}"
+
+    return "\n".join((
+        f"masked, called sound, and above the known number: {told(counts.masked_and_sound)}; 0 wanted",
+        f"honest and called anything but sound: {told(counts.honest_and_not_sound)}; at most 1",
+        f"called sound more than {MARGIN} samples above the known number: {told(counts.too_high)}; 0 wanted",
+    ))  # fmt: skip
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """Write CSV, or Markdown where the name says so."""
+    if path.suffix == ".md":
+        path.write_text(f"{markdown(rows)}\n")
+        return
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        out.writeheader()
+        out.writerows(asdict(row) for row in rows)
