@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msa_eval import HPM
+from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball
 
 from .adaptive import Effort, Logits, alone, together
-from .known import Known
+from .known import Known, digits
 from .nets import reference, reference_hpm, training_features, training_set
 
 
@@ -141,7 +141,7 @@ def decide(defence: object, x: Tensor) -> Tensor:
     return defence.logits(defence.features(x))  # type: ignore[attr-defined, no-any-return]
 
 
-SHORT = Effort(steps=30, restarts=4, targeted=1)
+SHORT = Effort(steps=20, restarts=3, classes=3)
 
 
 def counts(defence: Counts, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
@@ -206,18 +206,24 @@ def ranked(defence: SortedBatch, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
     return together(defence, [defence.net, passed], x, y, ball, effort=SHORT)
 
 
+def batch() -> Samples:
+    """What is evaluated in `joint`, as one batch."""
+    return digits(32)
+
+
 DEFENCES = (
-    Known("hpm-joint", reference_hpm, hpm, behaviour="batch", context="joint", source="arXiv:2606.01746"),
+    Known("hpm-joint", reference_hpm, hpm, behaviour="batch", context="joint", samples=batch,
+          source="arXiv:2606.01746"),
     Known("hpm-alone", reference_hpm, hpm_alone, behaviour="batch", source="arXiv:2606.01746"),
-    Known("counts-with-surrogate", CountsWithSurrogate, counts, behaviour="batch", context="joint"),
-    Known("counts", Counts, counts, behaviour="batch", context="joint"),
-    Known("soft-prototypes", SoftPrototypes, prototypes, behaviour="batch", context="joint"),
+    Known("counts-with-surrogate", CountsWithSurrogate, counts, behaviour="batch", context="joint", samples=batch),
+    Known("counts", Counts, counts, behaviour="batch", context="joint", samples=batch),
+    Known("soft-prototypes", SoftPrototypes, prototypes, behaviour="batch", context="joint", samples=batch),
     Known("hidden-counts", HiddenCounts, counts, masked="no_grad, rounding, detach", level="features",
-          behaviour="batch", context="joint"),
+          behaviour="batch", context="joint", samples=batch),
     Known("hidden-prototypes", HardPrototypes, prototypes, masked="no_grad, argmax", level="logits", part=True,
-          behaviour="batch", context="joint"),
+          behaviour="batch", context="joint", samples=batch),
     Known("off-grid", OffGrid, off_grid, masked="batch read off the grid alone", level="features", part=True,
-          behaviour="batch", context="joint"),
+          behaviour="batch", context="joint", samples=batch),
     Known("ranked-batch", SortedBatch, ranked, masked="sort, detach", level="features", part=True, behaviour="batch",
-          context="joint"),
+          context="joint", samples=batch),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from .known import Known
 from .masked_pixels import AntiAdversary
 
 COUNT = 32
-PIXELS = Effort(steps=40, restarts=6, targeted=1, classes=4, sweeps=0)
+PIXELS = Effort(steps=20, restarts=3, classes=3, sweeps=0)
 """Three thousand of them are too many to be changed one at a time."""
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from msa_eval.attacks import Ball
 
-QUICK = ("mlp", "numpy-features", "half-detached-features")
+QUICK = ("mlp", "sign-features", "half-detached-features")
 """Whose attacks take a second or two."""
 
 
