@@ -44,6 +44,8 @@ class Row:
         through: the surrogates that broke samples, and how many each.
         seconds: it took.
         reasons: of the verdict.
+        exact: whether what is known is a closed form.
+        never_sound: whether no number of it can be believed.
     """
 
     defence: str
@@ -60,11 +62,23 @@ class Row:
     through: str
     seconds: float
     reasons: str
+    exact: bool = False
+    never_sound: bool = False
 
     @property
     def too_high(self) -> int:
         """By how many samples the number stands above what is known."""
         return self.ours - self.known
+
+    @property
+    def masked(self) -> bool:
+        """Whether it hides its gradient, in part or in full."""
+        return self.kind != "honest"
+
+    @property
+    def unfit(self) -> bool:
+        """Whether its number is not to be called sound."""
+        return self.too_high > 0 or self.never_sound
 
 
 def evaluated(known: Known, truth: Truth, *, quick: bool = False, seed: int = 0) -> tuple[Row, tuple[int, ...]]:
@@ -78,6 +92,7 @@ def evaluated(known: Known, truth: Truth, *, quick: bool = False, seed: int = 0)
         defence=known.name, kind=known.kind, by=f"{known.masked}, {known.level}" if known.masked else "",
         behaviour=known.behaviour, context=known.context, seed=seed, samples=len(data), clean=-1, ours=-1,
         known=len(truth.left), verdict="refused", through="", seconds=math.nan, reasons="",
+        exact=known.exact, never_sound=known.never_sound,
     )  # fmt: skip
     began = time.perf_counter()
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -99,81 +114,93 @@ def evaluated(known: Known, truth: Truth, *, quick: bool = False, seed: int = 0)
 
 @dataclass(frozen=True)
 class Counts:
-    """What the table is judged by.
+    """What the table is judged by; names of defences.
 
     Attributes:
         masked_and_sound: masked, called sound, and the number stands above what is known (0 wanted).
         honest_and_not_sound: honest and called anything but sound (at most 1).
         too_high: called sound, and the number stands above what is known by more than two samples (0).
+        impossible: the number stands below a closed form (0, or a judgement is wrong).
+        reached: masked, called sound, and the number is what is known.
+        warned: masked and called anything but sound.
     """
 
     masked_and_sound: tuple[str, ...]
     honest_and_not_sound: tuple[str, ...]
     too_high: tuple[str, ...]
+    impossible: tuple[str, ...]
+    reached: tuple[str, ...]
+    warned: tuple[str, ...]
 
     @property
     def met(self) -> bool:
-        """Whether all three are as wanted."""
-        return not self.masked_and_sound and not self.too_high and len(self.honest_and_not_sound) <= 1
+        """Whether all are as wanted."""
+        return not (self.masked_and_sound or self.too_high or self.impossible) and len(self.honest_and_not_sound) <= 1
+
+    def __str__(self) -> str:
+        def told(names: tuple[str, ...]) -> str:
+            return f"{len(names)} ({', '.join(names)})" if names else "0"
+
+        return "\n".join((
+            f"masked, called sound, and above the known number: {told(self.masked_and_sound)}; 0 wanted",
+            f"honest and called anything but sound: {told(self.honest_and_not_sound)}; at most 1",
+            f"called sound more than {MARGIN} samples above the known number: {told(self.too_high)}; 0 wanted",
+            f"below a closed form: {told(self.impossible)}; 0, or a judgement is wrong",
+            f"masked and sound at the known number: {len(self.reached)}; masked and warned of: {len(self.warned)}",
+        ))  # fmt: skip
 
 
-def counted(rows: Iterable[Row], never: Sequence[str] = ()) -> Counts:
-    """The three counts.
-
-    Args:
-        rows: of the table.
-        never: names that no number makes sound.
-    """
+def counted(rows: Iterable[Row]) -> Counts:
+    """Judge a table."""
     rows = list(rows)
     sound = [row for row in rows if row.verdict == "sound"]
     return Counts(
-        tuple(r.defence for r in sound if r.kind != "honest" and (r.too_high > 0 or r.defence in never)),
-        tuple(r.defence for r in rows if r.kind == "honest" and r.verdict != "sound"),
-        tuple(r.defence for r in sound if r.too_high > MARGIN),
+        masked_and_sound=tuple(r.defence for r in sound if r.masked and r.unfit),
+        honest_and_not_sound=tuple(r.defence for r in rows if not r.masked and r.verdict != "sound"),
+        too_high=tuple(r.defence for r in sound if r.too_high > MARGIN),
+        impossible=tuple(r.defence for r in rows if r.exact and -1 < r.ours < r.known),
+        reached=tuple(r.defence for r in sound if r.masked and not r.unfit),
+        warned=tuple(r.defence for r in rows if r.masked and r.verdict != "sound"),
     )
 
 
-HEAD = ("defence", "kind", "by", "behaviour", "context", "clean", "ours", "known", "verdict", "through", "seconds")
+HEAD = ("defence", "kind", "by", "context", "clean", "ours", "known", "verdict", "through", "seconds")
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown; numbers are samples, of `samples`."""
+    """The table and its counts as Markdown."""
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for row in rows:
-        cells = asdict(row) | {"clean": f"{row.clean} of {row.samples}"}
+        cells = asdict(row)
+        if row.verdict == "refused":
+            cells |= {"clean": "", "ours": "", "seconds": ""}
+        cells |= {"clean": f"{cells['clean']} of {row.samples}", "known": f"{row.known}{' (exact)' * row.exact}"}
         lines.append(f"| {' | '.join(str(cells[name]) for name in HEAD)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "```", str(counted(rows)), "```"])
+
+
+TITLE = f"{'defence':<23} {'kind':<14} in    clean ours known  {'verdict':<10} seconds  through"
 
 
 def line(row: Row) -> str:
-    """One row as it is printed."""
-    mark = " " if row.verdict != "sound" or row.too_high <= 0 else "!"
+    """One row as it is printed, with a mark where a number too high is called sound."""
+    mark = "!" if row.verdict == "sound" and row.unfit else " "
     return (
-        f"{row.defence:<22} {row.kind:<14} {row.context:<5} {row.clean:>5} {row.ours:>4} {row.known:>5}{mark} "
+        f"{row.defence:<23} {row.kind:<14} {row.context:<5} {row.clean:>5} {row.ours:>4} {row.known:>5}{mark} "
         f"{row.verdict:<10} {row.seconds:>7.1f}  {row.through}"
     )
 
 
-TITLE = f"{'defence':<22} {'kind':<14} in    clean ours known  {'verdict':<10} seconds  through"
-
-
-def summary(counts: Counts) -> str:
-    """The three counts as text."""
-
-    def told(names: tuple[str, ...]) -> str:
-        return f"{len(names)}{f' ({chr(44).join(names)})' if names else ''}"
-
-    return "\n".join((
-        f"masked, called sound, and above the known number: {told(counts.masked_and_sound)}; 0 wanted",
-        f"honest and called anything but sound: {told(counts.honest_and_not_sound)}; at most 1",
-        f"called sound more than {MARGIN} samples above the known number: {told(counts.too_high)}; 0 wanted",
-    ))  # fmt: skip
+START, END = "<!-- table -->", "<!-- /table -->"
+"""Between these a page has its table."""
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """Write CSV, or Markdown where the name says so."""
+    """Write CSV; or Markdown where the name says so, into its place in a page that has one."""
     if path.suffix == ".md":
-        path.write_text(f"{markdown(rows)}\n")
+        page = path.read_text() if path.exists() else f"{START}\n{END}\n"
+        before, _, rest = page.partition(START)
+        path.write_text(f"{before}{START}\n{markdown(rows)}\n{END}{rest.partition(END)[2]}")
         return
     with path.open("w", newline="") as file:
         out = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from defences.adaptive import Effort, alone
 from defences.batches import decide
 from defences.collection import ALL, attacked, chosen, read
 from defences.exact import additive, linear_l2
-from defences.table import Row, counted, evaluated
+from defences.table import Row, counted, evaluated, save
 from torch import nn
 
 from msa_eval.attacks import Ball
@@ -119,7 +120,11 @@ def test_counts() -> None:
     assert counted([ROW, dataclasses.replace(high, verdict="suspect")]).met
     assert counted([high]).masked_and_sound == ("any",)
     assert not counted([high]).too_high
-    assert counted([ROW], never=["any"]).masked_and_sound == ("any",)
+    assert counted([dataclasses.replace(ROW, never_sound=True)]).masked_and_sound == ("any",)
+    low = dataclasses.replace(ROW, ours=29)
+    assert counted([low]).reached == ("any",)
+    assert counted([dataclasses.replace(low, exact=True)]).impossible == ("any",)
+    assert not counted([dataclasses.replace(low, exact=True)]).met
     far = dataclasses.replace(ROW, kind="honest", ours=33)
     assert counted([far]).too_high == ("any",)
     doubted = dataclasses.replace(ROW, kind="honest", verdict="suspect")
@@ -134,6 +139,18 @@ def test_a_row_is_evaluated() -> None:
     assert (row.verdict, row.kind, row.clean) == ("sound", "honest", 59)
 
 
+def test_a_page_has_the_table_in_its_place(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    for _ in range(2):
+        save([dataclasses.replace(ROW, defence="one", exact=True)], page)
+        text = page.read_text()
+        assert text.startswith("before\n<!-- table -->\n| defence |")
+        assert "| one | masked |  | alone | 60 of 64 | 30 | 30 (exact) | sound |" in text
+        assert text.endswith("<!-- /table -->\nafter\n")
+        assert "old" not in text
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="no defence rounding-up; expected some of"):
         chosen(["rounding-up"])
@@ -142,5 +159,5 @@ def test_unknown_names_are_refused() -> None:
 @pytest.mark.slow
 def test_the_three_counts_of_the_whole_table() -> None:
     rows = [evaluated(known, read()[name])[0] for name, known in ALL.items() if not known.shared]
-    counts = counted(rows, [name for name, known in ALL.items() if known.never_sound])
+    counts = counted(rows)
     assert counts.met, counts
