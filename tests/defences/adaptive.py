@@ -54,6 +54,10 @@ class Effort:
     nearest: int = 10
 
 
+DEEP = Effort(steps=40, restarts=8, targeted=2, sweeps=40, nearest=16)
+"""For defences that are constant but for jumps, where single pixels and other starts find more."""
+
+
 def descent(
     route: Logits, x: Tensor, y: Tensor, ball: Ball, start: Tensor, *, toward: Tensor | None, entropy: bool, steps: int
 ) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from msa_eval.attacks import Ball
 
-from .adaptive import Logits, alone
+from .adaptive import DEEP, Logits, alone
 from .known import Known
 from .nets import BinaryTrunk, net, reference, training_features
 
@@ -165,7 +165,7 @@ def binary(defence: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
     def smooth(steep: float) -> Logits:
         return lambda v: defence.net.fc((steep * defence.net.trunk.before(v)).tanh())
 
-    return alone(defence, [defence.net, smooth(1.0), smooth(4.0)], x, y, ball)
+    return alone(defence, [defence.net, smooth(1.0), smooth(4.0)], x, y, ball, effort=DEEP)
 
 
 def codebook(defence: Codebook, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
@@ -178,7 +178,7 @@ def codebook(defence: Codebook, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
     def soft(v: Tensor) -> Tensor:
         return defence.net.logits(defence.soft(defence.net.features(v)))
 
-    return alone(defence, [soft, straight, defence.net], x, y, ball)
+    return alone(defence, [soft, straight, defence.net], x, y, ball, effort=DEEP)
 
 
 def unhidden(defence: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
@@ -194,7 +194,7 @@ def k_winners(defence: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
         noise = 0.3 * ball.eps * torch.randn(8, *v.shape, generator=draw)
         return defence((v + noise).flatten(0, 1)).view(8, len(v), -1).mean(dim=0)  # type: ignore[no-any-return]
 
-    return alone(defence, [defence, nearby], x, y, ball)
+    return alone(defence, [defence, nearby], x, y, ball, effort=DEEP)
 
 
 def numpy_features(defence: NumpyFeatures, x: Tensor, y: Tensor, ball: Ball) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from msa_eval.attacks import Ball
 
-QUICK = ("mlp", "sign-features", "half-detached-features")
+QUICK = ("mlp", "natural-cnn", "half-detached-features")
 """Whose attacks take a second or two."""
 
 
