@@ -196,7 +196,7 @@ class Subject:
         """The share of clean samples on which a surrogate's class differs from the target's.
 
         Of a target that answers at random the classes are those of most draws, and what the target differs from itself
-        is taken off: single draws disagree by chance.
+        is taken off, with two standard errors: single draws disagree by chance.
         """
 
         def stands_in(batch: Batch) -> Tensor:
@@ -206,7 +206,8 @@ class Subject:
             if not self.stochastic:
                 return self._differ(self._classes(stands_in), self._classes(lambda batch: batch.logits))
             classes, own, again = (self._classes(ask, DRAWS) for ask in (stands_in, self._hard, self._hard))
-        return max(self._differ(classes, own) - self._differ(again, own), 0.0)
+        seen, chance = self._differ(classes, own), self._differ(again, own)
+        return max(seen - chance - 2 * ((seen + chance) / self.n) ** 0.5, 0.0)
 
     def _hard(self, batch: Batch) -> Tensor:
         return decide(self.defense, batch.z)
