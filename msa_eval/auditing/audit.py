@@ -36,6 +36,7 @@ from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.usable_surrogates import answer_with_gradient, offer
 from msa_eval.numerics import exact
+from msa_eval.progress import Progress, silent
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.protocols.schema import ApgdBudget, Protocol
 from msa_eval.randomness import seeded
@@ -89,6 +90,7 @@ def audit(
     device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
     limit: int = 128,
+    progress: Progress = silent,
 ) -> AuditReport:
     """Look for signs that a robustness figure of a defence should not be believed.
 
@@ -103,6 +105,7 @@ def audit(
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
         limit: look at the first whole batches of the plan with at most so many samples, and at one batch at least.
+        progress: shows how far it has come.
 
     Raises:
         ValueError: when target, data and protocol don't fit together.
@@ -130,10 +133,10 @@ def audit(
     ):
         plain = None
         if beside is not None:
-            plain = _audit("fc", beside, samples, protocol, {}, seed, device, limit, started, None)
+            plain = _audit("fc", beside, samples, protocol, {}, seed, device, limit, started, None, progress)
             started = time.perf_counter()
         own = {**brought_by(defense), **(surrogates or {})}
-        return _audit("defense", defense, samples, protocol, own, seed, device, limit, started, plain)
+        return _audit("defense", defense, samples, protocol, own, seed, device, limit, started, plain, progress)
 
 
 def _audit(
@@ -147,14 +150,22 @@ def _audit(
     limit: int,
     started: float,
     fc: AuditReport | None,
+    progress: Progress,
 ) -> AuditReport:
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     ends = np.cumsum([len(seat) for seat in seats])
     seats = seats[: max(int((ends <= limit).sum()), 1)]
-    samples = samples.decoded(chosen[torch.cat(seats)])
+    samples = samples.decoded(chosen[torch.cat(seats)], progress=progress)
     clean = CleanBatches(
-        defense, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball
+        defense,
+        samples,
+        chosen,
+        seats,
+        device=device,
+        stochastic=protocol.stochastic,
+        ball=protocol.ball,
+        progress=progress,
     )
     batches = list(clean)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
@@ -162,7 +173,7 @@ def _audit(
         usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own)
     measure = functools.partial(
         probe, defense, usable, batches, protocol.ball,
-        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
+        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed, progress=progress,
     )  # fmt: skip
     found = fitting(defense, max(len(batch.x) for batch in batches), measure)
     found = without_advice([*found, guard.sign()])
@@ -191,6 +202,7 @@ def probe(
     batch_dependent: bool,
     num_classes: int,
     seed: int,
+    progress: Progress = silent,
 ) -> list[Sign]:
     """Measure all signs on some clean batches; weight gradients are expected to be off.
 
@@ -205,6 +217,7 @@ def probe(
         batch_dependent: whether the engine takes the target for batch-dependent.
         num_classes: k.
         seed: of everything drawn; the global generators are left as they were.
+        progress: shows how far it has come.
 
     Raises:
         AttackError: when the defence or a surrogate fails on a batch.
@@ -212,6 +225,6 @@ def probe(
     try:
         with seeded(seed):
             subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
-            return subject.measure(surrogates)
+            return subject.measure(surrogates, progress)
     except (RuntimeError, IndexError) as error:
         raise AttackError(f"the audit could not be finished: {error}") from error

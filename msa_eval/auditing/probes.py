@@ -25,6 +25,7 @@ from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.judging.trial import Setting, Trial
 from msa_eval.judging.usable_surrogates import answer_with_gradient
+from msa_eval.progress import Progress, silent
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.registry import Surrogate
@@ -90,20 +91,27 @@ class Subject:
         digest = hashlib.sha256("/".join(map(str, (self.seed, "audit", *key))).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def measure(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+    def measure(self, surrogates: Sequence[Surrogate], progress: Progress = silent) -> list[Sign]:
         """Measure all signs."""
+        steps: list[Callable[[], list[Sign]]] = [
+            self._answers, self.determinism, self._inside, lambda: self.gradients(surrogates),
+            lambda: self.attacks(surrogates), lambda: self._disagreements(surrogates),
+        ]  # fmt: skip
+        return [sign for step in progress(steps, "audit") for sign in step()]
+
+    def _answers(self) -> list[Sign]:
         clean = torch.cat([batch.logits for batch in self.batches])
         labels, classes = (torch.cat(parts).cpu().numpy() for parts in ([b.y for b in self.batches], [clean.argmax(1)]))
-        found = [rules.clean_at_chance(labels, classes, clean.shape[1])]
-        found += [rules.probabilities(clean), rules.training_mode(left_training(self.defense)), *self.determinism()]
+        chance = rules.clean_at_chance(labels, classes, clean.shape[1])
+        return [chance, rules.probabilities(clean), rules.training_mode(left_training(self.defense))]
+
+    def _inside(self) -> list[Sign]:
         with counting_gradients() as made:
             self._ask(self.batches[0].x)
-        found.append(rules.optimises_inside(made.count))
-        found += self.gradients(surrogates)
-        found += self.attacks(surrogates)
-        if surrogates:
-            found.append(rules.surrogate_disagrees({s.name: self.disagreement(s) for s in surrogates}))
-        return found
+        return [rules.optimises_inside(made.count)]
+
+    def _disagreements(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+        return [rules.surrogate_disagrees({s.name: self.disagreement(s) for s in surrogates})] if surrogates else []
 
     def determinism(self) -> list[Sign]:
         """Randomness, state and batch dependence."""

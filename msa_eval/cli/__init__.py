@@ -107,9 +107,21 @@ class _Group(click.Group):
         sys.exit(status)
 
 
-@click.group(cls=_Group)
+FIRST = """\
+Start with one of these; 'msa-eval --help' lists all commands.
+
+  msa-eval demo                                                # a packaged defence on real digits
+  msa-eval evaluate models.py:make --data test.npz --out mine  # the model that your make() returns
+  msa-eval doctor                                              # what is wrong with the installation
+"""
+
+
+@click.group(cls=_Group, invoke_without_command=True, no_args_is_help=False)
 @click.version_option(__version__, prog_name="msa-eval")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, debug: bool) -> None:
     """Find out how robust a dynamic, batch-dependent classifier really is."""
     del debug
+    if ctx.invoked_subcommand is None:
+        click.echo(FIRST, nl=False)

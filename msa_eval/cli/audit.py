@@ -28,6 +28,7 @@ WIDTH = 100
 @click.option("--strict", is_flag=True, help=f"Exit with status {options.NOT_SOUND} unless the verdict is sound.")
 @options.seed
 @options.device
+@options.quiet
 def audit(
     target: options.Chosen,
     data: options.Data,
@@ -37,6 +38,7 @@ def audit(
     strict: bool,
     seed: int,
     device: str,
+    quiet: bool,
 ) -> None:
     """Look for signs that a robustness figure of TARGET should not be believed.
 
@@ -45,8 +47,8 @@ def audit(
     """
     from msa_eval.auditing.audit import audit as audit_target
 
-    samples = data.load()
-    loaded = target.load(samples)
+    samples = data.load(quiet=quiet)
+    loaded = target.load(samples, quiet=quiet)
     report = audit_target(
         loaded,
         samples,
@@ -55,6 +57,7 @@ def audit(
         seed=seed,
         device=device,
         limit=limit,
+        progress=options.bars(quiet),
     )
     click.echo(render(report, name=loaded.word, protocol=protocol))
     if strict and report.verdict.verdict != "sound":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import threading
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -364,9 +365,35 @@ def bars(quiet: bool) -> Progress:
     from tqdm import tqdm
 
     def bar(iterable: Iterable[Any], description: str) -> Iterable[Any]:
+        if sys.stderr.isatty():
+            return _moving(iterable, description)
         return tqdm(iterable, description, dynamic_ncols=True)
 
     return silent if quiet else bar
+
+
+REFRESH = 1.0
+"""Seconds between two refreshes of a bar, whose clock moves where one step takes minutes."""
+
+
+def _moving(iterable: Iterable[Any], description: str) -> Iterator[Any]:
+    """A bar on a terminal whose clock goes on while a step takes its time."""
+    from tqdm import tqdm
+
+    done = threading.Event()
+    with tqdm(iterable, description, dynamic_ncols=True) as shown:
+
+        def refresh() -> None:
+            while not done.wait(REFRESH):
+                shown.refresh()
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        try:
+            yield from shown
+        finally:
+            done.set()
+            thread.join()
 
 
 def notes(quiet: bool) -> Callable[[str], None]:

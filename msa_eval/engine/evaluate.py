@@ -37,7 +37,7 @@ from msa_eval.evidence.tables import tabulate
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import exact
-from msa_eval.progress import Notify, Progress, silent, warn
+from msa_eval.progress import Notify, Progress, silent, ticking, warn
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
@@ -190,7 +190,8 @@ def _evaluate(
                 name,
                 model,
                 CleanBatches(
-                    model, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball
+                    model, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball,
+                    progress=progress,
                 ),
                 protocol=protocol, own=own, seed=seed,
             )
@@ -201,7 +202,7 @@ def _evaluate(
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
             "deterministic": deterministic,
         }  # fmt: skip
-        search = _search(precision, entrants[0])
+        search = _search(precision, entrants[0], progress)
         entrants = [dataclasses.replace(entrant, search=_fitted(search, entrant)) for entrant in entrants]
         where = environment(device) | {"search": search.about(), "deterministic": deterministic}
         here = place(device) | {"search": where["search"]["precision"]}
@@ -215,9 +216,9 @@ def _evaluate(
                 raise type(stop)(_stopped(entrants, work, out, force=force)) from None
 
 
-def _search(precision: str, entrant: Entrant) -> Search:
+def _search(precision: str, entrant: Entrant, progress: Progress) -> Search:
     """How points are passed, by trial on the first batch's images."""
-    with seeded(0):
+    with seeded(0), ticking(progress, 1, "trial of precisions"):
         return choose(precision, entrant.defense, next(iter(entrant.clean)).x)
 
 
@@ -279,7 +280,7 @@ def _carried_out(
     write = functools.partial(
         write_results, results=results, force=force, entrants=entrants,
         proofs=[proof for one in done for proof in one.proofs] if work.keep else None,
-        pictures=pictures([shown for one in done for shown in one.exhibits]),
+        pictures=pictures([shown for one in done for shown in one.exhibits]), progress=work.progress,
     )  # fmt: skip
     results = save(write, out)
     if not work.failures:

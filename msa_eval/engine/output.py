@@ -18,6 +18,7 @@ from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.results import INCOMPLETE, Results
+from msa_eval.progress import Progress
 
 
 def _confirmed(results: Results, written: archive.Written) -> Results:
@@ -80,6 +81,7 @@ def write_results(
     entrants: Sequence[Entrant],
     proofs: Sequence[Proof] | None,
     pictures: bytes | None,
+    progress: Progress,
 ) -> Results:
     """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
     if proofs is None:
@@ -89,7 +91,7 @@ def write_results(
     path = out / NEW_ARCHIVE
     try:
         written = archive.write(
-            path, proofs, next(iter(replays.values())).images, entrants[0].protocol.ball,
+            path, progress(proofs, "writing proofs"), next(iter(replays.values())).images, entrants[0].protocol.ball,
             confirm=lambda proof: replays[proof.target].breaks(proof),
             exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip

@@ -109,6 +109,12 @@ def finetune(
             f"but {samples.name} has label {int(samples.y.max())}"
         )
     check_device(device)
+    if absent := sorted(set(range(num_classes)) - set(samples.y.unique().tolist())):
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        raise ValueError(
+            f"expected training samples of every class, but {samples.name} has none of class "
+            f"{', '.join(map(str, absent[:10]))}{more}"
+        )
     model = HPM(classifier.trunk, classifier.fc, momentum=settings.momentum, variant=variant).to(device)
     model.eval().requires_grad_(False)
     clean = _features(model, samples, settings.batch_size, device, progress)

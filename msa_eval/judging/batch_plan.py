@@ -41,7 +41,11 @@ def _per_class(order: Tensor, y: Tensor, count: int) -> Tensor:
     for label in y.unique().tolist():
         places = (shuffled == label).nonzero().flatten()
         if len(places) < count:
-            raise ValueError(f"samples.per_class asks for {count} of each class, but class {label} has {len(places)}")
+            least = int(shuffled.unique(return_counts=True)[1].min())
+            raise ValueError(
+                f"samples.per_class asks for {count} of each class, but class {label} has {len(places)}; take so many "
+                f'as each has: overrides={{"samples.per_class": {least}}}'
+            )
         keep[places[:count]] = True
     return order[keep]
 

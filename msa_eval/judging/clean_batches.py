@@ -21,6 +21,7 @@ from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
 from msa_eval.judging.dependence import looks_at_its_batch
 from msa_eval.judging.majority import decide_by_majority
+from msa_eval.progress import Progress, silent
 from msa_eval.protocols.schema import CompositionBudget, StochasticBudget
 from msa_eval.randomness import seeded
 
@@ -54,6 +55,7 @@ class CleanBatches:
         stochastic: how often a target that answers at random is asked.
         ball: the perturbation set, in which points are asked about too, to find out whether the decision looks at the
             whole batch.
+        progress: shows how far it has come.
 
     Attributes:
         num_classes: k.
@@ -76,6 +78,7 @@ class CleanBatches:
         device: str,
         stochastic: StochasticBudget | None = None,
         ball: Ball | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.samples, self.chosen, self.seats = samples, chosen, seats
         self._defense, self.device = defense, device
@@ -87,7 +90,7 @@ class CleanBatches:
             if self.stochastic:
                 budget = stochastic or StochasticBudget()
                 self.draws, self.eot = budget.draws, budget.eot
-            for number in range(len(seats)):
+            for number in progress(range(len(seats)), "clean pass"):
                 self._answer(number)
         self.num_classes = self._logits[0].shape[1]
         highest = int(samples.y[chosen].max())

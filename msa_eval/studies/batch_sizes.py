@@ -15,6 +15,7 @@ from msa_eval.evidence.results import WITHOUT_AUDIT, Results
 from msa_eval.judging.batch_plan import select
 from msa_eval.protocols.loading import load_protocol, make_protocol
 from msa_eval.protocols.schema import Protocol
+from msa_eval.protocols.units import warn
 from msa_eval.targets.loading import named
 
 SIZES = (1, 8, 64, 256)
@@ -53,7 +54,8 @@ def batch_size_report(
         x: likewise.
         y: likewise.
         protocol: likewise.
-        sizes: the largest batch of each evaluation.
+        sizes: the largest batch of each evaluation; those that are larger than there are samples are left out, with a
+            note.
         overrides: likewise.
         out: a folder that gets ``batch_sizes.csv`` and a folder of results a size.
         options: passed on to `evaluate`.
@@ -68,8 +70,13 @@ def batch_size_report(
     samples = Samples.of(x, y)
     chosen = select(samples.y, protocol)
     n = len(chosen)
-    if n < max(sizes):
-        raise ValueError(f"a batch of {max(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
+    left = [size for size in sizes if size > n]
+    if len(left) == len(sizes):
+        raise ValueError(f"a batch of {min(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
+    if left:
+        sizes = [size for size in sizes if size <= n]
+        told = ", ".join(map(str, left))
+        options.get("notify", warn)(f"there are {n} samples, so that batches of {told} are left out")
     samples = samples.decoded(chosen)
     target = named(target, samples)
     results: dict[int, Results] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from msa_eval import HPM, Blueprint, Samples, load_checkpoint, save_checkpoint
-from msa_eval.cli import main
+from msa_eval.cli import main, options
 from msa_eval.cli.options import as_options
 from msa_eval.references import reference_path
 
@@ -106,6 +107,32 @@ def test_options_reach_the_protocol(tmp_path: Path) -> None:
     }
     assert pd.read_csv(tmp_path / "r" / "batches.csv")["batch"].nunique() == 5
     assert pd.read_csv(tmp_path / "r" / "outcomes.csv")["perturbation"].max() <= 2 / 255 + 1e-6
+
+
+def test_no_command_shows_where_to_start() -> None:
+    result = _run()
+    assert result.exit_code == 0
+    commands = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  msa-eval")]
+    assert commands == ["demo", "evaluate", "doctor"]
+    assert "msa-eval --help" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_a_bar_on_a_terminal_moves_while_a_step_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(options, "REFRESH", 0.01)
+    for _ in options.bars(False)(range(1), "runs"):
+        before = shown.getvalue().count("runs")
+        time.sleep(0.2)
+        assert shown.getvalue().count("runs") >= before + 3
+    after = shown.getvalue()
+    time.sleep(0.05)
+    assert shown.getvalue() == after
 
 
 def test_the_threat_has_options_of_its_own(tmp_path: Path) -> None:

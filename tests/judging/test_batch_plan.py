@@ -57,3 +57,8 @@ def test_impossible_selections() -> None:
         _select(torch.tensor([0, 0, 0, 1]), per_class=2)
     with pytest.raises(ValueError, match="leaves none of the 2"):
         _select(torch.tensor([0, 1]), fraction=0.1)
+
+
+def test_too_few_of_a_class_says_how_many_can_be_taken() -> None:
+    with pytest.raises(ValueError, match=r'class 1 has 2; .*overrides=\{"samples.per_class": 1\}'):
+        _select(torch.tensor([0, 0, 0, 1, 1, 2]), per_class=3)

@@ -60,10 +60,19 @@ def test_what_is_written_verifies_though_the_defence_has_a_classifier_beside_it(
 def test_sizes_that_can_not_be_are_refused_before_any_attack() -> None:
     hpm, samples = make_hpm(), make_samples(make_classifier(), 20)
     with pytest.raises(ValueError, match="a batch of 64 needs as many samples, but there are 20"):
-        batch_size_report(hpm, samples, protocol=_protocol(), sizes=(8, 64))
+        batch_size_report(hpm, samples, protocol=_protocol(), sizes=(64, 256))
     for sizes in ((), (0, 8), (8, 8)):
         with pytest.raises(ValueError, match="different batch sizes of at least 1"):
             batch_size_report(hpm, samples, protocol=_protocol(), sizes=sizes)
+
+
+def test_sizes_that_fit_are_taken_and_the_others_named() -> None:
+    told: list[str] = []
+    found = batch_size_report(
+        make_hpm(), make_samples(make_classifier(), 12), protocol=_protocol(), sizes=(1, 8, 64, 256), notify=told.append
+    )
+    assert list(found.results) == [1, 8]
+    assert told == ["there are 12 samples, so that batches of 64, 256 are left out"]
 
 
 def test_batches_of_one_are_the_context_alone() -> None:
