@@ -30,7 +30,7 @@ def shipped() -> dict[str, Path]:
     """The protocols that come with the toolkit: name to file.
 
     >>> sorted(shipped())
-    ['digits', 'msa', 'paper-cifar10', 'paper-cifar100', 'paper-imagenet', 'quick']
+    ['black-box', 'digits', 'msa', 'paper-cifar10', 'paper-cifar100', 'paper-imagenet', 'quick']
     """
     folder = Path(str(resources.files("msa_eval.protocols")))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

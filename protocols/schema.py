@@ -238,6 +238,11 @@ class Protocol:
         """Whether it differs from the file it was read from."""
         return bool(self.overrides)
 
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether some attack of it does."""
+        return self.apgd is not None or bool(self.peers)
+
     def text(self) -> str:
         """The protocol as TOML, overrides included."""
         return _dump(self.values)

@@ -173,7 +173,8 @@ def _audit(
         usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own)
     measure = functools.partial(
         probe, defense, usable, batches, protocol.ball,
-        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed, progress=progress,
+        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
+        followed=protocol.follows_gradients, progress=progress,
     )  # fmt: skip
     found = fitting(defense, max(len(batch.x) for batch in batches), measure)
     found = without_advice([*found, guard.sign()])
@@ -202,6 +203,7 @@ def probe(
     batch_dependent: bool,
     num_classes: int,
     seed: int,
+    followed: bool = True,
     progress: Progress = silent,
 ) -> list[Sign]:
     """Measure all signs on some clean batches; weight gradients are expected to be off.
@@ -217,6 +219,7 @@ def probe(
         batch_dependent: whether the engine takes the target for batch-dependent.
         num_classes: k.
         seed: of everything drawn; the global generators are left as they were.
+        followed: whether the protocol has attacks that follow gradients.
         progress: shows how far it has come.
 
     Raises:
@@ -225,6 +228,6 @@ def probe(
     try:
         with seeded(seed):
             subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
-            return subject.measure(surrogates, progress)
+            return subject.measure(surrogates, progress, followed=followed)
     except (RuntimeError, IndexError) as error:
         raise AttackError(f"the audit could not be finished: {error}") from error

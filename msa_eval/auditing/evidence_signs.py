@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from msa_eval.auditing.rules import Mask, clean_at_chance, gradient_free_beats_white_box, transfer_beats_direct
+from msa_eval.auditing.rules import (
+    Mask,
+    clean_at_chance,
+    gradient_free_beats_white_box,
+    gradient_free_only,
+    transfer_beats_direct,
+)
 from msa_eval.auditing.sign import Sign
 from msa_eval.evidence.results import Results
 
@@ -55,7 +61,9 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
             results.run["targets"][target]["num_classes"],
         )
     ]  # fmt: skip
-    if free:
+    if free and len(free) == len(broken):
+        signs.append(gradient_free_only(float(attacks["forwards"].sum()) / len(right)))
+    elif free:
         only = _union(broken, free, len(right)) & ~_union(broken, white, len(right))
         signs.append(gradient_free_beats_white_box(int(only.sum()), len(right), continued=continued))
     if not continued:

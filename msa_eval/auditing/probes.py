@@ -91,13 +91,16 @@ class Subject:
         digest = hashlib.sha256("/".join(map(str, (self.seed, "audit", *key))).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def measure(self, surrogates: Sequence[Surrogate], progress: Progress = silent) -> list[Sign]:
-        """Measure all signs."""
+    def measure(
+        self, surrogates: Sequence[Surrogate], progress: Progress = silent, *, followed: bool = True
+    ) -> list[Sign]:
+        """Measure all signs; those of white-box attacks where the protocol follows gradients."""
         steps: list[Callable[[], list[Sign]]] = [
-            self._answers, self.determinism, self._inside, lambda: self.gradients(surrogates),
-            lambda: self.attacks(surrogates), lambda: self._disagreements(surrogates),
+            self._answers, self.determinism, self._inside, lambda: self.gradients(surrogates, followed),
+            *([lambda: self.attacks(surrogates), lambda: self._disagreements(surrogates)] if followed else []),
         ]  # fmt: skip
-        return [sign for step in progress(steps, "audit") for sign in step()]
+        found = [] if followed else [rules.gradient_free_only(0.0)]
+        return found + [sign for step in progress(steps, "audit") for sign in step()]
 
     def _answers(self) -> list[Sign]:
         clean = torch.cat([batch.logits for batch in self.batches])
@@ -155,15 +158,16 @@ class Subject:
         except RuntimeError:
             pass  # a decision that no gradient may enter; the other signs tell of it
 
-    def gradients(self, surrogates: Sequence[Surrogate]) -> list[Sign]:
+    def gradients(self, surrogates: Sequence[Surrogate], followed: bool) -> list[Sign]:
         """Zero gradients through all surrogates, and through the defence's own decision."""
         dead = {surrogate.name: self._dead(surrogate) for surrogate in surrogates}
         own = dead.get(STE.name)
         own = self._dead(STE) if own is None else own
+        dead = dead or ({} if followed else {STE.name: own})
         everywhere = torch.stack(list(dead.values())).all(dim=0) if dead else torch.ones_like(own)
         share = self._share(everywhere)
         return [
-            rules.zero_gradients(share, {name: self._share(mask) for name, mask in dead.items()}),
+            rules.zero_gradients(share, {n: self._share(mask) for n, mask in dead.items()}, followed=followed),
             rules.own_gradient_zero(self._share(own), share),
         ]
 

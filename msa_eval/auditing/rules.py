@@ -185,21 +185,24 @@ def state(repeated: Change, after_use: Change, *, other_generators: bool) -> Sig
     return Sign("state", fired, severity, value, SAME, _sentence(reason))
 
 
-def zero_gradients(dead: float, by_surrogate: Mapping[str, float]) -> Sign:
+def zero_gradients(dead: float, by_surrogate: Mapping[str, float], *, followed: bool = True) -> Sign:
     """Whether gradients vanish through every surrogate.
 
     Args:
         dead: the share of samples without a gradient through any surrogate under any loss.
         by_surrogate: that share through each alone.
+        followed: whether the protocol has attacks that follow gradients; it is a note where none does.
     """
     fired = dead > 0.05
     seen = f"{_percent(dead)} of the samples have no gradient under any loss through any surrogate"
     each = _listed(by_surrogate, _percent)
-    if fired:
+    if fired and not followed:
+        reason = f"{seen} ({each}), and the protocol follows none"
+    elif fired:
         reason = f"{seen} ({each}), so white-box attacks can't move them; add a surrogate that is differentiable"
     else:
         reason = f"{seen} ({each})"
-    return Sign("zero_gradients", fired, "unreliable", dead, 0.05, _sentence(reason))
+    return Sign("zero_gradients", fired, "unreliable" if followed else "note", dead, 0.05, _sentence(reason))
 
 
 def own_gradient_zero(own: float, dead: float) -> Sign:
@@ -214,6 +217,23 @@ def own_gradient_zero(own: float, dead: float) -> Sign:
     if fired:
         reason += "; a surrogate has one, so the figure rests on surrogates and gradient-free attacks"
     return Sign("own_gradient_zero", fired, "note", own, 0.05, _sentence(reason))
+
+
+def gradient_free_only(passes: float) -> Sign:
+    """Where no attack followed a gradient: what the figure then says.
+
+    Args:
+        passes: forward passes a sample of all attacks; 0 before they are made.
+
+    >>> gradient_free_only(5000.0).severity
+    'suspect'
+    """
+    made = f"about {passes:.0f} passes a sample" if passes else "its passes"
+    reason = (
+        f"no attack of the protocol follows a gradient: the figure says what {made} without gradients break, and is "
+        f"too high against whoever has more of them, or a gradient"
+    )
+    return Sign("gradient_free_only", True, "suspect", passes, 0.0, _sentence(reason))
 
 
 def gradient_free_beats_white_box(only: int, n: int, *, continued: bool = False) -> Sign:

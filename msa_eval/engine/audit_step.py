@@ -26,7 +26,7 @@ def probe_target(entrant: Entrant, work: Work) -> list[Sign]:
         return probe(
             entrant.defense, entrant.offers.usable, batches, entrant.protocol.ball,
             batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=entrant.seed,
-            progress=work.progress,
+            followed=entrant.protocol.follows_gradients, progress=work.progress,
         )  # fmt: skip
 
     try:

@@ -95,7 +95,7 @@ def offer(
     if answers[usable[0].name] is None:
         raise ValueError(
             "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
-            "your own (surrogates={...}), or a protocol with attack.square alone"
+            "your own (surrogates={...}), or the protocol black-box, which follows none"
         )
     digest = hashlib.sha256()
     for surrogate in usable:
