@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from msa_eval.attacks.ball import Ball, Norm
 
 NORMS: Mapping[str, str] = {name.lower(): name for name in get_args(Norm)} | {
-    "inf": "Linf", "∞": "Linf", "l∞": "Linf", "linfinity": "Linf", "2": "L2", "2.0": "L2",
+    "inf": "Linf", "∞": "Linf", "l∞": "Linf", "linfinity": "Linf", "2": "L2", "2.0": "L2", "1": "L1", "1.0": "L1",
 }  # fmt: skip
 """How people write the norms."""
 

@@ -8,25 +8,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.found import Found
 from msa_eval.attacks.losses import Loss
-
-
-class Found(NamedTuple):
-    """Where a search ended.
-
-    Attributes:
-        x: the point of highest loss of every sample ``(B, ...)``, fooled or not.
-        loss: that loss ``(B,)``.
-    """
-
-    x: Tensor
-    loss: Tensor
+from msa_eval.attacks.sparse_apgd import sparse_apgd
 
 
 def apgd(
@@ -49,7 +38,8 @@ def apgd(
 
     Unlike AutoAttack's, the returned point is the best for *every* sample: clean inputs where the attacked model was
     not fooled would make a transfer to another model vacuous. One thing follows AutoAttack's code rather than the
-    paper: the first window's first comparison is with a loss of 0, where the paper has the starting point's.
+    paper: the first window's first comparison is with a loss of 0, where the paper has the starting point's. In an L1
+    ball it is `sparse_apgd`, whose first step is ε.
 
     Args:
         logits: a differentiable map of the whole batch ``(B, ...)`` to logits ``(B, k)``; it is called
@@ -73,8 +63,13 @@ def apgd(
     """
     if steps < 1:
         raise ValueError(f"expected at least 1 step, but got {steps}")
-    per_sample = (-1, *[1] * (x.ndim - 1))
     point = (ball.random(x, generator) if start is None else start).clamp(0, 1)
+    if ball.norm == "L1":
+        return sparse_apgd(
+            _asked(logits, y, loss, draws), x, point, ball=ball, steps=steps, first_step=min(first_step, 1.0),
+            warm=start is not None, going=going,
+        )  # fmt: skip
+    per_sample = (-1, *[1] * (x.ndim - 1))
     value, gradient = _value_and_gradient(logits, point, y, loss, draws)
     best = Found(point.clone(), value)
     best_gradient = gradient.clone()
@@ -120,6 +115,21 @@ def apgd(
             improved = torch.zeros_like(improved)
             window, since_check = max(window - shrink, shortest), 0
     return best
+
+
+def _asked(
+    logits: Callable[[Tensor], Tensor], y: Tensor, loss: Loss, draws: int
+) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]]:
+    """The loss of each sample at some points and, where it is wanted, the gradient of their sum."""
+
+    def ask(points: Tensor, follow: bool) -> tuple[Tensor, Tensor]:
+        if follow:
+            return _value_and_gradient(logits, points, y, loss, draws)
+        with torch.no_grad():
+            mean = torch.stack([loss(logits(points), y) for _ in range(draws)]).mean(dim=0)
+        return mean, torch.zeros_like(points)
+
+    return ask
 
 
 def _value_and_gradient(

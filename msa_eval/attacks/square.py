@@ -8,14 +8,18 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.ball import Ball, per_image
+from msa_eval.attacks.ball import Ball, Norm, per_image
 from msa_eval.attacks.losses import margin
 from msa_eval.device import onto
+
+Start = Callable[[Tensor, Ball, torch.Generator], Tensor]
+Propose = Callable[[Tensor, Tensor, Tensor, int, Ball, torch.Generator], Tensor]
 
 
 class Queries(Protocol):
@@ -67,7 +71,7 @@ def square(
     """
     if queries < 1 or not 0 < p_init <= 1:
         raise ValueError(f"expected queries >= 1 and p_init in (0, 1], but got {queries} and {p_init}")
-    start, propose = (_stripes, _squares) if ball.norm == "Linf" else (_tiles, _moved_mass)
+    start, propose = _KINDS[ball.norm]
     if not bool(attacked.any()):
         return x
     best = torch.where(per_image(attacked, x), start(x, ball, generator), x)
@@ -166,22 +170,71 @@ def _moved_mass(
     return ball.project(x + ball.eps * ball.unit(delta), x)
 
 
-def _bump(side: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Two pyramids of opposite sign side by side, ``(side, side)``, of norm 1 (section 3.3)."""
+def _tiles_l1(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """L1 start: a grid of tiles of L1 norm 1, projected into the ball (Croce & Hein 2021, section 5)."""
+    batch, channels, height, width = x.shape
+    side = max(min(height, width) // 5, 1)
+    delta = torch.zeros_like(x)
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            tile = _bump(side, x, generator, norm=1) * _signs((batch, channels, 1, 1), x, generator)
+            delta[:, :, top : top + side, left : left + side] = tile
+    return ball.project(x + delta, x)
+
+
+def _moved_l1(best: Tensor, x: Tensor, active: Tensor, side: int, ball: Ball, generator: torch.Generator) -> Tensor:
+    """L1 proposal for some places ``(n,)``: as `_moved_mass`, in sums of sizes, and projected."""
+    best, x = best.index_select(0, active), x.index_select(0, active)
+    odd = max(side, 3)
+    odd = min(odd + 1 - odd % 2, *x.shape[2:])
+    delta, channels = best - x, x.shape[1]
+    to, source = _corner(x.shape, odd, generator), _corner(x.shape, odd, generator)
+    touched = torch.zeros(x.shape[2:], dtype=torch.bool, device=x.device)
+    touched[to] = touched[source] = True
+
+    unused = (ball.eps - delta.abs().sum(dim=(1, 2, 3), keepdim=True)).clamp(min=0)
+    mass = (delta.abs() * touched).sum(dim=(2, 3), keepdim=True) + unused / channels
+    here = delta[:, :, to[0], to[1]]
+    shape = _bump(odd, x, generator, norm=1) * _signs((*x.shape[:2], 1, 1), x, generator)
+    shape = shape + here / (here.abs().sum(dim=(2, 3), keepdim=True) + 1e-12)
+    delta[:, :, source[0], source[1]] = 0
+    unit = shape / (shape.abs().sum(dim=(2, 3), keepdim=True) + 1e-12)
+    delta[:, :, to[0], to[1]] = unit * mass * channels
+    return ball.project(x + delta, x)
+
+
+def _bump(side: int, like: Tensor, generator: torch.Generator, *, norm: int = 2) -> Tensor:
+    """Two pyramids of opposite sign side by side, ``(side, side)``, of norm 1 (section 3.3).
+
+    Args:
+        side: of the bump.
+        like: a tensor of its type and device.
+        generator: turns it.
+        norm: 2, or 1 for a steeper one of L1 norm 1 (Croce & Hein 2021).
+    """
     half = side // 2
-    bump = torch.cat([_pyramid(half, side, like), -_pyramid(side - half, side, like)]) if half else like.new_ones(1, 1)
-    bump = bump / bump.norm()
+    parts = [_pyramid(half, side, like, norm), -_pyramid(side - half, side, like, norm)] if half else []
+    bump = torch.cat(parts) if half else like.new_ones(1, 1)
+    bump = bump / bump.norm(p=norm)
     flip = bool(torch.randint(0, 2, (), generator=generator, device=generator.device))
     turned: Tensor = bump.T if flip else bump
     return turned
 
 
-def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
+def _pyramid(height: int, width: int, like: Tensor, norm: int = 2) -> Tensor:
     """Nested rectangles of falling weight around the centre, of norm 1."""
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()
     rings = torch.maximum(rows.unsqueeze(1), columns.unsqueeze(0))
-    weights = 1 / torch.arange(1, max(height, width) // 2 + 2).float() ** 2
+    weights = 1 / torch.arange(1, max(height, width) // 2 + 2).float() ** (2 if norm == 2 else 4)
     pyramid = weights.flip(0).cumsum(0).flip(0)[rings]
-    unit: Tensor = pyramid / pyramid.norm()
+    unit: Tensor = pyramid / pyramid.norm(p=norm)
     return unit.to(like)
+
+
+_KINDS: Mapping[Norm, tuple[Start, Propose]] = {
+    "Linf": (_stripes, _squares),
+    "L2": (_tiles, _moved_mass),
+    "L1": (_tiles_l1, _moved_l1),
+}
+"""How a search starts and what it proposes, by norm."""

@@ -356,8 +356,7 @@ class Subject:
     def _large_eps(self, surrogates: Sequence[Surrogate]) -> Sign:
         """Attack in a ball in which every image can be erased, until no sample is left."""
         pixels = self.batches[0].x[0].numel()
-        eps = 0.5 if self.ball.norm == "Linf" else 0.5 * pixels**0.5
-        ball = Ball(self.ball.norm, max(eps, self.ball.eps))
+        ball = Ball(self.ball.norm, max(self.ball.erasing(pixels), self.ball.eps))
         words = f"{ball.norm} radius {ball.eps:.3g}"
         left = self.right.cpu().numpy()
         for surrogate in surrogates:

@@ -83,7 +83,7 @@ def assignments(command: Callable[..., None]) -> Callable[..., None]:
         command(assignments=(*assignments, *((k, v) for k, v in threat.items() if v is not None)), **given)
 
     for option in (
-        click.option("--norm", help="Of the perturbations: Linf or L2."),
+        click.option("--norm", help="Of the perturbations: Linf, L2 or L1."),
         click.option("--eps", help="Their radius in [0, 1] pixel units, such as 8/255."),
         click.option(
             "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."

@@ -51,6 +51,9 @@ DEFAULT: Mapping[str, Sequence[str]] = {
         "autoattack:apgd-ce", "autoattack:apgd-t", "autoattack:fab-t", "autoattack:square",
         "torchattacks:PGDL2", "foolbox:L2PGD", "foolbox:L2FMNAttack",
     ),
+    "L1": (
+        "autoattack:apgd-ce", "autoattack:apgd-t", "autoattack:fab-t", "autoattack:square", "foolbox:L1FMNAttack",
+    ),
 }  # fmt: skip
 """The peers run by default, by norm, where their library is installed."""
 

@@ -47,10 +47,10 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
             attack = FABAttack_PT(model, n_restarts=1, **of_all)
         elif kind == "apgd-t":
             of_all |= {"n_iter": given["steps"], "rho": given["rho"], "n_target_classes": targets}
-            attack = APGDAttack_targeted(model, **of_all)
+            attack = APGDAttack_targeted(model, use_largereps=ball.norm == "L1", **of_all)
         else:
             of_all |= {"n_iter": given["steps"], "rho": given["rho"], "loss": kind.removeprefix("apgd-")}
-            attack = APGDAttack(model, **of_all)
+            attack = APGDAttack(model, use_largereps=ball.norm == "L1", **of_all)
         points: Tensor = attack.perturb(x, y)
         return points
 

@@ -49,7 +49,7 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
             f"foolbox:{name} needs {', '.join(missing)}; give it in the protocol, or choose another attack"
         )
     if "distance" in takes and given["distance"] is None:
-        given["distance"] = library.distances.linf if ball.norm == "Linf" else library.distances.l2
+        given["distance"] = getattr(library.distances, ball.norm.lower())
 
     def search(model: nn.Module, x: Tensor, y: Tensor, seed: int, turn: int) -> Tensor:
         shown = library.PyTorchModel(model, bounds=(0, 1), device=x.device)
