@@ -221,7 +221,7 @@ def test_needs_a_step() -> None:
         )
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("L1", 0.1), ("Linf", -1.0), ("Linf", math.nan), ("L2", math.inf)])
+@pytest.mark.parametrize(("norm", "eps"), [("L0", 0.1), ("Linf", -1.0), ("Linf", math.nan), ("L2", math.inf)])
 def test_a_ball_that_is_none(norm: str, eps: float) -> None:
     with pytest.raises(ValueError, match="expected"):
         Ball(norm, eps)  # type: ignore[arg-type]

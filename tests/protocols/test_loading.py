@@ -60,7 +60,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "bad.toml: ",
         "name: expected a text",
         "version: expected a whole number, at least 1 and below 2^63, but got 1.5",
-        "threat.norm: expected one of Linf, L2, but got 'L0'",
+        "threat.norm: expected one of Linf, L2, L1, but got 'L0'",
         "threat.eps: expected a number",
         "threat.contexts: expected a list of different names",
         "samples.fraction: expected a number",
