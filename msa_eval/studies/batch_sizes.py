@@ -13,9 +13,9 @@ from msa_eval.data import Samples
 from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.results import WITHOUT_AUDIT, Results
 from msa_eval.judging.batch_plan import select
+from msa_eval.progress import warn
 from msa_eval.protocols.loading import load_protocol, make_protocol
 from msa_eval.protocols.schema import Protocol
-from msa_eval.protocols.units import warn
 from msa_eval.targets.loading import named
 
 SIZES = (1, 8, 64, 256)
