@@ -10,7 +10,6 @@ from msa_eval.auditing.rules import (
     Mask,
     clean_at_chance,
     gradient_free_beats_white_box,
-    gradient_free_only,
     transfer_beats_direct,
 )
 from msa_eval.auditing.sign import Sign
@@ -18,6 +17,23 @@ from msa_eval.evidence.results import Results
 
 GRADIENT_FREE = frozenset({"square", "spsa"})
 """Attacks that use no gradient; all others are white-box."""
+
+
+def gradient_free_only(passes: float) -> Sign:
+    """Where no attack followed a gradient: what the figure then says.
+
+    Args:
+        passes: forward passes a sample of all attacks; 0 before they are made.
+
+    >>> gradient_free_only(5000.0).severity
+    'suspect'
+    """
+    made = f"about {passes:.0f} passes a sample" if passes else "its passes"
+    reason = (
+        f"no attack of the protocol follows a gradient: the figure says what {made} without gradients break, and is "
+        f"too high against whoever has more of them, or a gradient"
+    )
+    return Sign("gradient_free_only", True, "suspect", passes, 0.0, reason[0].upper() + reason[1:] + ".")
 
 
 def signs_from(results: Results, *, target: str = "defense") -> list[Sign]:

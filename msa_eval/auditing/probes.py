@@ -17,6 +17,7 @@ from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
 from msa_eval.attacks.square import square
 from msa_eval.auditing import rules
 from msa_eval.auditing.companions import Companions
+from msa_eval.auditing.evidence_signs import gradient_free_only
 from msa_eval.auditing.inner_gradients import counting_gradients
 from msa_eval.auditing.rules import Mask
 from msa_eval.auditing.sign import Change, Sign, change
@@ -99,7 +100,7 @@ class Subject:
             self._answers, self.determinism, self._inside, lambda: self.gradients(surrogates, followed),
             *([lambda: self.attacks(surrogates), lambda: self._disagreements(surrogates)] if followed else []),
         ]  # fmt: skip
-        found = [] if followed else [rules.gradient_free_only(0.0)]
+        found = [] if followed else [gradient_free_only(0.0)]
         return found + [sign for step in progress(steps, "audit") for sign in step()]
 
     def _answers(self) -> list[Sign]:

@@ -219,23 +219,6 @@ def own_gradient_zero(own: float, dead: float) -> Sign:
     return Sign("own_gradient_zero", fired, "note", own, 0.05, _sentence(reason))
 
 
-def gradient_free_only(passes: float) -> Sign:
-    """Where no attack followed a gradient: what the figure then says.
-
-    Args:
-        passes: forward passes a sample of all attacks; 0 before they are made.
-
-    >>> gradient_free_only(5000.0).severity
-    'suspect'
-    """
-    made = f"about {passes:.0f} passes a sample" if passes else "its passes"
-    reason = (
-        f"no attack of the protocol follows a gradient: the figure says what {made} without gradients break, and is "
-        f"too high against whoever has more of them, or a gradient"
-    )
-    return Sign("gradient_free_only", True, "suspect", passes, 0.0, _sentence(reason))
-
-
 def gradient_free_beats_white_box(only: int, n: int, *, continued: bool = False) -> Sign:
     """Whether gradient-free attacks break what no white-box attack breaks, which gradients should make easy.
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from msa_eval._version import __version__
-from msa_eval.cli import options
+from msa_eval.cli import messages
 from msa_eval.errors import AttackError
 
 COMMANDS = (
@@ -103,7 +103,7 @@ class _Group(click.Group):
 
     @staticmethod
     def _stop(message: str, status: int) -> None:
-        click.echo("Error: " + options.as_options(" ".join(message.split())), err=True)
+        click.echo("Error: " + messages.as_options(" ".join(message.split())), err=True)
         sys.exit(status)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 if TYPE_CHECKING:
     from msa_eval.hpm.finetune import FinetuneSettings
@@ -86,8 +86,8 @@ def ablate(
             device=device,
             out=out,
             force=force,
-            progress=options.bars(quiet),
-            notify=options.notes(quiet),
+            progress=messages.bars(quiet),
+            notify=messages.notes(quiet),
         )
     except KeyboardInterrupt as stop:
         raise type(stop)(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 if TYPE_CHECKING:
     from msa_eval.auditing.audit import AuditReport
@@ -57,7 +57,7 @@ def audit(
         seed=seed,
         device=device,
         limit=limit,
-        progress=options.bars(quiet),
+        progress=messages.bars(quiet),
     )
     click.echo(render(report, name=loaded.word, protocol=protocol))
     if strict and report.verdict.verdict != "sound":

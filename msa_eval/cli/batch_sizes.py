@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 
 class _Sizes(click.ParamType[tuple[int, ...]]):
@@ -60,8 +60,8 @@ def batch_sizes(
         protocol=load_protocol(protocol, overrides=options.overrides(assignments, limit=limit, context=context)),
         sizes=sizes,
         out=out,
-        progress=options.bars(quiet),
-        notify=options.notes(quiet),
+        progress=messages.bars(quiet),
+        notify=messages.notes(quiet),
         **common,
     )
     click.echo(render_sizes(report.table))

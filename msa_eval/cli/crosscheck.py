@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 from msa_eval.cli.evaluate import evaluate
 
 
@@ -72,7 +72,7 @@ def crosscheck(
         raise ValueError(f"{path} is no name of a table; choose one that ends in .csv")
     found = check(
         results, target.load(samples, quiet=quiet), samples, peers=peers, surrogates=surrogates, contexts=context,
-        targets=targets, steps=steps, passes=passes, seed=seed, device=device, progress=options.bars(quiet),
+        targets=targets, steps=steps, passes=passes, seed=seed, device=device, progress=messages.bars(quiet),
     )  # fmt: skip
     click.echo(render_crosscheck(found))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 if TYPE_CHECKING:
     from msa_eval.engine.executors import Engine
@@ -106,8 +106,8 @@ def run(
         precision=precision,
         deterministic=deterministic,
         engine=engine or "local",
-        progress=options.bars(quiet),
-        notify=options.notes(quiet),
+        progress=messages.bars(quiet),
+        notify=messages.notes(quiet),
     )
     click.echo(render_table(results))
     if loaded.apgd is not None and loaded.apgd.victim is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 
 @click.command()
@@ -62,7 +62,7 @@ def finetune(
     samples = data.load(split="train", quiet=quiet)
     loaded = options.load_classifier(target, samples, **described, quiet=quiet)
     samples = options.drawn(samples, limit, seed=chosen.seed)
-    hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=options.bars(quiet))
+    hpm = finetune_classifier(loaded.classifier, samples, settings=chosen, device=device, progress=messages.bars(quiet))
     assert loaded.blueprint is not None  # or it had no classifier
     origin: dict[str, Any] = {"classifier": Path(target.word).name}
     if isinstance(loaded, Target):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
 import sys
-import threading
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from msa_eval.progress import Progress, silent
+from msa_eval.cli.messages import as_options
 from msa_eval.quantity import as_number
 
 if TYPE_CHECKING:
@@ -202,27 +200,6 @@ def data(*, required: bool = True, help: str = _DATA) -> Callable[[Callable[...,
     return decorated
 
 
-_ARGUMENT = re.compile(
-    r"\b(whole|force|random_weights|save_adversarial|weights|head|trunk|device|precision|engine|address|cpus|gpus)"
-    r"=(True\b|[^\s,;:)]*)"
-)
-_OVERRIDE = re.compile(r'overrides=\{"([\w.]+)": (.*?)\}')
-
-
-def as_options(message: str) -> str:
-    """What the library advises in Python, as options of the command line.
-
-    >>> print(as_options("evaluate it whole (whole=True), or use device=cpu"))
-    evaluate it whole (--whole), or use --device cpu
-    """
-
-    def option(found: re.Match[str]) -> str:
-        name = {"cpus": "cpus-per-worker", "gpus": "gpus-per-worker"}.get(found[1], found[1].replace("_", "-"))
-        return f"--{name}" if found[2] == "True" else f"--{name} {found[2]}"
-
-    return _ARGUMENT.sub(option, _OVERRIDE.sub(r"--set '\1=\2'", message)).replace("the same call", "the same command")
-
-
 def imports_code(word: str) -> bool:
     """Whether loading a target would import code of the user's own."""
     from msa_eval.targets.zoos import ZOOS
@@ -358,51 +335,6 @@ def overrides(assignments: Sequence[tuple[str, Any]], *, context: Sequence[str] 
     keys = {"limit": "samples.limit", "batch_size": "batches.size", "victim": "attack.apgd.victim"}
     named = {keys[name]: value for name, value in given.items() if value is not None}
     return dict(assignments) | named | ({"threat.contexts": list(context)} if context else {})
-
-
-def bars(quiet: bool) -> Progress:
-    """Progress bars on stderr, or none."""
-    from tqdm import tqdm
-
-    def bar(iterable: Iterable[Any], description: str) -> Iterable[Any]:
-        if sys.stderr.isatty():
-            return _moving(iterable, description)
-        return tqdm(iterable, description, dynamic_ncols=True)
-
-    return silent if quiet else bar
-
-
-REFRESH = 1.0
-"""Seconds between two refreshes of a bar, whose clock moves where one step takes minutes."""
-
-
-def _moving(iterable: Iterable[Any], description: str) -> Iterator[Any]:
-    """A bar on a terminal whose clock goes on while a step takes its time."""
-    from tqdm import tqdm
-
-    done = threading.Event()
-    with tqdm(iterable, description, dynamic_ncols=True) as shown:
-
-        def refresh() -> None:
-            while not done.wait(REFRESH):
-                shown.refresh()
-
-        thread = threading.Thread(target=refresh, daemon=True)
-        thread.start()
-        try:
-            yield from shown
-        finally:
-            done.set()
-            thread.join()
-
-
-def notes(quiet: bool) -> Callable[[str], None]:
-    """Notes on stderr, or none."""
-
-    def note(text: str) -> None:
-        click.echo(f"note: {as_options(text)}", err=True)
-
-    return (lambda _: None) if quiet else note
 
 
 def check_complete(table: pd.DataFrame, of: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 
 @click.command("paper-table")
@@ -44,7 +44,7 @@ def paper_table(
     samples = data.like(data.source or dataset, split="test", quiet=quiet)
     table = measure(
         dataset, samples, overrides=options.overrides(assignments, limit=limit), out=out,
-        progress=options.bars(quiet), notify=options.notes(quiet), **common,
+        progress=messages.bars(quiet), notify=messages.notes(quiet), **common,
     )  # fmt: skip
     click.echo(render_paper_table(table, dataset=dataset))
     click.echo(f"\npaper_table.csv and the results of every model in {out}")

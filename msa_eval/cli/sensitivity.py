@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,7 @@ def _measure(
 
     if train is not None and prototypes is not None:
         raise ValueError("--train takes the place of the checkpoint's prototypes; leave --prototypes out")
-    progress, around = options.bars(quiet), environment("cpu")
+    progress, around = messages.bars(quiet), environment("cpu")
     model, name, origin = _model(target, samples, quiet)
     if train is not None:
         model = plain_l2_head(classifier_of(model), train, progress=progress)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from msa_eval.cli import options
+from msa_eval.cli import messages, options
 
 _MARKS = {True: "ok", False: "FAILED", None: "--"}
 
@@ -33,10 +33,10 @@ def verify(results: Path, target: options.Chosen, data: options.Data, device: st
         target.load(samples, quiet=quiet),
         samples,
         device=device,
-        progress=options.bars(quiet),
+        progress=messages.bars(quiet),
     )
     for check in found.checks:
-        click.echo(f"{_MARKS[check.passed]:7} {check.name:9} {options.as_options(check.detail)}")
+        click.echo(f"{_MARKS[check.passed]:7} {check.name:9} {messages.as_options(check.detail)}")
     verdict = "verified" if found.passed else "not verified" if found.intact else "FAILED"
     click.echo(
         f"{verdict}: {found.replayed} of {found.claims} broken samples replayed in {found.seconds:.1f} s; {LEAST}"

@@ -10,7 +10,8 @@ from toys import make_classifier, make_samples
 
 from msa_eval import Results, evaluate
 from msa_eval.auditing.audit import audit
-from msa_eval.auditing.rules import gradient_free_only, zero_gradients
+from msa_eval.auditing.evidence_signs import gradient_free_only
+from msa_eval.auditing.rules import zero_gradients
 from msa_eval.protocols import load_protocol
 
 

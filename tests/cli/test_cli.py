@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from msa_eval import HPM, Blueprint, Samples, load_checkpoint, save_checkpoint
-from msa_eval.cli import main, options
-from msa_eval.cli.options import as_options
+from msa_eval.cli import main, messages
+from msa_eval.cli.messages import as_options
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -125,8 +125,8 @@ def test_a_bar_on_a_terminal_moves_while_a_step_takes_its_time(monkeypatch: pyte
 
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr(options, "REFRESH", 0.01)
-    for _ in options.bars(False)(range(1), "runs"):
+    monkeypatch.setattr(messages, "REFRESH", 0.01)
+    for _ in messages.bars(False)(range(1), "runs"):
         before = shown.getvalue().count("runs")
         time.sleep(0.2)
         assert shown.getvalue().count("runs") >= before + 3
