@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: on small models
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (groups[item] != "demo", groups[item] not in long))
 
 
-@pytest.fixture(autouse=True)
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def steady() -> Iterator[None]:
     """Whether `auto` finds bf16 faster depends on what else the machine does, so here it never does."""
-    monkeypatch.setattr("msa_eval.defense.precision.WORTH", math.inf)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("msa_eval.defense.precision.WORTH", math.inf)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_a_gallery_that_can_not_be_made_costs_no_evaluation(
         raise KeyError("broken")
 
     hpm, samples, folder = case
-    monkeypatch.setattr(gallery, part, fail)
+    monkeypatch.setattr(exhibits if part == "spread" else gallery, part, fail)
     with pytest.warns(UserWarning, match="no gallery could be made"):
         evaluate(hpm, samples, protocol="quick", overrides=FAST, out=tmp_path)
     assert not (tmp_path / GALLERY).exists()

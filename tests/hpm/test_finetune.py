@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional as F
 from toys import make_classifier, make_samples
 
-from msa_eval import HPM, FinetuneSettings, Samples, Variant, load_samples
+from msa_eval import HPM, FinetuneSettings, Samples, Variant, finetune, load_samples
 from msa_eval.hashing import weights_hash
-from msa_eval.hpm import finetune
 from msa_eval.hpm.finetune import _most_divergent
 from msa_eval.hpm.ikl import ikl
 from msa_eval.hpm.model import class_means

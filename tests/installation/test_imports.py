@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from msa_eval.installation.imports import PINS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_extra_is_what_the_reasons_are_for() -> None:

@@ -15,8 +15,7 @@ from scipy.stats import binomtest
 
 from msa_eval import Results
 from msa_eval.report import draw_curves, frames, spending, to_svg
-from msa_eval.report.charts import catalog
-from msa_eval.report.charts.catalog import Chart
+from msa_eval.report.charts.catalog import Chart, charts
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +149,7 @@ def test_a_run_of_the_committed_cascade_that_broke_nothing_new_broke_nothing() -
 def test_the_matrix_leaves_out_what_searches_among_found_points() -> None:
     results = _cascade("joint", runs=list(FIRST))
     assert frames.transfer(results, "joint")["attack"].tolist() == ["apgd", "apgd", "spsa"]
-    told = {chart.kind: chart.caption for chart in catalog(results)}
+    told = {chart.kind: chart.caption for chart in charts(results)}
     assert "includes what earlier runs broke" in told["transfer"]
     assert "wrong at its start (iterate 0) does not count" in told["agreement"]
 
@@ -186,7 +185,7 @@ def test_a_stochastic_target_spends_several_passes_an_iterate() -> None:
 
 
 def test_figures_come_in_the_pages_order_for_every_context(results: Results) -> None:
-    listed = list(catalog(results))
+    listed = list(charts(results))
     kinds = ["waterfall", "transfer", "spending", "classes", "agreement", "batches"]
     assert [(one.kind, one.context) for one in listed] == list(itertools.product(kinds, ("joint", "solo")))
     assert len({one.name for one in listed}) == len(listed)
@@ -194,7 +193,7 @@ def test_figures_come_in_the_pages_order_for_every_context(results: Results) -> 
 
 @pytest.mark.parametrize("kind", ["waterfall", "transfer", "spending", "classes", "agreement", "batches"])
 def test_every_figure_is_drawn_and_told(results: Results, kind: str) -> None:
-    (chart,) = [one for one in catalog(results) if one.kind == kind and one.context == "joint"]
+    (chart,) = [one for one in charts(results) if one.kind == kind and one.context == "joint"]
     texts = _texts(to_svg(chart.figure()))
     assert "defence" in texts
     assert "FC head" in texts
@@ -204,7 +203,7 @@ def test_every_figure_is_drawn_and_told(results: Results, kind: str) -> None:
 
 
 def test_numbers_stand_in_the_waterfall_and_the_matrix(results: Results) -> None:
-    drawn: dict[str, Chart] = {one.kind: one for one in catalog(results) if one.context == "joint"}
+    drawn: dict[str, Chart] = {one.kind: one for one in charts(results) if one.context == "joint"}
     waterfall = _texts(to_svg(drawn["waterfall"].figure()))
     assert f"{100 * _number(results, 'defense', 'joint', 'worst_case'):.1f}" in waterfall
     for broken in results.attacks.loc[results.attacks["context"] == "joint", "newly_broken"]:
@@ -224,7 +223,7 @@ def test_numbers_stand_in_the_waterfall_and_the_matrix(results: Results) -> None
     ids=("many classes", "one sample", "names"),
 )  # fmt: skip
 def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
-    for chart in catalog(make_results(**odd)):  # type: ignore[arg-type]
+    for chart in charts(make_results(**odd)):  # type: ignore[arg-type]
         assert to_svg(chart.figure()).endswith("</svg>\n")
         assert chart.alt
 
@@ -232,7 +231,7 @@ def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
 @pytest.mark.parametrize(("n", "told"), [(200, "batch (hollow"), (201, "batches, in order")])
 def test_many_batches_are_drawn_as_curves(n: int, told: str) -> None:
     results = make_results(n, batch=1)
-    (chart,) = [one for one in catalog(results) if one.kind == "batches"]
+    (chart,) = [one for one in charts(results) if one.kind == "batches"]
     svg = to_svg(chart.figure())
     assert any(text.startswith(told) for text in _texts(svg))
     assert (svg.count("<use") > 4 * 200) == (n == 200)
@@ -248,7 +247,7 @@ def test_missing_numbers_are_drawn() -> None:
     attacks = results.attacks.assign(surrogate_accuracy=np.nan, final=np.nan)
     summary = results.summary.assign(value=np.nan, low=np.nan, high=np.nan)
     blank = Results(summary, attacks, results.samples, results.outcomes, results.batches, results.run)
-    for chart in catalog(blank):
+    for chart in charts(blank):
         assert to_svg(chart.figure())
 
 

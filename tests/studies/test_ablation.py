@@ -31,13 +31,13 @@ from msa_eval import (
     Variant,
     ablate,
     evaluate,
+    finetune,
     load_checkpoint,
     load_target,
     save_checkpoint,
 )
 from msa_eval.cli import main
 from msa_eval.hashing import weights_hash
-from msa_eval.hpm import finetune
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 from msa_eval.report import render_ablation
 from msa_eval.studies import ablation as module
