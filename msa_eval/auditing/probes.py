@@ -220,7 +220,7 @@ class Subject:
                 return self._differ(self._classes(stands_in), self._classes(lambda batch: batch.logits))
             classes, own, again = (self._classes(ask, DRAWS) for ask in (stands_in, self._hard, self._hard))
         seen, chance = self._differ(classes, own), self._differ(again, own)
-        return max(seen - chance - 2 * ((seen + chance) / self.n) ** 0.5, 0.0)
+        return float(max(seen - chance - 2 * ((seen + chance) / self.n) ** 0.5, 0.0))
 
     def _hard(self, batch: Batch) -> Tensor:
         return decide(self.defense, batch.z)
