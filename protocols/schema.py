@@ -52,10 +52,11 @@ class ApgdBudget:
 
     Attributes:
         surrogates: their names; those that a defence can't offer are left out, and ``ste`` is used if none is left.
-        losses: among ``ce``, ``dlr``, ``margin``, ``dlr-targeted``.
+        losses: among ``ce``, ``dlr``, ``margin``, ``probability-margin``, ``dlr-targeted``, ``dlr-malt``.
         steps: gradient steps a run.
         restarts: runs of each surrogate and untargeted loss, each from a start of its own.
-        targets: runs of each surrogate with ``dlr-targeted``, towards the likeliest other classes in turn.
+        targets: runs of each surrogate with a targeted loss, towards the other classes in turn: the likeliest first
+            with ``dlr-targeted``, with ``dlr-malt`` those that a linear model of the logits reaches first.
         runs: the runs in their order, instead of surrogates and losses. A surrogate that a target has not is replaced
             by its first, and a run named again has another start, or another target class. Where no companions can be
             moved, a run that would move them goes to the next target class instead, and a loss that needs more classes

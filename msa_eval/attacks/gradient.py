@@ -11,15 +11,18 @@ from torch import Tensor
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.losses import (
     LOSSES,
+    MALT,
     TARGETED,
     Loss,
     alternating,
     averaged,
+    by_likelihood,
     focused,
     most_likely_others,
     pooled,
     targeted_dlr,
 )
+from msa_eval.attacks.malt import rank_classes
 from msa_eval.judging.trial import Trial
 
 
@@ -55,6 +58,24 @@ def climb(
     return trial.start.x.index_copy(0, rows, found.x) if apart else found.x
 
 
+def rank(trial: Trial) -> None:
+    """Rank the classes of the samples searched for, by the surrogate's gradients at their clean images.
+
+    Those of the others follow the target's clean logits. It takes a pass of each sample, and one back for each class.
+
+    Args:
+        trial: of a target that decides each row apart; its ranking is set.
+    """
+    batch, rows = trial.batch, trial.rows
+    model = trial.of_rows() if len(rows) < len(batch.y) else trial
+
+    def logits(points: Tensor) -> Tensor:
+        return torch.stack([model(points) for _ in range(trial.eot)]).mean(dim=0)
+
+    found = rank_classes(logits, batch.x[rows], batch.y[rows], trial.ball)
+    trial.ranking = by_likelihood(batch.logits, batch.y).index_copy(0, rows, found)
+
+
 @dataclass(frozen=True)
 class ApgdAttack:
     """APGD with one loss.
@@ -75,6 +96,8 @@ class ApgdAttack:
 
     def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
         """Return the points of highest surrogate loss."""
+        if self.loss == MALT and trial.ranking is None and not (trial.rows_interact or trial.ensemble):
+            rank(trial)
         start = trial.start.x if self.from_start else None
         if start is None and len(trial.rows) < len(trial.counted):
             drawn, rows = trial.ball.random(trial.batch.x, generator), trial.rows
@@ -90,7 +113,9 @@ class ApgdAttack:
         return loss
 
     def _one(self, trial: Trial, rows: Tensor) -> Loss:
-        if self.loss == TARGETED:
+        if self.loss == MALT and trial.ranking is not None:
+            loss = targeted_dlr(trial.ranking[rows, self.target])
+        elif self.loss in (TARGETED, MALT):
             clean = trial.clean_logits()
             likely = clean.mean(dim=0) if trial.ensemble else clean
             loss = targeted_dlr(most_likely_others(likely, trial.batch.y, self.target)[rows])

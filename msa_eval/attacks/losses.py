@@ -33,6 +33,18 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others.amax(dim=1) - own
 
 
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The margin of the probabilities: it weighs a sample's classes by how likely they are (Xie et al. 2024, PMA).
+
+    References:
+        Towards Million-Scale Adversarial Robustness Evaluation With Stronger Individual Attacks, arXiv:2411.15210.
+
+    >>> probability_margin(torch.tensor([[3.0, 3.0, -torch.inf]]).log(), torch.tensor([0]))
+    tensor([0.])
+    """
+    return margin(logits.softmax(dim=1), y)
+
+
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio: the margin over the gap between first and third (Croce & Hein 2020, Eq. 6).
 
@@ -146,12 +158,17 @@ def pooled(loss: Loss, counted: Tensor) -> Loss:
     return pool
 
 
-LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin}
+LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin, "probability-margin": probability_margin}
 """The untargeted losses by name."""
 
 TARGETED = "dlr-targeted"
 
-MIN_CLASSES: Mapping[str, int] = {"ce": 2, "margin": 2, "dlr": 3, TARGETED: 4}
+MALT = "dlr-malt"
+"""The targeted loss in the order of `malt.rank_classes`; of logits, where samples are not decided apart."""
+
+MIN_CLASSES: Mapping[str, int] = {
+    "ce": 2, "margin": 2, "probability-margin": 2, "dlr": 3, TARGETED: 4, MALT: 4,
+}  # fmt: skip
 """How many classes each loss needs."""
 
 
@@ -161,5 +178,14 @@ def most_likely_others(logits: Tensor, y: Tensor, rank: int) -> Tensor:
     >>> most_likely_others(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]), 0)
     tensor([2])
     """
-    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
-    return others.argsort(dim=1, descending=True, stable=True)[:, rank]
+    return by_likelihood(logits, y)[:, rank]
+
+
+def by_likelihood(logits: Tensor, y: Tensor) -> Tensor:
+    """All classes ``(B, k)``, the one with the highest logit first, but the label last.
+
+    >>> by_likelihood(torch.tensor([[3.0, 1.0, -torch.inf]]), torch.tensor([0]))
+    tensor([[1, 2, 0]])
+    """
+    others = logits.clamp(min=torch.finfo(logits.dtype).min).scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.argsort(dim=1, descending=True, stable=True)

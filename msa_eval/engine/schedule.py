@@ -14,7 +14,7 @@ from msa_eval.attacks.attacked_batch import Attack
 from msa_eval.attacks.borderline import OvertimeAttack
 from msa_eval.attacks.companions import RANKS
 from msa_eval.attacks.gradient import ApgdAttack
-from msa_eval.attacks.losses import MIN_CLASSES, TARGETED
+from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
@@ -106,7 +106,7 @@ class Run:
         start = still if self.chained else None
         return Setting(
             start=start, counted=counted, stays=self.moves == "standing", early_stop=self.chained,
-            known=history.broken, view=view,
+            known=history.broken, view=view, ranking=history.ranking,
         )  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def plan_runs(
 
 def _overtime_runs(budget: ApgdBudget, offers: Offers, num_classes: int) -> list[Run]:
     """The last passes, in equal parts: along the decision's own gradient, then along the FC head's, a smoother one."""
-    loss = TARGETED if num_classes >= MIN_CLASSES[TARGETED] else "margin"
+    targeted = MALT if any(run.loss == MALT for run in budget.runs) else TARGETED
+    loss = targeted if num_classes >= MIN_CLASSES[targeted] else "margin"
     searched = [offers.exact, *(s for s in offers.usable if s.name == "fc-oracle" and s is not offers.exact)]
     attack = OvertimeAttack(budget.overtime // len(searched), budget.steps)
     return [Run(surrogate, attack, "overtime", loss, 0, chained=True) for surrogate in searched]
@@ -190,6 +191,7 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
     if offers.together is not None:
         has = {offers.together.name: offers.together}
     chained = budget.combine == "cascade"
+    targeted = MALT if any(run.loss == MALT for run in budget.runs) else TARGETED
     runs: list[Run] = []
     seen: dict[tuple[str, str, str], int] = {}
     for wanted in _wanted(budget, list(has), num_classes, own=offers.own):
@@ -199,7 +201,7 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
             name = offers.among[0]
         loss = wanted.loss
         if budget.runs:
-            loss = TARGETED if wanted.moves == "companions" != moves else loss
+            loss = targeted if wanted.moves == "companions" != moves else loss
             loss = loss if num_classes >= MIN_CLASSES[loss] else "margin"
         again = seen.get((name, loss, moves), 0)
         seen[name, loss, moves] = again + 1
@@ -226,7 +228,7 @@ def _wanted(
         for moves in budget.moves
         for name in names
         for loss in budget.losses
-        for _ in range(min(budget.targets, num_classes - 1) if loss == TARGETED else budget.restarts)
+        for _ in range(min(budget.targets, num_classes - 1) if loss in (TARGETED, MALT) else budget.restarts)
     ]
 
 

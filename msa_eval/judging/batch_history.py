@@ -34,6 +34,7 @@ class History:
         passes: images passed through the trunk for it.
         upheld: of a stochastic target, the proofs that its breaks were judged on once more, and that held.
         taken_back: the samples of which some break did not hold ``(B,)``.
+        ranking: the classes of each sample, nearest first ``(B, k)``, once a run ranked them.
     """
 
     def __init__(self, batch: Batch, company: Company | None = None) -> None:
@@ -48,6 +49,7 @@ class History:
         self.passes = 0
         self.upheld: list[Proof] = []
         self.taken_back = torch.zeros_like(batch.correct)
+        self.ranking: Tensor | None = None
 
     @property
     def standing(self) -> Tensor:
@@ -69,6 +71,7 @@ class History:
         self.points = [*self.points, *trace.trail, trace.final, trace.best]
         self.points = self.points[-min(POINTS, capacity(self.clean.x)) :]
         self.findings += trace.findings
+        self.ranking = trace.ranking
 
     def proofs(self, target: str, context: str, number: int, *, rows_interact: bool, pool: Tensor) -> list[Proof]:
         """Adversarial batches that together break all samples broken, few of them, on the CPU.

@@ -38,6 +38,7 @@ class Trace:
         company: who sat beside it ``(B, B - 1)``, where the attacker chooses.
         findings: adversarial batches that break samples not broken before, where these are kept.
         trail: the points of every iterate, where these are kept.
+        ranking: the classes of each sample, nearest first ``(B, k)``, where a run ranked them.
     """
 
     final: Point
@@ -46,6 +47,7 @@ class Trace:
     company: Tensor | None
     findings: tuple[Finding, ...]
     trail: tuple[Point, ...]
+    ranking: Tensor | None = None
 
 
 @dataclass(frozen=True)

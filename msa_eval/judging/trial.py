@@ -48,6 +48,7 @@ class Setting:
         keep: whether findings are kept.
         trail: whether the points of every iterate are kept, for a pursuit to mix.
         search: how the search passes its points; what it seems to break is passed again, as the target is.
+        ranking: the classes of each sample, nearest first ``(B, k)``, where an earlier run ranked them.
     """
 
     start: Point | None = None
@@ -61,6 +62,7 @@ class Setting:
     keep: bool = False
     trail: bool = False
     search: Search = EXACT
+    ranking: Tensor | None = None
 
 
 class Trial:
@@ -78,6 +80,7 @@ class Trial:
         counted: the samples searched for by now ``(B,)``.
         rows: their places ``(n,)``.
         stops_early: whether a sample that is broken is searched for no more.
+        ranking: the classes of each sample, nearest first ``(B, k)``, once they are ranked.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Trial:
         self.start = setting.start or Point(batch.x, batch.z)
         self.faults: tuple[Fault, ...] = ()
         self.eot = setting.eot
+        self.ranking = setting.ranking
         self._setting = setting
         self._defense = defense
         self._view = setting.view
@@ -358,7 +362,9 @@ class Trial:
     def trace(self) -> Trace:
         """What later runs may go on from, once the trial is finished."""
         seen = self._record
-        return Trace(self._final, seen.best, seen.best_lead, seen.company, tuple(seen.findings), tuple(self._trail))
+        return Trace(
+            self._final, seen.best, seen.best_lead, seen.company, tuple(seen.findings), tuple(self._trail), self.ranking
+        )
 
     def _features(self, x: Tensor) -> Tensor:
         self._forwards += len(x)

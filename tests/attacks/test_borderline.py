@@ -10,8 +10,8 @@ from toys import make_classifier, make_samples
 from msa_eval import as_defense
 from msa_eval.attacks import Ball
 from msa_eval.attacks.batch import Batch, Point
-from msa_eval.attacks.borderline import NEAREST, OvertimeAttack
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.borderline import NEAREST, NEAREST_OF_THESE, TARGETS, OvertimeAttack, _loss
+from msa_eval.attacks.losses import margin, probability_margin, targeted_dlr
 from msa_eval.defense.contract import decide
 from msa_eval.judging.trial import Setting, Trial
 from msa_eval.surrogates import get
@@ -106,3 +106,25 @@ def test_nothing_is_passed_where_there_is_no_time_or_nobody_stands() -> None:
         trial = _trial(classifier, samples.x, labels, Ball("Linf", 0.01))
         points = OvertimeAttack(passes=passes, steps=STEPS)(trial, torch.Generator().manual_seed(0))
         assert trial.finish(points).forwards == 12
+
+
+def test_each_loss_has_a_start_for_the_nearest_and_one_for_the_very_nearest() -> None:
+    """And the targeted ones follow the ranking of earlier runs, where there is one."""
+    classifier = make_classifier(5).requires_grad_(False)
+    samples = make_samples(classifier, 120)
+    trial = _trial(classifier, samples.x, samples.y, Ball("Linf", 1e-4))
+    standing = int(trial.counted.sum())
+    trial.ranking = torch.arange(5).roll(2).expand(120, -1)
+    seen: list[int] = []
+    search_for = trial.search_for
+    trial.search_for = lambda rows: (seen.append(int(rows.sum())), search_for(rows))[1]  # type: ignore[method-assign]
+    OvertimeAttack(passes=5, steps=STEPS)(trial, torch.Generator().manual_seed(0))
+    assert seen[:4] == [-(-standing // NEAREST), -(-standing // (NEAREST * NEAREST_OF_THESE))] * 2
+    rows = torch.arange(3)
+    logits = torch.randn(120, 5, generator=torch.Generator().manual_seed(1))
+    losses = [_loss(logits, number, trial, rows)(logits[rows], samples.y[rows]) for number in range(TARGETS + 3)]
+    for loss, place in zip(losses, [3, 4, 0, 1], strict=False):
+        torch.testing.assert_close(loss, targeted_dlr(torch.full((3,), place))(logits[rows], samples.y[rows]))
+    torch.testing.assert_close(losses[4], margin(logits[rows], samples.y[rows]))
+    torch.testing.assert_close(losses[5], probability_margin(logits[rows], samples.y[rows]))
+    torch.testing.assert_close(losses[6], losses[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -28,13 +30,17 @@ def test_values_follow_the_definitions(logits: torch.Tensor, labels: torch.Tenso
         assert LOSSES["margin"](one, label).item() == pytest.approx(max(others) - values[y])
         assert LOSSES["dlr"](one, label).item() == pytest.approx((max(others) - values[y]) / (first - third))
         assert LOSSES["ce"](one, label).item() == pytest.approx(row.exp().sum().log().item() - values[y])
+        total = sum(math.exp(value) for value in values)
+        wanted = (math.exp(max(others)) - math.exp(values[y])) / total
+        assert LOSSES["probability-margin"](one, label).item() == pytest.approx(wanted)
         target = (y + 3) % 7
         found = targeted_dlr(torch.tensor([target]))(one, label).item()
         assert found == pytest.approx((values[target] - values[y]) / (first - (third + fourth) / 2))
 
 
 def test_a_margin_is_positive_exactly_where_the_label_lost(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    assert torch.equal(LOSSES["margin"](logits, labels) > 0, logits.argmax(dim=1) != labels)
+    for name in ("margin", "probability-margin"):
+        assert torch.equal(LOSSES[name](logits, labels) > 0, logits.argmax(dim=1) != labels)
 
 
 def test_dlr_ignores_scale_and_shift(logits: torch.Tensor, labels: torch.Tensor) -> None:

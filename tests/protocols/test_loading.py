@@ -67,7 +67,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "unknown key samples.limmit (did you mean samples.limit?)",
         "samples.fraction and samples.per_class exclude each other",
         "attack.apgd.steps: expected a whole number",
-        "attack.apgd.losses: expected a list of different names among ce, margin, dlr, dlr-targeted",
+        "attack.apgd.losses: expected a list of different names among ce, margin, probability-margin, dlr, ",
         "attack.apgd.surrogates: expected a list of different names",
         "unknown key attack.squere.queries (did you mean attack.square.queries?)",
     ):
@@ -178,7 +178,7 @@ def test_files_that_are_no_protocol(tmp_path: Path) -> None:
     ("apgd", "message"),
     [
         ({"runs": ["ste"]}, "attack.apgd.runs: expected a list of 'surrogate:loss' or 'surrogate:loss:moves'"),
-        ({"runs": ["ste:cw"]}, "with a loss among ce, margin, dlr, dlr-targeted"),
+        ({"runs": ["ste:cw"]}, "with a loss among ce, margin, probability-margin, dlr, dlr-targeted, dlr-malt"),
         ({"runs": ["ste:ce:rows"]}, "moves among batch, image, companions"),
         ({"runs": ["ste:ce:batch:1"]}, "attack.apgd.runs: expected"),
         ({"runs": "ste:ce"}, "attack.apgd.runs: expected a list"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from msa_eval import HPM, Results, Samples, load_checkpoint, load_samples, verify
 from msa_eval.hashing import weights_hash
-from msa_eval.protocols import load_protocol
+from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.references import reference_path
 from msa_eval.report import draw_curves, draw_waterfall, frames, to_svg
 
@@ -25,9 +26,14 @@ def test_the_runs_are_there() -> None:
 
 
 @pytest.mark.parametrize(("folder", "name"), [("digits", "digits"), ("cifar10-wrn10-2-msa", "msa")])
-def test_they_are_under_the_protocols_as_they_are_now(folder: str, name: str) -> None:
+def test_they_carry_the_protocol_they_were_made_under_which_is_ours_or_an_older_one(folder: str, name: str) -> None:
     run = Results.load(ROOT / "results" / folder).run
-    assert run["protocol"]["sha256"] == load_protocol(name, overrides=run["protocol"]["overrides"]).digest()
+    now = load_protocol(name, overrides=run["protocol"]["overrides"])
+    then = make_protocol(tomllib.loads(run["protocol"]["text"]))
+    assert (run["protocol"]["sha256"], run["protocol"]["version"]) == (then.digest(), then.version)
+    assert then.name == name
+    assert (then.digest() == now.digest()) == (then.version == now.version)
+    assert then.version <= now.version
     assert set(run["protocol"]["overrides"]) <= {"threat.contexts", "samples.limit"}
 
 
