@@ -108,9 +108,8 @@ def _from_numpy(given: Any, name: str, what: str, remedy: str) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    # torch takes no negative strides, and warns of memory that must not be written to.
-    array = np.ascontiguousarray(array) if array.flags.writeable else array.copy()
-    return torch.from_numpy(array)
+    # torch takes no negative strides, not even of an axis of length 1, and warns of memory that must not be written to.
+    return torch.from_numpy(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
 
 
 def _stacked(parts: Sequence[Any], name: str, what: str) -> Tensor:

@@ -73,6 +73,13 @@ def test_layouts(way: Any, shape: tuple[int, ...], expected: tuple[int, ...], tm
     assert way(np.zeros(shape, np.uint8), Y[:2], tmp_path).x.shape == (2, *expected)
 
 
+def test_negative_strides_are_copied() -> None:
+    assert torch.equal(Samples.of(X[::-1], Y[::-1]).x, torch.from_numpy(X).flip(0))
+    assert Samples.of(X[::-1], Y[::-1]).y.tolist() == Y[::-1].tolist()
+    grey = X[:, :1][:, ::-1]  # NumPy calls it contiguous all the same
+    assert torch.equal(Samples.of(grey, Y).x, torch.from_numpy(X[:, :1]))
+
+
 def test_values_a_rounding_outside_are_clipped_and_others_refused() -> None:
     found = Samples.of(X * 0 + np.float32(1 + 1e-6), Y).x
     assert bool((found == 1).all())
