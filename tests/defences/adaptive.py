@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ def right(decide: Logits, x: Tensor, y: Tensor) -> Tensor:
     """Whether the real defence is right, ``(B,)``."""
     with torch.no_grad():
         return decide(x).argmax(dim=1) == y
+
+
+SEED: ContextVar[int] = ContextVar("seed", default=0)
+"""Of the starts and draws of every attack."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def plans(x: Tensor, y: Tensor, routes: Sequence[Logits], effort: Effort) -> Ite
 
 def alone(
     decide: Logits, routes: Sequence[Logits], x: Tensor, y: Tensor, ball: Ball, *,
-    score: Logits | None = None, effort: Effort = Effort(), seed: int = 0,
+    score: Logits | None = None, effort: Effort = Effort(),
 ) -> Tensor:  # fmt: skip
     """Which samples are left of a defence that decides each image by itself.
 
@@ -99,9 +104,8 @@ def alone(
         ball: the perturbation set.
         score: the defence's own logits before they are hidden, for the search that needs no gradient; else ``decide``.
         effort: how long to search.
-        seed: of the starts.
     """
-    draw, proof = torch.Generator().manual_seed(seed), x.clone()
+    draw, proof = torch.Generator().manual_seed(SEED.get()), x.clone()
     left, lowest = _asked(decide, score, x, y)
     best = x.clone()
     for turn, (route, rank, entropy) in enumerate(plans(x, y, routes, effort)):
@@ -161,13 +165,13 @@ def _one_at_a_time(
 
 def together(
     decide: Logits, routes: Sequence[Logits], x: Tensor, y: Tensor, ball: Ball, *,
-    effort: Effort = Effort(), seed: int = 0,
+    effort: Effort = Effort(),
 ) -> Tensor:  # fmt: skip
     """Which samples of one batch are left where the attacker writes every image of it.
 
     First every image moves against its own label, then the whole batch against one survivor after another.
     """
-    draw, left = torch.Generator().manual_seed(seed), right(decide, x, y)
+    draw, left = torch.Generator().manual_seed(SEED.get()), right(decide, x, y)
     best, lowest = x.repeat(len(x), *([1] * x.ndim)).view(len(x), *x.shape), torch.full((len(x),), torch.inf)
 
     def judge(point: Tensor) -> None:
@@ -218,15 +222,15 @@ def wrong_share(decide: Logits, x: Tensor, y: Tensor, answers: int) -> Tensor:
 
 def by_expectation(
     decide: Logits, routes: Sequence[Logits], x: Tensor, y: Tensor, ball: Ball, *,
-    effort: Effort = Effort(restarts=4), draws: int = 24, seed: int = 0,
+    effort: Effort = Effort(restarts=4), draws: int = 24,
 ) -> Tensor:  # fmt: skip
     """Which samples are left of a stochastic defence: gradients of the mean lead over many draws.
 
     ``routes`` give logits of one draw. What most of 99 answers get wrong is asked about 999 times more.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        draw = torch.Generator().manual_seed(seed)
+        torch.manual_seed(SEED.get())
+        draw = torch.Generator().manual_seed(SEED.get())
         left = wrong_share(decide, x, y, ANSWERS) < 0.5
         for turn, (route, rank, entropy) in enumerate(plans(x, y, routes, effort)):
             rows = left.nonzero().flatten()

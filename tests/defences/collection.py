@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import batches, colour, honest, masked_features, masked_logits, masked_pixels, stochastic
+from .adaptive import SEED
 from .known import Known
 
 ALL: dict[str, Known] = {
@@ -31,7 +32,7 @@ class Truth:
         name: of the defence.
         samples: N.
         left: indices of the samples that nothing known breaks; in closed form, that nothing breaks.
-        by: ``closed form``, ``attack`` for the one written for it, and the engine's seeds where they broke more.
+        by: ``closed form``; or ``attack`` for the one written for it, ``msa`` for the engine, and their seeds.
     """
 
     name: str
@@ -63,12 +64,27 @@ def write(truths: dict[str, Truth], path: Path = TRUTH) -> None:
                                " ".join(map(str, of.left))))  # fmt: skip
 
 
-def attacked(known: Known) -> Truth:
+def attacked(known: Known, seed: int = 0) -> Truth:
     """The number by the attack written for it, found anew."""
+    held = SEED.set(seed)
     left = known.left()
+    SEED.reset(held)
     return Truth(
-        known.name, len(left), tuple(left.nonzero().flatten().tolist()), "closed form" if known.exact else "attack"
+        known.name,
+        len(left),
+        tuple(left.nonzero().flatten().tolist()),
+        "closed form" if known.exact else f"attack {seed}",
     )
+
+
+def joined(held: Truth, found: Truth) -> Truth:
+    """What is known of one defence by both; a closed form stays what it is."""
+    if held.by == "closed form":
+        return held
+    left = tuple(sorted(set(held.left) & set(found.left)))
+    if left == held.left:
+        return held
+    return Truth(held.name, held.samples, left, f"{held.by}, {found.by}")
 
 
 def chosen(names: Sequence[str]) -> list[Known]:

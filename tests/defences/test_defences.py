@@ -10,7 +10,7 @@ import pytest
 import torch
 from defences.adaptive import Effort, alone
 from defences.batches import decide
-from defences.collection import ALL, attacked, chosen, read
+from defences.collection import ALL, Truth, attacked, chosen, joined, read
 from defences.exact import additive, linear_l2
 from defences.table import Row, counted, evaluated, save
 from torch import nn
@@ -149,6 +149,14 @@ def test_a_page_has_the_table_in_its_place(tmp_path: Path) -> None:
         assert "| one | masked |  | alone | 60 of 64 | 30 | 30 (exact) | sound |" in text
         assert text.endswith("<!-- /table -->\nafter\n")
         assert "old" not in text
+
+
+def test_what_one_search_broke_stays_broken() -> None:
+    held, found = Truth("any", 4, (0, 1, 2), "attack 0"), Truth("any", 4, (1, 2, 3), "msa 5")
+    assert joined(held, found) == Truth("any", 4, (1, 2), "attack 0, msa 5")
+    assert joined(held, held) == held
+    exact = dataclasses.replace(held, by="closed form")
+    assert joined(exact, found) == exact
 
 
 def test_unknown_names_are_refused() -> None:
