@@ -285,7 +285,7 @@ def test_protocols_are_listed_and_shown() -> None:
     assert listed.exit_code == 0
     assert listed.stdout == _run("protocols", "list").stdout
     names = [line.split()[0] for line in listed.stdout.splitlines()]
-    assert names == ["digits", "msa", "paper-cifar10", "paper-cifar100", "paper-imagenet", "quick"]
+    assert names == ["black-box", "digits", "msa", "paper-cifar10", "paper-cifar100", "paper-imagenet", "quick"]
     assert 'eps = "4/255"' in _run("protocols", "show", "paper-imagenet").stdout
     _check_refused(_run("protocols", "show", "digit"), "did you mean 'digits'")
 
