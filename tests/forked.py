@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "pandas", "scipy.stats", "sklearn.datasets", "msa_eval.cli.evaluate", "msa_eval.protocols",
+PRELOADED = ["torch", "pandas", "scipy.stats", "sklearn.datasets", "msa_eval.cli.evaluate", "msa_eval.engine.evaluate",
              "msa_eval.report.page", "forked"]  # fmt: skip
 
 

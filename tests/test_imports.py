@@ -53,32 +53,36 @@ def test_help_version_and_a_mistyped_command_import_nothing_heavy() -> None:
         assert expected in printed
 
 
-def test_a_thing_is_imported_when_it_is_asked_for_and_its_file_does_not_take_its_place() -> None:
+def test_a_thing_is_imported_when_it_is_asked_for() -> None:
     code = """
 import json, sys
 import msa_eval
 def found():
     print(json.dumps(sorted(name for name in sys.modules if name in sys.argv[1:])))
 found()
-import msa_eval.hpm.finetune
+msa_eval.HPM
 found()
 msa_eval.evaluate
 found()
-from msa_eval import finetune
-print(json.dumps([type(finetune).__name__, type(msa_eval.finetune).__name__]))
 """
-    before, model, evaluation, kinds = _python(code, *HEAVY, "scipy.stats")
+    before, model, evaluation = _python(code, *HEAVY, "scipy.stats")
     assert before == []
     assert "torch" in model
     assert {"pandas", "scipy", "matplotlib", "sklearn"}.isdisjoint(model)
     assert "pandas" in evaluation
     assert {"scipy.stats", "matplotlib", "jinja2", "PIL", "sklearn"}.isdisjoint(evaluation)
-    assert kinds == ["function", "function"]
+
+
+def test_no_file_or_folder_is_called_as_what_users_import() -> None:
+    """Whichever of the two was imported last would be found under the name."""
+    places = {path.stem for folder in (ROOT / "msa_eval", ROOT) for path in folder.iterdir() if path.name[0] != "."}
+    assert places.isdisjoint(msa_eval.__all__)
+    assert places > {"hpm", "engine", "protocols"}
 
 
 def test_every_file_of_the_command_line_is_a_command() -> None:
-    files = {path.stem.replace("_", "-") for path in (ROOT / "msa_eval/cli").glob("*.py")} - {"--init--", "options"}
-    assert [*COMMANDS] == sorted(files)
+    files = {path.stem.replace("_", "-") for path in (ROOT / "msa_eval/cli").glob("*.py")}
+    assert [*COMMANDS] == sorted(files - {"--init--", "messages", "options"})
     assert (*VARIANTS,) == NAMES
 
 

@@ -119,6 +119,25 @@ def test_returns_the_best_point_of_every_sample_fooled_or_not() -> None:
     torch.testing.assert_close(found.x, x - 0.1)
 
 
+def test_of_all_points_seen_the_best_is_returned() -> None:
+    """The loss has its peak within a step, so that the search passes over it and back."""
+    x, y = torch.full((4, 3, 2, 2), 0.5), torch.zeros(4, dtype=torch.long)
+    seen: list[Tensor] = []
+
+    def peaked(images: Tensor) -> Tensor:
+        far = (images - 0.53).pow(2).flatten(1).sum(dim=1)
+        return torch.stack([far, -far], dim=1)
+
+    def watched(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(LOSSES["margin"](logits, labels).detach())
+        return LOSSES["margin"](logits, labels)
+
+    found = apgd(peaked, x, y, loss=watched, ball=Ball("Linf", 0.1), steps=4, generator=_generator())
+    assert torch.equal(found.loss, torch.stack(seen).amax(dim=0))
+    assert bool((found.loss > seen[-1]).any())
+    assert torch.equal(LOSSES["margin"](peaked(found.x), y), found.loss)
+
+
 @given(
     seed=st.integers(0, 10_000),
     eps=st.floats(0, 2),

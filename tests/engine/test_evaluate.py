@@ -99,8 +99,11 @@ def test_the_tables_follow_from_each_other(digits_hpm: HPM, digits: Samples, tmp
     """Every number again, from the CSVs alone, by its definition."""
     protocol = load_protocol(
         "digits",
-        overrides={"samples.limit": 90, "attack.square.queries": 40, "attack.apgd.steps": 8, "audit.samples": 0},
-    )
+        overrides={
+            "samples.limit": 90, "attack.square.queries": 40, "attack.apgd.steps": 8, "attack.apgd.passes": 60,
+            "attack.apgd.overtime": 10, "attack.recombination.passes": 60, "audit.samples": 0,
+        },
+    )  # fmt: skip
     evaluate(digits_hpm, digits, protocol=protocol, out=tmp_path)
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("summary", "attacks", "samples", "outcomes")}
     for target in ("defense", "fc"):
@@ -139,8 +142,9 @@ def test_the_tables_follow_from_each_other(digits_hpm: HPM, digits: Samples, tmp
 def test_the_same_seed_gives_identical_tables(digits_hpm: HPM, digits: Samples, tmp_path: Path) -> None:
     """All files byte for byte."""
     overrides = {
-        "samples.limit": 40, "attack.square.queries": 10, "attack.spsa.queries": 5, "attack.apgd.steps": 3,
-        "audit.samples": 20, "batches.size": 20,
+        "samples.limit": 24, "attack.square.queries": 10, "attack.spsa.queries": 5, "attack.apgd.steps": 3,
+        "attack.apgd.passes": 30, "attack.apgd.overtime": 5, "attack.recombination.passes": 30, "audit.samples": 12,
+        "batches.size": 12,
     }  # fmt: skip
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         evaluate(digits_hpm, digits, protocol="digits", overrides=overrides, seed=seed, out=tmp_path / name)
@@ -370,7 +374,7 @@ def test_a_naturally_trained_resnet_comes_out_at_zero(cifar10: Samples) -> None:
     model = examples.ResNet18()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     results = evaluate(
-        model.eval(), Samples(cifar10.x[:24], cifar10.y[:24]), protocol="quick",
+        model.eval(), Samples(cifar10.x[:16], cifar10.y[:16]), protocol="quick",
         overrides={"audit.samples": 0, "threat.eps": "4/255", "attack.square.queries": 5},
     )  # fmt: skip
     value = results.summary.set_index("metric")["value"]
