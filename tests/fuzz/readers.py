@@ -152,7 +152,7 @@ def _read_evidence(folder: Path) -> None:
 READERS = {
     "checkpoint": Reader(_checkpoint, lambda folder: load_checkpoint(folder / "a.safetensors")),
     "npz": Reader(_npz, lambda folder: load_samples(str(folder / "a.npz"))),
-    "images": Reader(_images, lambda folder: load_samples(str(folder))),
+    "images": Reader(_images, lambda folder: load_samples(str(folder)).x),
     "protocol": Reader(_protocol, lambda folder: load_protocol(folder / "a.toml")),
     "evidence": Reader(_evidence, _read_evidence),
     "archive": Reader(_archive, lambda folder: archive.read(folder / "a.safetensors", _images_of, _BALL)),
