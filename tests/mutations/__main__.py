@@ -134,6 +134,7 @@ def attempt(name: str, mutation: Mutation | None, tests: tuple[str, ...]) -> Tri
             file.write_text(file.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
         os.chdir(copy)
         sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])
         sys.dont_write_bytecode = True
         log = Path(folder) / "log"
         with log.open("w", encoding="utf-8") as to, contextlib.redirect_stdout(to), contextlib.redirect_stderr(to):
