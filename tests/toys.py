@@ -11,8 +11,8 @@ from msa_eval import HPM, Classifier, Samples
 from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.trial import Trial
 
 
 class LinearTrunk(nn.Module):
@@ -73,21 +73,21 @@ def make_batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
     return Batch(0, samples.x, samples.y, z, decide(hpm, z))
 
 
-def attacked(trial: Trial) -> tuple[Outcome, list[Tensor]]:
+def attacked(trial: JudgedBatch) -> tuple[Outcome, list[Tensor]]:
     """One APGD run on a trial, with every batch that was judged, the final one last."""
     seen: list[Tensor] = []
-    judge_point = trial._judge_point
+    judge_point = trial._judge.iterate
 
     def watched(point: Point, logits: Tensor) -> None:
         seen.append(point.x)
         judge_point(point, logits)
 
-    trial._judge_point = watched  # type: ignore[method-assign]
+    trial._judge.iterate = watched  # type: ignore[method-assign]
     outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
     return outcome, [*seen, trial._final.x]
 
 
-class AskedInQueries(Trial):
+class AskedInQueries(JudgedBatch):
     """Keeps every batch that a query attack asked about, put together as it says."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:

@@ -1,18 +1,155 @@
-"""What an attack is: it searches a batch under attack, and judges nothing."""
+"""The batch under attack, as an attack sees it. Whoever writes an attack needs this page alone.
+
+An attack is a search: it is given an `AttackedBatch` and a generator, asks the batch about points, and returns its
+final ones. It judges nothing. The batch counts the passes, shows every point to the hard target in the batch it belongs
+to, and holds it to the ball and the box.
+
+>>> from msa_eval.attacks.ball import Ball
+>>> def one_step(attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+...     x = attacked.start.x.clone().requires_grad_()
+...     other = attacked(x).scatter(1, attacked.batch.y.unsqueeze(1), -torch.inf).amax(dim=1)
+...     own = attacked(x).gather(1, attacked.batch.y.unsqueeze(1)).squeeze(1)
+...     (gradient,) = torch.autograd.grad((other - own).sum(), x)
+...     step = attacked.ball.eps * attacked.ball.ascent(gradient)
+...     return attacked.ball.project(x.detach() + step, attacked.batch.x)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
-from msa_eval.judging.trial import Trial
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.external.faults import Fault
+from msa_eval.defense.contexts import Company
+from msa_eval.defense.contract import Defense
+
+
+class AttackedBatch(Interface):
+    """A batch under attack. B images, of which some are searched for; k classes.
+
+    Attributes:
+        batch: the clean batch: images, labels, features, the hard target's logits.
+        ball: the perturbation set.
+        eot: ask for each point so many times, and average: the target answers at random where this is above 1.
+        latest: the points asked about last, with their features.
+        attached: their features ``(B, ...)``, with the gradient's way back to the images.
+        ranking: the classes of each sample, nearest first ``(B, k)``, once they are ranked; later runs are given it.
+        faults: of a third-party attack, what it did and should not have.
+    """
+
+    batch: Batch
+    ball: Ball
+    eot: int
+    latest: Point
+    attached: Tensor
+    ranking: Tensor | None
+    faults: tuple[Fault, ...]
+
+    @property
+    def start(self) -> Point:
+        """The points to start from; samples that are not searched for stay there."""
+        ...
+
+    @property
+    def counted(self) -> Tensor:
+        """The samples searched for by now ``(B,)``: the loss counts these alone."""
+        ...
+
+    @property
+    def rows(self) -> Tensor:
+        """Their places ``(n,)``."""
+        ...
+
+    @property
+    def searching(self) -> bool:
+        """Whether any sample is left to search for."""
+        ...
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a sample that is broken is searched for no more."""
+        ...
+
+    @property
+    def rows_interact(self) -> bool:
+        """Whether a row's loss may depend on other rows of the batch."""
+        ...
+
+    @property
+    def among_others(self) -> bool:
+        """Whether companions move, and each row counted stays as it is."""
+        ...
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether several surrogates are attacked at once; logits are ``(S, B, k)`` then."""
+        ...
+
+    @property
+    def target(self) -> Defense:
+        """The hard target, to choose among cached features; what is chosen is judged by `judge`."""
+        ...
+
+    @property
+    def broken(self) -> Tensor:
+        """The samples broken so far ``(B,)``."""
+        ...
+
+    @property
+    def lead(self) -> Tensor:
+        """The lowest lead of each label so far ``(B,)``, in units of logits."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """Images passed through the trunk so far."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The surrogate's logits ``(B, k)`` of points ``(B, C, H, W)``, with a gradient; the hard target sees them."""
+        ...
+
+    def of_rows(self) -> Callable[[Tensor], Tensor]:
+        """The same for those rows alone that are searched for now, where rows are decided apart."""
+        ...
+
+    def clean_logits(self) -> Tensor:
+        """The surrogate's logits of the clean batch; they cost no pass."""
+        ...
+
+    def propose(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Ask the hard target about new points ``(n, C, H, W)`` in some rows (a mask ``(B,)``): logits ``(B, k)``."""
+        ...
+
+    def accept(self, rows: Tensor) -> Tensor:
+        """Keep these rows of the last proposal: the mixed batch's logits ``(B, k)``."""
+        ...
+
+    def regroup(self, company: Company) -> Tensor:
+        """Seat other clean companions beside each row: the start's logits ``(B, k)`` among them."""
+        ...
+
+    def judge(self, x: Tensor) -> None:
+        """Pass a batch of points ``(B, C, H, W)`` and judge it."""
+        ...
+
+    def search_for(self, rows: Tensor) -> None:
+        """Go on with some rows (a mask ``(B,)``) alone."""
+        ...
+
+    def ask(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits ``(B, k)`` for a third-party attack, whose points may lie anywhere."""
+        ...
 
 
 class Attack(Interface):
-    """A search on one trial: it returns its final points ``(B, C, H, W)`` and judges nothing."""
+    """A search on one batch: it returns its final points ``(B, C, H, W)`` and judges nothing."""
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator, /) -> Tensor:
         """Search."""
         ...

@@ -19,7 +19,7 @@ from msa_eval.attacks.losses import (
     targeted_dlr,
 )
 from msa_eval.defense.contract import decide
-from msa_eval.judging.trial import Trial
+from msa_eval.attacks.attacked_batch import AttackedBatch
 
 NEAREST = 8
 """One in so many of the standing samples is searched for at a time: those whose label leads by least."""
@@ -49,7 +49,7 @@ class OvertimeAttack:
     passes: int
     steps: int
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the starting points; every point found is in the trial's record."""
         batch, sought = trial.batch, trial.counted
         with torch.no_grad():
@@ -70,7 +70,7 @@ class OvertimeAttack:
         return trial.start.x
 
 
-def _loss(at_best: Tensor, number: int, trial: Trial, rows: Tensor) -> Loss:
+def _loss(at_best: Tensor, number: int, trial: AttackedBatch, rows: Tensor) -> Loss:
     """Targeted DLR towards one class after another, then the margin, and that of the probabilities."""
     logits, y = at_best[rows], trial.batch.y[rows]
     classes = logits.shape[1]

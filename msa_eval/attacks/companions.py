@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.losses import margin, most_likely_others
 from msa_eval.defense.contexts import Company, decide_each, decide_offers
 from msa_eval.defense.contract import Defense
-from msa_eval.judging.trial import Trial
 
 Candidates = Callable[[int, Company], Tensor]
 """``(place, company) -> (n, w)``: what each row may put in a place of its company, as places in the pool."""
@@ -141,7 +141,7 @@ class CompositionAttack:
     trials: int
     greedy: bool
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points, unchanged; the company found is in the trial's record."""
         trial.regroup(self.company)
         seats = self.company.index.shape[1]
@@ -163,7 +163,7 @@ class CompositionAttack:
         trial.regroup(found)
         return trial.start.x
 
-    def pursue(self, trial: Trial, generator: torch.Generator, *, turn: int) -> Tensor:
+    def pursue(self, trial: AttackedBatch, generator: torch.Generator, *, turn: int) -> Tensor:
         """Move each image towards one class, and choose its company towards the same class anew as it moves.
 
         Chosen in turn, company and image settle where neither alone leads on, so pursuits start from company gathered
@@ -229,7 +229,7 @@ class CompositionAttack:
         return key.masked_fill(~able, -torch.inf).topk(seats, dim=1).indices
 
     def _towards(
-        self, trial: Trial, company: Company, toward: Tensor, rows: Tensor, generator: torch.Generator
+        self, trial: AttackedBatch, company: Company, toward: Tensor, rows: Tensor, generator: torch.Generator
     ) -> Company:
         """Choose the company of some rows anew as the images stand: whole, then one image for each place in turn."""
         target, z, y, own = trial.target, trial.latest.z[rows], trial.batch.y[rows], self.own[rows]

@@ -23,12 +23,12 @@ from msa_eval.attacks.losses import (
     targeted_dlr,
 )
 from msa_eval.attacks.malt import rank_classes
-from msa_eval.judging.trial import Trial
+from msa_eval.attacks.attacked_batch import AttackedBatch
 
 
 def climb(
-    trial: Trial,
-    loss: Callable[[Trial, Tensor], Loss],
+    trial: AttackedBatch,
+    loss: Callable[[AttackedBatch, Tensor], Loss],
     *,
     steps: int,
     generator: torch.Generator,
@@ -58,7 +58,7 @@ def climb(
     return trial.start.x.index_copy(0, rows, found.x) if apart else found.x
 
 
-def rank(trial: Trial) -> None:
+def rank(trial: AttackedBatch) -> None:
     """Rank the classes of the samples searched for, by the surrogate's gradients at their clean images.
 
     Those of the others follow the target's clean logits. It takes a pass of each sample, and one back for each class.
@@ -94,7 +94,7 @@ class ApgdAttack:
     turns: bool = False
     from_start: bool = False
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points of highest surrogate loss."""
         if self.loss == MALT and trial.ranking is None and not (trial.rows_interact or trial.ensemble):
             rank(trial)
@@ -104,7 +104,7 @@ class ApgdAttack:
             start = drawn if trial.among_others else trial.start.x.index_copy(0, rows, drawn[rows])
         return climb(trial, self._loss, steps=self.steps, generator=generator, start=start)
 
-    def _loss(self, trial: Trial, rows: Tensor) -> Loss:
+    def _loss(self, trial: AttackedBatch, rows: Tensor) -> Loss:
         loss = self._one(trial, rows)
         if trial.among_others:
             return pooled(loss, trial.counted)
@@ -112,7 +112,7 @@ class ApgdAttack:
             return focused(loss, lambda: trial.rows)
         return loss
 
-    def _one(self, trial: Trial, rows: Tensor) -> Loss:
+    def _one(self, trial: AttackedBatch, rows: Tensor) -> Loss:
         if self.loss == MALT and trial.ranking is not None:
             loss = targeted_dlr(trial.ranking[rows, self.target])
         elif self.loss in (TARGETED, MALT):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.batch import Point, capacity
 from msa_eval.attacks.companions import best_offer, descend
 from msa_eval.attacks.prototype_mixtures import Mixtures
 from msa_eval.defense.contexts import Company
 from msa_eval.defense.exchange import Exchange
-from msa_eval.judging.trial import Trial
 
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
@@ -35,7 +35,7 @@ class Mixer:
         lead: what the sample's label still leads that class by there ``(B, A)``.
     """
 
-    def __init__(self, trial: Trial, points: list[Point], generator: torch.Generator) -> None:
+    def __init__(self, trial: AttackedBatch, points: list[Point], generator: torch.Generator) -> None:
         self.trial, self.points, self.generator = trial, points, generator
         self.y = trial.batch.y
         self._capacity = capacity(trial.batch.x)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.batch import Point
 from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
 from msa_eval.attacks.losses import margin
 from msa_eval.attacks.mixtures import Mixer
-from msa_eval.judging.trial import Trial
 from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 
 STEPS = 10
@@ -54,7 +54,7 @@ class PursuitAttack:
     passes: int = 0
     classes: int = 0
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the starting points; every batch put together is in the trial's record."""
         points, left = list(self.points), self.passes
         if FC_ORACLE.applies(trial.target):
@@ -75,7 +75,7 @@ class PursuitAttack:
             turn += 1
         return trial.start.x
 
-    def _classes(self, trial: Trial) -> list[int]:
+    def _classes(self, trial: AttackedBatch) -> list[int]:
         """The classes that most images have as their label or next to it."""
         logits, y = trial.batch.logits, trial.batch.y
         next_to = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(dim=1)
@@ -84,7 +84,7 @@ class PursuitAttack:
         return order[: self.classes]
 
 
-def gather(trial: Trial, number: int, generator: torch.Generator, keep: Callable[[Point], object]) -> int:
+def gather(trial: AttackedBatch, number: int, generator: torch.Generator, keep: Callable[[Point], object]) -> int:
     """Move every image from a random start to where it is assigned to one class, as surely as may be; passes made."""
     target: Any = trial.target
     y = torch.full_like(trial.batch.y, number)
@@ -134,7 +134,7 @@ class _Pursuit:
         return _climb(trial, start, STEPS, rise, keep)
 
 
-def roles(trial: Trial, mixture: Tensor, row: int, toward: int) -> Rise:
+def roles(trial: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
     """What each image of a batch is to do against one sample.
 
     Companions assigned to the class aimed at stay there and draw its prototype to the sample. All others go into the
@@ -177,7 +177,7 @@ def roles(trial: Trial, mixture: Tensor, row: int, toward: int) -> Rise:
     return rise
 
 
-def _climb(trial: Trial, start: Tensor, steps: int, rise: Rise, keep: Callable[[Point], object]) -> int:
+def _climb(trial: AttackedBatch, start: Tensor, steps: int, rise: Rise, keep: Callable[[Point], object]) -> int:
     """Steps with momentum, their length falling from ε to nearly nothing; passes made.
 
     Args:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
-from msa_eval.judging.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SquareAttack:
     queries: int
     p_init: float
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
         return _query(trial, square, queries=self.queries, p_init=self.p_init, generator=generator)
 
@@ -34,12 +34,12 @@ class SpsaAttack:
     queries: int
     samples: int
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
         return _query(trial, spsa, queries=self.queries, samples=self.samples, generator=generator)
 
 
-def _query(trial: Trial, search: Callable[..., Tensor], **budget: Any) -> Tensor:
+def _query(trial: AttackedBatch, search: Callable[..., Tensor], **budget: Any) -> Tensor:
     """Search for the samples counted that are right; the others stay at their start."""
     batch = trial.batch
     attacked = batch.correct & trial.counted

@@ -24,7 +24,8 @@ from msa_eval.auditing.sign import Change, Sign, change
 from msa_eval.auditing.state_guard import answer
 from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.judged_batch import JudgedBatch
+from msa_eval.judging.search_state import Setting
 from msa_eval.judging.usable_surrogates import answer_with_gradient
 from msa_eval.progress import Progress, silent
 from msa_eval.randomness import all_seeded
@@ -282,7 +283,7 @@ class Subject:
         ball = ball or self.ball
         wrong, losses = [], []
         for batch in self.batches:
-            trial = Trial(
+            trial = JudgedBatch(
                 self.defense, surrogate, batch, ball, mixes_rows=self.batch_dependent, setting=self._setting()
             )
             watched = _Watched(trial, batch.y)
@@ -299,7 +300,7 @@ class Subject:
     def _square(self) -> _Attacked:
         wrong = []
         for batch in self.batches:
-            trial = Trial(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
+            trial = JudgedBatch(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
             points = square(
                 trial, batch.x, batch.y, attacked=batch.correct, ball=self.ball, queries=QUERIES,
                 generator=self.generator("square", batch.number),
@@ -307,7 +308,7 @@ class Subject:
             wrong.append(self._judged(trial, points))
         return _Attacked(torch.cat(wrong), torch.zeros(0, self.n))
 
-    def _judged(self, trial: Trial, points: Tensor) -> Tensor:
+    def _judged(self, trial: JudgedBatch, points: Tensor) -> Tensor:
         """The share of answers ``(B,)`` in which a run got a clean-right sample wrong.
 
         Of a target that answers at random only the final points count, asked again and again: over many points,
@@ -377,7 +378,7 @@ def _counts(runs: Mapping[str, _Attacked]) -> dict[str, int]:
 class _Watched:
     """A trial as a model, its loss noted at each call; a gradient that is not finite counts as none."""
 
-    def __init__(self, trial: Trial, y: Tensor) -> None:
+    def __init__(self, trial: JudgedBatch, y: Tensor) -> None:
         self._trial, self._y = trial, y
         self._losses: list[Tensor] = []
 

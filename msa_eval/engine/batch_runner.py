@@ -27,8 +27,8 @@ from msa_eval.errors import AttackError
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.batch_history import History
 from msa_eval.judging.clean_batches import CleanBatches, Pool
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome, Trace
-from msa_eval.judging.trial import Trial
 from msa_eval.randomness import seeded
 
 
@@ -151,7 +151,7 @@ class Series:
         setting = dataclasses.replace(
             setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
         )  # fmt: skip
-        trial = Trial(
+        trial = JudgedBatch(
             target, run.surrogate, batch, self.entrant.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
         generator = run.generator(self.entrant.seed, self.entrant.name, context, batch.number)

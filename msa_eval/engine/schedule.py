@@ -19,7 +19,7 @@ from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import History
-from msa_eval.judging.trial import Setting
+from msa_eval.judging.search_state import Setting
 from msa_eval.judging.usable_surrogates import Offers
 from msa_eval.protocols.schema import ApgdBudget, Protocol, RunSpec
 from msa_eval.surrogates.ensemble import Ensemble

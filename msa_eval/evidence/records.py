@@ -13,8 +13,8 @@ import numpy.typing as npt
 class RunRecord:
     """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
 
-    The fields are those of `msa_eval.judging.trial.Outcome`, joined over batches. Where it failed, nothing is broken,
-    and margin and perturbation are NaN. ``notes`` are its faults in words; ``None`` for our own attacks.
+    The fields are those of `msa_eval.judging.outcomes.Outcome`, joined over batches. Where it failed, nothing is
+    broken, and margin and perturbation are NaN. ``notes`` are its faults in words; ``None`` for our own attacks.
     """
 
     name: str

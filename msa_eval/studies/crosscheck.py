@@ -25,8 +25,8 @@ from msa_eval.engine.external_runs import peer_runs
 from msa_eval.engine.schedule import Run
 from msa_eval.judging.batch_history import History
 from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.replay import Replay
-from msa_eval.judging.trial import Trial
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent, ticking
 from msa_eval.protocols.schema import PeerSpec
@@ -305,7 +305,7 @@ class _Bout:
             setting = dataclasses.replace(
                 again.setting(view, History(batch)), counted=left, draws=self.clean.draws, eot=1, keep=together
             )
-            trial = Trial(
+            trial = JudgedBatch(
                 view, run.surrogate, batch, self.opened.protocol.ball, mixes_rows=self.clean.batch_dependent,
                 setting=setting,
             )  # fmt: skip

@@ -13,7 +13,8 @@ from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.borderline import NEAREST, NEAREST_OF_THESE, TARGETS, OvertimeAttack, _loss
 from msa_eval.attacks.losses import margin, probability_margin, targeted_dlr
 from msa_eval.defense.contract import decide
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.judged_batch import JudgedBatch
+from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import get
 
 STEPS = 5
@@ -34,14 +35,14 @@ class TwoValleys:
         return torch.cat([lead, torch.zeros_like(lead)], dim=1)
 
 
-def _trial(defense: object, x: Tensor, y: Tensor, ball: Ball, *, start: Tensor | None = None) -> Trial:
+def _trial(defense: object, x: Tensor, y: Tensor, ball: Ball, *, start: Tensor | None = None) -> JudgedBatch:
     own = as_defense(defense)
     with torch.no_grad():
         z = own.features(x)
         batch = Batch(0, x, y, z, decide(own, z))
         still = Point(x, z) if start is None else Point(start, own.features(start))
     setting = Setting(start=still, counted=batch.correct)
-    return Trial(own, get("ste"), batch, ball, mixes_rows=False, setting=setting)
+    return JudgedBatch(own, get("ste"), batch, ball, mixes_rows=False, setting=setting)
 
 
 @pytest.mark.parametrize(("depth", "breaks"), [(1.0, True), (0.4, False)])

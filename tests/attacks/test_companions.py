@@ -18,7 +18,7 @@ from msa_eval.attacks import Ball
 from msa_eval.attacks.companions import ALL, CompositionAttack, _lead, descend
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contexts import Company, OneAtATime
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
 
@@ -78,7 +78,7 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     classes = torch.randint(4, (len(identity),), generator=torch.Generator().manual_seed(8))
     index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
     company = Company(pool, index, torch.arange(8))
-    trial = Trial(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
+    trial = JudgedBatch(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
     attack = CompositionAttack(company, identity, classes, torch.arange(8), trials=80, greedy=search == "greedy")
     generator = torch.Generator().manual_seed(0)
     outcome = trial.finish(attack.pursue(trial, generator, turn=4) if search == "pursuit" else attack(trial, generator))

@@ -13,7 +13,8 @@ from msa_eval.attacks.losses import margin
 from msa_eval.attacks.mixtures import Mixer
 from msa_eval.attacks.pursuit import PursuitAttack, _Pursuit, gather, roles
 from msa_eval.defense.contract import decide
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.judged_batch import JudgedBatch
+from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)
@@ -30,7 +31,7 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
         points = [Point(x, hpm.features(x)) for x in clouds]
         broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
         standing = batch.correct & ~broken
-        trial = Trial(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
+        trial = JudgedBatch(hpm, None, batch, BALL, setting=Setting(counted=standing, known=broken, keep=True))
         attack = PursuitAttack(points, sweeps=2)
         outcome = trial.finish(attack(trial, generator) if bool(standing.any()) else batch.x)
         for finding in trial.trace().findings:
@@ -56,7 +57,7 @@ def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_pas
         points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
         broken = []
         for passes in (0, 60):
-            trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True))
+            trial = JudgedBatch(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True))
             outcome = trial.finish(PursuitAttack(points, sweeps=2, passes=passes)(trial, generator))
             broken.append(outcome.any_broken & batch.correct)
             # Recombination confirms what it claims, a pursuit keeps to its passes; and one pass is the final one.
@@ -78,7 +79,7 @@ def _recombined() -> tuple[HPM, Batch, Ball, Mixer]:
     generator = torch.Generator().manual_seed(3)
     ball = Ball("Linf", 0.02)
     points = [Point(x, hpm.features(x)) for x in (batch.x, ball.random(batch.x, generator))]
-    trial = Trial(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
+    trial = JudgedBatch(hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct))
     mixer = Mixer(trial, points, generator)
     for _ in range(2):
         mixer.recombine()
@@ -122,7 +123,9 @@ def test_a_pursuit_asks_a_stochastic_target_several_times_about_each_point() -> 
     batch = make_batch(hpm, 12, seed=3)
     generator = torch.Generator().manual_seed(3)
     points = [Point(batch.x, batch.z)]
-    trial = Trial(hpm, get("soft-hybrid"), batch, Ball("Linf", 0.02), setting=Setting(counted=batch.correct, eot=4))
+    trial = JudgedBatch(
+        hpm, get("soft-hybrid"), batch, Ball("Linf", 0.02), setting=Setting(counted=batch.correct, eot=4)
+    )
     mixer = Mixer(trial, points, generator)
     passes = _Pursuit(mixer)(int(mixer.nearest_first()[-1]), 2)
     added = mixer.points[1:]
@@ -161,7 +164,7 @@ def test_mixtures_start_without_companions_in_the_label_s_class_or_the_one_aimed
     batch = make_batch(hpm, 12, seed=3)
     generator = torch.Generator().manual_seed(3)
     points = [Point(x, hpm.features(x)) for x in (batch.x, *(BALL.random(batch.x, generator) for _ in range(5)))]
-    mixer = Mixer(Trial(hpm, get("ste"), batch, BALL), points, generator)
+    mixer = Mixer(JudgedBatch(hpm, get("ste"), batch, BALL), points, generator)
     assigned = torch.stack([hpm.fc_logits(point.z).argmax(dim=1) for point in points])
     moved = stuck = 0
     for row in range(12):
@@ -184,7 +187,7 @@ def test_every_image_is_moved_towards_a_class_within_the_ball() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 12, seed=3)
     for number in range(4):
-        trial = Trial(hpm, get("fc-oracle"), batch, BALL)
+        trial = JudgedBatch(hpm, get("fc-oracle"), batch, BALL)
         points: list[Point] = []
         passes = gather(trial, number, torch.Generator().manual_seed(0), points.append)
         outcome = trial.finish(batch.x)
@@ -203,7 +206,7 @@ def test_each_image_has_the_role_that_lowers_the_lead_of_the_sample_pursued() ->
     for row in range(12):
         y = int(batch.y[row])
         toward = (y + 1) % 4
-        trial = Trial(hpm, get("ste"), batch, BALL)
+        trial = JudgedBatch(hpm, get("ste"), batch, BALL)
         rise = roles(trial, batch.z, row, toward)
         z = batch.z.clone().requires_grad_()
         (up,) = torch.autograd.grad(rise(z, []), z)

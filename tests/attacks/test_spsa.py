@@ -17,7 +17,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.losses import ce, margin
 from msa_eval.attacks.spsa import _schedule
 from msa_eval.defense.contract import Defense, decide
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 
 Model = Callable[[Tensor], Tensor]
 
@@ -207,7 +207,7 @@ def test_works_through_a_trial_on_hpm() -> None:
     """The trial judges every probe: what SPSA leaves right is broken by none of them."""
     hpm = make_hpm()
     batch, ball = _batch(hpm, make_samples(hpm)), Ball("Linf", 0.2)
-    trial = Trial(hpm, None, batch, ball)
+    trial = JudgedBatch(hpm, None, batch, ball)
     found = spsa(
         trial, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=200,
         generator=torch.Generator().manual_seed(0),
@@ -227,7 +227,7 @@ def test_keeps_up_with_square_on_the_digits(
     batch, ball = _batch(digits_hpm, Samples(digits.x[:64], digits.y[:64])), Ball(norm, eps)  # type: ignore[arg-type]
     left = []
     for search in (spsa, square):
-        trial = Trial(digits_hpm, None, batch, ball)
+        trial = JudgedBatch(digits_hpm, None, batch, ball)
         found = search(
             trial, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=500,
             generator=torch.Generator().manual_seed(0),

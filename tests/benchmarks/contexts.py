@@ -21,7 +21,7 @@ from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import without_weight_gradients
 from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.judging.clean_batches import CleanBatches
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.references import reference_path
 from msa_eval.surrogates import get
 
@@ -30,7 +30,7 @@ from .subjects import cifar10
 
 def seconds(clean: CleanBatches, batch: Batch, context: str, surrogate: str, ball: Ball) -> float:
     started = time.perf_counter()
-    trial = Trial(clean.view(context, batch), get(surrogate), batch, ball)
+    trial = JudgedBatch(clean.view(context, batch), get(surrogate), batch, ball)
     trial.finish(ApgdAttack("dlr", steps=40)(trial, torch.Generator().manual_seed(0)))
     return time.perf_counter() - started
 

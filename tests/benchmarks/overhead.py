@@ -21,7 +21,7 @@ from msa_eval.attacks.losses import LOSSES
 from msa_eval.defense.contract import without_weight_gradients
 from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.judging.clean_batches import CleanBatches
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.surrogates import get
 
 from . import rivals
@@ -60,7 +60,7 @@ def contenders(it: Subject, surrogate: str, *, loss: str, steps: int) -> Mapping
 
     def engine() -> None:
         view = clean.view("joint", batch)
-        trial = Trial(view, chosen, batch, it.ball, mixes_rows=clean.batch_dependent)
+        trial = JudgedBatch(view, chosen, batch, it.ball, mixes_rows=clean.batch_dependent)
         ApgdAttack(loss, steps=steps)(trial, torch.Generator().manual_seed(0))
 
     return {

@@ -20,8 +20,9 @@ from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search, choose
 from msa_eval.engine import evaluate as engine
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.search_state import Setting
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
 from msa_eval.verification.verify import verify
@@ -62,7 +63,7 @@ class Watched(HPM):
 
 def _searched(
     search: Search, kind: str, surrogate: str, *, early: bool = False, ball: Ball = BALL
-) -> tuple[Watched, Batch, list[Tensor], Outcome, Trial]:
+) -> tuple[Watched, Batch, list[Tensor], Outcome, JudgedBatch]:
     """One APGD run; with the points that the attack asked about."""
     hpm: Any = make_hpm().requires_grad_(False)
     hpm.__class__ = Watched
@@ -72,7 +73,7 @@ def _searched(
     target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
     views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
     setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
-    trial = Trial(target, get(surrogate), batch, ball, setting=setting)
+    trial = JudgedBatch(target, get(surrogate), batch, ball, setting=setting)
     outcome, asked = attacked(trial)
     return hpm, batch, asked, outcome, trial
 
@@ -168,7 +169,7 @@ def test_a_start_with_rounded_features_is_passed_again_before_it_is_judged() -> 
         start = Point(far, Search("bf16", rough=True).features(hpm, far), batch.correct)
         exact = -margin(target.logits(hpm.features(far)), batch.y)
     setting = Setting(start=start, counted=batch.correct, early_stop=True, search=_distorted(0.0))
-    outcome = Trial(target, get("ste"), batch, BALL, setting=setting).finish(far)
+    outcome = JudgedBatch(target, get("ste"), batch, BALL, setting=setting).finish(far)
     lowest = torch.minimum(exact, -margin(batch.logits, batch.y))
     assert torch.equal(outcome.min_margin[batch.correct], lowest[batch.correct])
     assert outcome.forwards == int(batch.correct.sum())
@@ -327,7 +328,7 @@ def test_a_start_that_another_run_rounded_is_passed_again_where_points_are_not()
     batch = make_batch(hpm, 16, seed=1)
     start = Point(batch.x + 0.05, torch.randn_like(batch.z), batch.correct)
     setting = Setting(start=start, view=OneAtATime(hpm, start.z))
-    trial = Trial(hpm, get("ste"), batch, BALL, setting=setting)
+    trial = JudgedBatch(hpm, get("ste"), batch, BALL, setting=setting)
     assert trial.forwards == 16
     assert trial.start.rounded is None
     assert torch.equal(trial.start.z, hpm.features(start.x))

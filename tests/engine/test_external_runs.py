@@ -19,7 +19,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.external import Peer, attack, find
 from msa_eval.defense.contract import decide
 from msa_eval.engine import external_runs
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.protocols import load_protocol, make_protocol
 from msa_eval.report import render_page, render_table
 from msa_eval.surrogates import FC_ORACLE
@@ -56,7 +56,7 @@ def test_apgd_t_through_fc_finds_the_points_of_a_direct_call(hpm: HPM, samples: 
     x, y = samples.x[:10], samples.y[:10]
     with torch.no_grad():
         z = hpm.features(x)
-        trial = Trial(hpm, FC_ORACLE, Batch(0, x, y, z, decide(hpm, z)), Ball("Linf", EPS))
+        trial = JudgedBatch(hpm, FC_ORACLE, Batch(0, x, y, z, decide(hpm, z)), Ball("Linf", EPS))
     made = attack.PeerAttack(find("autoattack:apgd-t", trial.ball, {"steps": 100, "targets": 3}))
     points = made(trial, torch.Generator().manual_seed(7))
     suite = AutoAttack(hpm.fc_target, eps=EPS, norm="Linf", seed=7, version="custom", attacks=["apgd-t"])

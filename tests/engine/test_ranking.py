@@ -15,7 +15,7 @@ from msa_eval.attacks.losses import MALT, TARGETED
 from msa_eval.defense.contract import decide
 from msa_eval.engine.schedule import Run
 from msa_eval.judging.batch_history import History
-from msa_eval.judging.trial import Trial
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.surrogates import get
 
 STEPS = 4
@@ -43,7 +43,7 @@ def test_the_class_that_is_reached_is_aimed_at_first(loss: str, breaks: bool) ->
     batch = _batch(defense, torch.full((3, 1, 1, 2), 0.5), torch.zeros(3, dtype=torch.long))
     run = Run(get("ste"), ApgdAttack(loss, STEPS), "apgd", loss, 0, chained=True)
     history = History(batch)
-    trial = Trial(defense, get("ste"), batch, BALL, mixes_rows=False, setting=run.setting(defense, history))
+    trial = JudgedBatch(defense, get("ste"), batch, BALL, mixes_rows=False, setting=run.setting(defense, history))
     assert run.attack is not None
     start = torch.Generator().manual_seed(0)
     outcome = trial.finish(run.attack(trial, start))
@@ -64,7 +64,7 @@ def test_the_classes_are_ranked_once_for_those_that_stand() -> None:
         attack = ApgdAttack(loss, STEPS)
         run = Run(get("ste"), attack, "apgd", loss, 0, chained=True)
         setting = run.setting(defense, history)
-        trial = Trial(defense, get("ste"), batch, Ball("Linf", 1e-4), mixes_rows=False, setting=setting)
+        trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-4), mixes_rows=False, setting=setting)
         points = attack(trial, torch.Generator().manual_seed(0))
         searched = trial.forwards
         outcome = trial.finish(points)
@@ -82,7 +82,7 @@ def test_where_rows_are_decided_together_the_logits_give_the_order() -> None:
     found = []
     for loss in (MALT, TARGETED):
         attack = ApgdAttack(loss, STEPS)
-        trial = Trial(hpm, get("ste"), batch, BALL)
+        trial = JudgedBatch(hpm, get("ste"), batch, BALL)
         found.append(attack(trial, torch.Generator().manual_seed(0)))
         assert trial.ranking is None
     assert torch.equal(*found)

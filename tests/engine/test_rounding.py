@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import evaluate
-from msa_eval.attacks.batch import Point
+from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
+from msa_eval.judging.judge import Judge
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.trial import Trial
 from msa_eval.protocols import make_protocol
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]
@@ -28,48 +29,48 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.off = 0, 0.0
-        enter, enter_apart, finish = Trial._enter, Trial._enter_apart, Trial.finish
-        lowest: dict[Trial, Tensor] = {}
+        enter, enter_apart, finish = Judge.enter, Judge.enter_apart, JudgedBatch.finish
+        lowest: dict[Judge, Tensor] = {}
 
-        def entered(trial: Trial, point: Point, logits: Tensor, **iterate: Any) -> None:
-            self._compare(trial, logits, exact := self._exact(trial, trial.target, point.x))
-            shown = torch.where(self._placed(trial, logits), trial.batch.logits, exact)
-            lead = -margin(shown, trial.batch.y)
-            lowest[trial] = torch.minimum(lowest[trial], lead) if trial in lowest else lead
-            enter(trial, point, logits, **iterate)
+        def entered(judge: Judge, point: Point, logits: Tensor, **iterate: Any) -> None:
+            self._compare(judge.batch, logits, exact := self._exact(judge, judge.state.target, point.x))
+            shown = torch.where(self._placed(judge.batch, logits), judge.batch.logits, exact)
+            lead = -margin(shown, judge.batch.y)
+            lowest[judge] = torch.minimum(lowest[judge], lead) if judge in lowest else lead
+            enter(judge, point, logits, **iterate)
 
-        def entered_apart(trial: Trial, point: Point, logits: Tensor, **iterate: Any) -> None:
-            view: Any = trial._setting.view
+        def entered_apart(judge: Judge, point: Point, logits: Tensor, **iterate: Any) -> None:
+            view: Any = judge.setting.view
             with torch.no_grad():
-                beside = view.beside(trial.target.features(trial.start.x))
-            self._compare(trial, logits, exact := self._exact(trial, beside, point.x))
-            lowest[trial] = torch.minimum(lowest[trial], -margin(exact, trial.batch.y))
-            enter_apart(trial, point, logits, **iterate)
+                beside = view.beside(judge.state.target.features(judge.state.start.x))
+            self._compare(judge.batch, logits, exact := self._exact(judge, beside, point.x))
+            lowest[judge] = torch.minimum(lowest[judge], -margin(exact, judge.batch.y))
+            enter_apart(judge, point, logits, **iterate)
 
-        def finished(trial: Trial, x: Tensor) -> Outcome:
+        def finished(trial: JudgedBatch, x: Tensor) -> Outcome:
             outcome = finish(trial, x)
             if not trial.among_others:  # whose own rows stay, so that their leads are no points' own
                 clean = -margin(trial.batch.logits, trial.batch.y)
-                self._note(outcome.min_margin - torch.minimum(lowest[trial], clean))
+                self._note(outcome.min_margin - torch.minimum(lowest[trial._judge], clean))
             return outcome
 
-        monkeypatch.setattr(Trial, "_enter", entered)
-        monkeypatch.setattr(Trial, "_enter_apart", entered_apart)
-        monkeypatch.setattr(Trial, "finish", finished)
+        monkeypatch.setattr(Judge, "enter", entered)
+        monkeypatch.setattr(Judge, "enter_apart", entered_apart)
+        monkeypatch.setattr(JudgedBatch, "finish", finished)
 
     @staticmethod
-    def _exact(trial: Trial, target: Any, x: Tensor) -> Tensor:
+    def _exact(judge: Judge, target: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return decide(target, trial.target.features(x))
+            return decide(target, judge.state.target.features(x))
 
     @staticmethod
-    def _placed(trial: Trial, logits: Tensor) -> Tensor:
+    def _placed(batch: Batch, logits: Tensor) -> Tensor:
         """The rows that nothing is entered of: they stand as they were on the clean batch."""
-        return (logits == trial.batch.logits).all(dim=1, keepdim=True)
+        return (logits == batch.logits).all(dim=1, keepdim=True)
 
-    def _compare(self, trial: Trial, logits: Tensor, exact: Tensor) -> None:
+    def _compare(self, batch: Batch, logits: Tensor, exact: Tensor) -> None:
         self.entered += 1
-        self._note((logits - exact) * ~self._placed(trial, logits))
+        self._note((logits - exact) * ~self._placed(batch, logits))
 
     def _note(self, difference: Tensor) -> None:
         self.off = max(self.off, float(difference.abs().max()))

@@ -18,8 +18,9 @@ from msa_eval.attacks.losses import margin
 from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
 from msa_eval.judging.deferred import Later
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import get
 
 BALL = Ball("Linf", 0.2)
@@ -87,7 +88,7 @@ def test_the_counter_sees_what_makes_a_host_wait() -> None:
     assert not reads.met
 
 
-def _attack(trial: Trial, steps: int = 12) -> Outcome:
+def _attack(trial: JudgedBatch, steps: int = 12) -> Outcome:
     return trial.finish(ApgdAttack("margin", steps=steps)(trial, torch.Generator().manual_seed(0)))
 
 
@@ -101,7 +102,7 @@ def test_no_step_on_a_whole_batch_waits_for_a_value(surrogate: str, loss: str, k
     batch = make_batch(hpm, 24)
     met, finds = [], 0
     for steps in (3, 12):
-        trial = Trial(hpm, get(surrogate), batch, BALL, setting=Setting(keep=keep))
+        trial = JudgedBatch(hpm, get(surrogate), batch, BALL, setting=Setting(keep=keep))
         attack = ApgdAttack(loss, steps=steps)
         with _Reads() as reads:
             points = attack(trial, torch.Generator().manual_seed(0))
@@ -116,7 +117,7 @@ def test_no_step_on_a_whole_batch_waits_for_a_value(surrogate: str, loss: str, k
 def test_a_search_waits_only_where_the_batch_that_is_passed_changes() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = make_batch(classifier, 24)
-    trial = Trial(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
+    trial = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
     with _Reads() as reads:
         ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0))
     outcome = trial.finish(trial.start.x)
@@ -125,7 +126,9 @@ def test_a_search_waits_only_where_the_batch_that_is_passed_changes() -> None:
     assert len(reads.met) <= 2 + 4 * len(broke_at)
 
 
-def _both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Trial]) -> tuple[Trial, Outcome, Trial, Outcome]:
+def _both(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], JudgedBatch]
+) -> tuple[JudgedBatch, Outcome, JudgedBatch, Outcome]:
     at_once = make()
     expected = _attack(at_once)
     with monkeypatch.context() as patch:
@@ -135,7 +138,7 @@ def _both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Trial]) -> tuple[T
     return at_once, expected, late, found
 
 
-def _checked(defense: Any, batch: Batch, trial: Trial, outcome: Outcome) -> None:
+def _checked(defense: Any, batch: Batch, trial: JudgedBatch, outcome: Outcome) -> None:
     """What was found breaks what it says, passed anew in its batch, and each sample's lead is that of its point."""
     proven = torch.zeros_like(outcome.any_broken)
     for finding in trial.trace().findings:
@@ -151,8 +154,8 @@ def test_a_whole_batch_is_judged_the_same(surrogate: str, monkeypatch: pytest.Mo
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 24)
 
-    def make() -> Trial:
-        return Trial(hpm, get(surrogate), batch, BALL, setting=Setting(keep=True, trail=True))
+    def make() -> JudgedBatch:
+        return JudgedBatch(hpm, get(surrogate), batch, BALL, setting=Setting(keep=True, trail=True))
 
     at_once, expected, late, found = _both(monkeypatch, make)
     for name in ("any_broken", "first_iterate", "min_margin", "final_broken", "committed", "perturbation"):
@@ -172,17 +175,17 @@ def test_decided_apart_a_sample_stays_where_it_broke(rough: bool, monkeypatch: p
     batch = make_batch(classifier, 24)
     search, asked = Search("bf16", rough=rough), list[Tensor]()
 
-    def make() -> Trial:
+    def make() -> JudgedBatch:
         setting = Setting(early_stop=True, keep=True, search=search)
-        trial = Trial(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=setting)
-        judge_point = trial._judge_point
+        trial = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=setting)
+        judge_point = trial._judge.iterate
         asked.clear()
 
         def watched(point: Point, logits: Tensor) -> None:
             asked.append(point.x)
             judge_point(point, logits)
 
-        trial._judge_point = watched  # type: ignore[method-assign]
+        trial._judge.iterate = watched  # type: ignore[method-assign]
         return trial
 
     at_once, expected, late, found = _both(monkeypatch, make)
@@ -206,10 +209,10 @@ def test_what_a_batch_with_standing_images_claims_is_confirmed(rough: bool, monk
     batch = make_batch(hpm, 24)
     search = Search("bf16", rough=rough)
 
-    def make() -> Trial:
+    def make() -> JudgedBatch:
         counted = torch.arange(24) % 3 > 0
         setting = Setting(counted=counted, stays=True, early_stop=True, keep=True, search=search)
-        return Trial(hpm, get("soft-hybrid"), batch, BALL, setting=setting)
+        return JudgedBatch(hpm, get("soft-hybrid"), batch, BALL, setting=setting)
 
     _, expected, late, found = _both(monkeypatch, make)
     assert bool((expected.any_broken & batch.correct).any())
@@ -221,7 +224,7 @@ def test_what_a_batch_with_standing_images_claims_is_confirmed(rough: bool, monk
 def test_nothing_piles_up_over_the_queries_of_a_search() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 24)
-    trial = Trial(hpm, None, batch, BALL, setting=Setting(keep=True))
+    trial = JudgedBatch(hpm, None, batch, BALL, setting=Setting(keep=True))
     rows = batch.correct
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.external.adapter import Peer
 from msa_eval.attacks.external.batch_model import Seat
 from msa_eval.attacks.external.sanitize import meet
 from msa_eval.defense.contract import modules_of
-from msa_eval.judging.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PeerAttack:
     peer: Peer
     turn: int = 0
 
-    def __call__(self, trial: Trial, generator: torch.Generator) -> Tensor:
+    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return its points, made sound; what had to be mended stands in the trial's ``faults``."""
         batch = trial.batch
         rows = trial.counted.nonzero().flatten() if not trial.rows_interact else torch.arange(len(batch.y))

@@ -16,8 +16,8 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.external import Fault, Found, Peer, PeerError, Seat, find, meet, told
 from msa_eval.attacks.external.attack import PeerAttack
 from msa_eval.defense.contract import decide
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.trial import Trial
 from msa_eval.surrogates import FC_ORACLE, STE
 
 BALL = Ball("Linf", 0.06)
@@ -36,7 +36,7 @@ def _fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float = BALL.eps) -> Tens
     return points
 
 
-def _case() -> tuple[Trial, Batch]:
+def _case() -> tuple[JudgedBatch, Batch]:
     with torch.random.fork_rng():
         hpm = make_hpm()
     samples = make_samples(hpm.fc_target, 10)
@@ -45,19 +45,19 @@ def _case() -> tuple[Trial, Batch]:
         batch = Batch(0, samples.x, samples.y, z, decide(hpm, z))
     for parameter in hpm.parameters():
         parameter.requires_grad_(False)
-    return Trial(hpm, FC_ORACLE, batch, BALL), batch
+    return JudgedBatch(hpm, FC_ORACLE, batch, BALL), batch
 
 
 def _peer(search: Toy) -> Peer:
     return Peer("toy:attack", lambda model, x, y, seed, turn: search(model, x, y))
 
 
-def _seat(trial: Trial, batch: Batch, *, rows: Tensor | None = None, ball: Ball = BALL) -> Seat:
+def _seat(trial: JudgedBatch, batch: Batch, *, rows: Tensor | None = None, ball: Ball = BALL) -> Seat:
     parts = [trial.target] if isinstance(trial.target, nn.Module) else []
     return Seat(trial.ask, batch.x, batch.y, ball, classes=4, rows=rows, parts=parts)
 
 
-def _meet(search: Toy) -> tuple[Found, Trial, Batch]:
+def _meet(search: Toy) -> tuple[Found, JudgedBatch, Batch]:
     trial, batch = _case()
     return meet(_peer(search), _seat(trial, batch), seed=SEED), trial, batch
 
@@ -296,7 +296,7 @@ def test_a_static_target_is_never_asked_about_nothing() -> None:
 
     fc = Static()
     batch = Batch(0, batch.x, batch.y, batch.z, decide(fc, batch.z))
-    trial = Trial(fc, STE, batch, BALL, mixes_rows=False)
+    trial = JudgedBatch(fc, STE, batch, BALL, mixes_rows=False)
     attack = PeerAttack(_peer(lambda model, x, y: (model(1 - x[:4]), x)[1]))
     outcome = trial.finish(attack(trial, torch.Generator()))
     assert min(asked) > 0
@@ -328,7 +328,7 @@ def test_generators_are_put_back_after_an_error() -> None:
 def test_images_left_out_are_answered_among_the_others_as_last_seen() -> None:
     trial, batch = _case()
     hpm = make_hpm()
-    trial = Trial(hpm, STE, batch, BALL)
+    trial = JudgedBatch(hpm, STE, batch, BALL)
     moved = (batch.x + 0.05).clamp(0, 1)
 
     def drops(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import Search
 from msa_eval.errors import AttackError
 from msa_eval.judging.break_record import Record
+from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.majority import decide_by_majority
 from msa_eval.judging.outcomes import Finding, Outcome
-from msa_eval.judging.trial import Setting, Trial
+from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import ensemble, get
 
 BALL = Ball("Linf", 0.2)
@@ -66,7 +67,7 @@ def _check(outcome: Outcome, naive: dict[str, Tensor]) -> None:
 def test_every_iterate_is_judged_in_its_batch(surrogate: str) -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = Trial(hpm, get(surrogate), batch, BALL)
+    trial = JudgedBatch(hpm, get(surrogate), batch, BALL)
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def test_judging_the_target_costs_no_trunk_pass() -> None:
         batch = _batch(hpm, hpm)
         trunk: Any = hpm.trunk
         trunk.batches.clear()
-        trial = Trial(hpm, get(surrogate), batch, BALL)
+        trial = JudgedBatch(hpm, get(surrogate), batch, BALL)
         outcome = trial.finish(ApgdAttack("ce", steps=10)(trial, torch.Generator().manual_seed(0)))
         assert trunk.batches == [24] * 12
         assert (outcome.forwards, outcome.backwards, outcome.decisions) == (12 * 24, 10 * 24, decisions * 24)
@@ -109,7 +110,7 @@ def test_judging_the_target_costs_no_trunk_pass() -> None:
 def test_a_targeted_loss_costs_no_pass_for_its_targets() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = Trial(hpm, get("fc-oracle"), batch, BALL)
+    trial = JudgedBatch(hpm, get("fc-oracle"), batch, BALL)
     outcome = trial.finish(ApgdAttack("dlr-targeted", steps=10, target=2)(trial, torch.Generator().manual_seed(0)))
     assert outcome.forwards == 12 * 24
 
@@ -122,7 +123,7 @@ def test_a_sample_wrong_on_the_clean_batch_never_counts_as_left() -> None:
         model[1].bias.copy_(torch.tensor([-0.5, 0.5]))
     defense = WholeModel(model)
     x, y = torch.tensor([0.6, 0.6]).view(2, 1, 1, 1), torch.tensor([0, 1])
-    trial = Trial(defense, None, Batch(0, x, y, x, decide(defense, x)), BALL)
+    trial = JudgedBatch(defense, None, Batch(0, x, y, x, decide(defense, x)), BALL)
     outcome = trial.finish(x - 0.2)
     assert trial.batch.correct.tolist() == [True, False]
     assert outcome.final_broken.tolist() == [True, False]
@@ -133,7 +134,7 @@ def test_a_surrogate_with_a_trunk_of_its_own_costs_its_passes() -> None:
     hpm, other = make_hpm().requires_grad_(False), make_classifier(seed=3).requires_grad_(False)
     batch = _batch(hpm, hpm)
     theirs: Any = other.trunk
-    trial = Trial(hpm, get("base", {"base": other}), batch, BALL)
+    trial = JudgedBatch(hpm, get("base", {"base": other}), batch, BALL)
     theirs.batches.clear()
     asked: list[Tensor] = []
 
@@ -223,7 +224,7 @@ def test_square_passes_only_what_it_proposes_and_what_it_confirms() -> None:
     batch = _batch(classifier, classifier)
     trunk: Any = classifier.trunk
     trunk.batches.clear()
-    trial = Trial(classifier, None, batch, BALL, mixes_rows=False)
+    trial = JudgedBatch(classifier, None, batch, BALL, mixes_rows=False)
     outcome = trial.finish(SquareAttack(queries=60, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
     claims = int((outcome.any_broken & batch.correct).sum())
     whole = trunk.batches.count(24)
@@ -244,7 +245,7 @@ def test_a_claim_from_cached_features_is_confirmed_by_the_whole_batch() -> None:
     plain = make_classifier()
     moody = Moody(plain.trunk, plain.fc).eval()
     batch = _batch(moody, plain)
-    outcome = Trial(moody, None, batch, Ball("Linf", 1e-6))
+    outcome = JudgedBatch(moody, None, batch, Ball("Linf", 1e-6))
     found = SquareAttack(queries=20, p_init=0.8)(outcome, torch.Generator().manual_seed(0))
     assert not (outcome.finish(found).any_broken & batch.correct).any()
 
@@ -260,7 +261,7 @@ def test_a_hidden_batch_dependence_can_not_fake_a_broken_sample() -> None:
     plain = make_classifier()
     sly = Sly(plain.trunk, plain.fc).eval()
     batch = _batch(sly, plain)
-    trial = Trial(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
+    trial = JudgedBatch(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
     found = SquareAttack(queries=20, p_init=0.8)(trial, torch.Generator().manual_seed(0))
     assert not (trial.finish(found).any_broken & batch.correct).any()
 
@@ -282,7 +283,7 @@ def test_a_batch_that_was_never_decided_is_never_counted() -> None:
     start = torch.zeros(0, 6)
     batch = _batch(jealous, plain)
     start = batch.z
-    trial = Trial(jealous, None, batch, Ball("Linf", 1e-4), mixes_rows=False)
+    trial = JudgedBatch(jealous, None, batch, Ball("Linf", 1e-4), mixes_rows=False)
     outcome = trial.finish(SquareAttack(queries=30, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
     assert outcome.committed.sum() >= batch.correct.sum() - 1
 
@@ -298,7 +299,7 @@ def test_a_batch_that_was_never_decided_is_never_counted() -> None:
 def test_an_attack_that_leaves_the_ball_is_an_error(move: Any, message: str) -> None:
     classifier = make_classifier()
     batch = _batch(classifier, classifier)
-    trial = Trial(classifier, get("fc-oracle"), batch, BALL)
+    trial = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
     with torch.no_grad():
         trial(move(batch.x))
     with pytest.raises(AttackError, match=message):
@@ -308,7 +309,7 @@ def test_an_attack_that_leaves_the_ball_is_an_error(move: Any, message: str) -> 
 def test_an_attack_that_stays_in_is_none() -> None:
     classifier = make_classifier()
     batch = _batch(classifier, classifier)
-    trial = Trial(classifier, get("fc-oracle"), batch, BALL)
+    trial = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
     outcome = trial.finish((batch.x + 0.2).clamp(0, 1))
     assert (outcome.perturbation <= 0.2 + 1e-6).all()
 
@@ -326,7 +327,7 @@ def test_outputs_that_are_not_finite_are_an_error(where: str) -> None:
     batch = _batch(hpm, hpm)
     broken = Broken(hpm.trunk, hpm.fc).eval().requires_grad_(False)
     surrogate = get("x", {"x": lambda d, z: d.fc_logits(z) * (torch.inf if where == "surrogate" else 1)})
-    trial = Trial(broken, surrogate, batch, BALL)
+    trial = JudgedBatch(broken, surrogate, batch, BALL)
     with pytest.raises(AttackError, match="not finite"):
         trial.finish(batch.x)
 
@@ -334,7 +335,7 @@ def test_outputs_that_are_not_finite_are_an_error(where: str) -> None:
 def test_a_surrogate_of_another_shape_is_an_error() -> None:
     hpm = make_hpm()
     batch = _batch(hpm, hpm)
-    trial = Trial(hpm, get("x", {"x": lambda defense, z: defense.fc_logits(z)[:, :2]}), batch, BALL)
+    trial = JudgedBatch(hpm, get("x", {"x": lambda defense, z: defense.fc_logits(z)[:, :2]}), batch, BALL)
     with pytest.raises(AttackError, match=r"'x' returned logits of shape \(24, 2\)"):
         trial(batch.x)
 
@@ -362,7 +363,7 @@ def test_on_a_static_target_only_the_samples_searched_for_are_passed(whole: bool
     batch = _batch(defense, plain)
     start, counted = _start(defense, batch), torch.arange(24) % 3 == 0
     trunk: Any = plain.trunk
-    trial = Trial(
+    trial = JudgedBatch(
         defense, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(start=start, counted=counted)
     )  # fmt: skip
     trunk.batches.clear()
@@ -401,7 +402,7 @@ def test_a_sample_wrong_from_the_start_costs_passes_only_where_rows_interact(see
     view = OneAtATime(defense, batch.z) if seen == "one at a time" else defense
     trials = []
     for counted in (None, torch.ones_like(batch.correct)):
-        trial = Trial(
+        trial = JudgedBatch(
             view, get("fc-oracle"), batch, BALL, mixes_rows=seen != "static", setting=Setting(counted=counted)
         )
         points = ApgdAttack("ce", 4)(trial, torch.Generator().manual_seed(0))
@@ -428,7 +429,7 @@ def test_a_hidden_batch_dependence_can_not_fake_one_in_a_cascade_either() -> Non
     sly = Sly(plain.trunk, plain.fc).eval().requires_grad_(False)
     batch = _batch(sly, plain)
     setting = Setting(start=Point(batch.x, batch.z), counted=torch.arange(24) < 9)
-    trial = Trial(sly, get("ste"), batch, Ball("Linf", 1e-6), mixes_rows=False, setting=setting)
+    trial = JudgedBatch(sly, get("ste"), batch, Ball("Linf", 1e-6), mixes_rows=False, setting=setting)
     outcome = trial.finish(ApgdAttack("margin", steps=5)(trial, torch.Generator().manual_seed(0)))
     assert not (outcome.any_broken & batch.correct).any()
 
@@ -439,7 +440,7 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
     batch = _batch(hpm, hpm)
     start = _start(hpm, batch)
     view: Any = OneAtATime(hpm, start.z) if moves == "image" else AmongOthers(hpm, start.z)
-    trial = Trial(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
+    trial = JudgedBatch(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
@@ -479,7 +480,7 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
 def test_the_best_point_of_every_sample_is_its_lowest() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = Trial(hpm, get("soft-hybrid"), batch, BALL)
+    trial = JudgedBatch(hpm, get("soft-hybrid"), batch, BALL)
     asked: list[Tensor] = [batch.x]
 
     def watched(x: Tensor) -> Tensor:
@@ -504,7 +505,7 @@ def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
     batch = _batch(hpm, hpm)
     members = [get("fc-oracle"), get("soft-hybrid"), get("ste")]
     together = ensemble("mean", members, hpm, batch.x, batch.z)
-    trial = Trial(hpm, together, batch, BALL)
+    trial = JudgedBatch(hpm, together, batch, BALL)
     loss = ApgdAttack("ce", steps=3, turns=turns)._loss(trial, trial.rows)
     gradients, values = [], []
     for member in members:
@@ -540,7 +541,7 @@ def test_rows_that_are_searched_for_alone_are_answered_and_judged_as_in_their_ba
         surrogate = get("own", {"own": make_classifier(seed=3).requires_grad_(False)})
     setting = Setting(counted=batch.correct & (torch.arange(24) % 2 == 0), early_stop=early, keep=True)
     whole, part = (
-        Trial(target, surrogate, batch, BALL, mixes_rows=kind != "static", setting=setting) for _ in range(2)
+        JudgedBatch(target, surrogate, batch, BALL, mixes_rows=kind != "static", setting=setting) for _ in range(2)
     )
     rows, model_of_rows = part.rows, part.of_rows()
     assert 0 < len(rows) < 24
@@ -568,7 +569,7 @@ def test_points_of_rows_searched_for_alone_are_held_to_the_ball() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = _batch(classifier, classifier)
     for reach, fails in ((0.5, False), (1.5, True)):
-        trial = Trial(
+        trial = JudgedBatch(
             classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(counted=torch.arange(24) == 3)
         )
         trial.of_rows()(batch.x[3:4] + reach * BALL.eps * (1 - 2 * (batch.x[3:4] > 0.5).float()))
@@ -619,7 +620,7 @@ def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point()
     x = torch.full((8, 1, 1, 1), 0.999)
     y = torch.zeros(8, dtype=torch.long)
     batch = Batch(0, x, y, x, decide_by_majority(defense, x, y, draws=9))
-    trial = Trial(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
+    trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
     outcome = trial.finish(ApgdAttack("margin", steps=10)(trial, torch.Generator().manual_seed(0)))
     assert outcome.decisions == 8 * 9 * 12
     assert outcome.forwards == 8 * (4 * 11 + 1)
@@ -634,8 +635,8 @@ def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: flo
     defense = WholeModel(_Noisy(), batch_dependent=True)
     x = torch.full((20, 1, 1, 1), chance)
     y = torch.zeros(20, dtype=torch.long)
-    trial = Trial(defense, get("ste"), Batch(0, x, y, x, torch.tensor([[1.0, 0.0]]).expand(20, -1)), Ball("Linf", 1e-6),
-                  setting=Setting(draws=9))  # fmt: skip
+    batch = Batch(0, x, y, x, torch.tensor([[1.0, 0.0]]).expand(20, -1))
+    trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-6), setting=Setting(draws=9))
     for _ in range(40):
         trial(x)
     assert float(trial.finish(x).any_broken.float().mean()) == pytest.approx(broken, abs=0.11)
@@ -643,7 +644,7 @@ def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: flo
 
 def _watched(target: Any, batch: Batch, setting: Setting, surrogate: str, *, mixes_rows: bool) -> Any:
     """One APGD run with every batch that was judged, the final one last."""
-    trial = Trial(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
+    trial = JudgedBatch(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
     return *attacked(trial), trial
 
 
@@ -698,10 +699,10 @@ def test_a_search_ends_when_nothing_stands() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = _batch(classifier, classifier)
     far = Ball("Linf", 1.0)
-    trial = Trial(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
+    trial = JudgedBatch(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
     calls = []
-    call = trial._pass
-    trial._pass = lambda x, moved=None: (calls.append(len(x)), call(x, moved))[1]  # type: ignore[method-assign]
+    call = trial._passes.of_batch
+    trial._passes.of_batch = lambda x, moved=None: (calls.append(len(x)), call(x, moved))[1]  # type: ignore[method-assign]
     outcome = trial.finish(ApgdAttack("margin", steps=50)(trial, torch.Generator().manual_seed(0)))
     assert bool(outcome.any_broken[batch.correct].all())
     assert len(calls) == int(outcome.first_iterate[batch.correct].max()) + 1 < 51
@@ -720,7 +721,7 @@ def test_what_breaks_within_rounding_is_searched_for_on() -> None:
 
     x = torch.full((2, 2, 1, 1), 0.5)
     batch = Batch(0, x, torch.zeros(2, dtype=torch.long), x.flatten(1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    trial = Trial(Fixed(), get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
+    trial = JudgedBatch(Fixed(), get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
     trial(x)
     assert trial.broken.tolist() == [True, True]
     assert trial.counted.tolist() == [True, False]
