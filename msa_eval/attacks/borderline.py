@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.gradient import climb
 from msa_eval.attacks.losses import (
     MIN_CLASSES,
@@ -19,7 +20,6 @@ from msa_eval.attacks.losses import (
     targeted_dlr,
 )
 from msa_eval.defense.contract import decide
-from msa_eval.attacks.attacked_batch import AttackedBatch
 
 NEAREST = 8
 """One in so many of the standing samples is searched for at a time: those whose label leads by least."""

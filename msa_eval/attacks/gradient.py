@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.losses import (
     LOSSES,
     MALT,
@@ -23,7 +24,6 @@ from msa_eval.attacks.losses import (
     targeted_dlr,
 )
 from msa_eval.attacks.malt import rank_classes
-from msa_eval.attacks.attacked_batch import AttackedBatch
 
 
 def climb(
