@@ -9,13 +9,11 @@ from typing import Any, get_args
 from msa_eval.attacks.ball import Norm
 from msa_eval.attacks.external.libraries import library_of
 from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.protocols.schema import NORMS, PeerSpec, RunSpec
 from msa_eval.quantity import as_number
 
 SCHEMA = 1
-
-
-CONTEXTS = ("joint", "solo", "alone", "composed")
 
 
 COMBINATIONS = ("separate", "mean", "alternate", "cascade")
@@ -127,7 +125,7 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "source": _text,
     "threat.norm": _norm,
     "threat.eps": _number(0, 1000),
-    "threat.contexts": _texts(CONTEXTS),
+    "threat.contexts": _texts(tuple(CONTEXTS)),
     "samples.fraction": _number(0, 1),
     "samples.per_class": _whole(1),
     "samples.limit": _whole(1),

@@ -194,20 +194,63 @@ def _decide_row(
     return defense.logits(batch, **settings)[seat]
 
 
-def in_context(
-    defense: Defense, context: str, z: Tensor, *, batch_dependent: bool, company: Company | None = None
-) -> Defense:
-    """A target as an attacker in a context meets it.
+@dataclass(frozen=True)
+class Context:
+    """What the attacker controls; whoever must know it asks for what follows, and not for the name.
 
-    Args:
-        defense: the target.
-        context: ``joint``, ``solo``, ``alone`` or ``composed``.
-        z: its features of the clean batch ``(B, ...)``.
-        batch_dependent: whether it looks at companions at all; if not, all contexts are one.
-        company: who sits beside each row in ``composed``; the clean batch itself by default.
+    Attributes:
+        name: in protocols and tables.
+        attacker_controls: what, in words.
+        broken_when: when a sample is broken, in words.
+        one_batch_per_sample: whether each sample has adversarial batches of its own, in which no other image is moved.
+        has_companions: whether other images sit beside it.
+        chooses_companions: whether the attacker chooses these.
     """
-    if context == "joint" or not batch_dependent:
-        return defense
-    if context == "alone":
-        return OneAtATime(defense, None)
-    return OneAtATime(defense, z if company is None else company)
+
+    name: str
+    attacker_controls: str
+    broken_when: str
+    one_batch_per_sample: bool = True
+    has_companions: bool = True
+    chooses_companions: bool = False
+
+    @property
+    def proof_kinds(self) -> tuple[str, ...]:
+        """The kinds of `msa_eval.evidence.proof.Proof` that move no more than the attacker controls."""
+        return ("rows",) if self.one_batch_per_sample else ("batch", "rows", "victims")
+
+    def view(self, defense: Defense, z: Tensor, company: Company | None = None) -> Defense:
+        """A batch-dependent target as the attacker meets it; to any other target all contexts are one.
+
+        Args:
+            defense: the target.
+            z: its features of the clean batch ``(B, ...)``.
+            company: who sits beside each row, where that is chosen; the clean batch itself by default.
+        """
+        if not self.one_batch_per_sample:
+            return defense
+        if not self.has_companions:
+            return OneAtATime(defense, None)
+        return OneAtATime(defense, z if company is None else company)
+
+
+JOINT = Context(
+    "joint", "every image of the batch", "some adversarial batch makes the target wrong on it",
+    one_batch_per_sample=False,
+)  # fmt: skip
+
+
+SOLO = Context("solo", "the one image, among clean companions", "replacing it alone makes the target wrong on it")
+
+
+ALONE = Context("alone", "the one image, in a batch of one", "the target is wrong on it", has_companions=False)
+
+
+COMPOSED = Context(
+    "composed", "the one image, and which clean images of a pool sit beside it", "some such batch makes it wrong",
+    chooses_companions=True,
+)  # fmt: skip
+
+
+CONTEXTS = {context.name: context for context in (JOINT, SOLO, ALONE, COMPOSED)}
+"""By name."""

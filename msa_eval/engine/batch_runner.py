@@ -17,6 +17,7 @@ from msa_eval.attacks.companions import CompositionAttack
 from msa_eval.attacks.pursuit import PursuitAttack
 from msa_eval.auditing.sign import NO_ANSWER, change
 from msa_eval.auditing.state_guard import StateGuard
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import WholeModel, decide
 from msa_eval.defense.micro_batches import fitting, plain
 from msa_eval.defense.precision import EXACT
@@ -139,10 +140,11 @@ class Series:
 
     def _step(self, run: Run, batch: Batch, history: History, *, keep: bool) -> Step:
         clean, context = self.clean, self.context
+        together = not CONTEXTS[context].one_batch_per_sample
         target = clean.view(context, batch, history.company)
         setting = run.setting(target, history, victim=self._victim(batch))
-        keep = (keep or clean.draws > 1) and context == "joint" and clean.batch_dependent
-        mixed = context == "joint" and any(o.label in ("pursuit", "recombination") for o in self.runs)
+        keep = (keep or clean.draws > 1) and together and clean.batch_dependent
+        mixed = together and any(o.label in ("pursuit", "recombination") for o in self.runs)
         trail = mixed and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
         # Attacks of others are shown the target's own features; without a trunk a search has no others. Mixtures are
         # decided by the features of their points, and rounded ones decide other mixtures.

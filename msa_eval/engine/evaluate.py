@@ -16,6 +16,7 @@ from torch import Tensor
 from msa_eval.auditing.audit import Sign, StateGuard
 from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
 from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import Search, choose
@@ -292,7 +293,7 @@ def _series(entrant: Entrant) -> list[Series]:
     """A target in every context in which runs are made."""
     found = []
     for context in entrant.searched:
-        composed = context == "composed" and entrant.clean.batch_dependent
+        composed = CONTEXTS[context].chooses_companions and entrant.clean.batch_dependent
         clean = entrant.clean.seen_in(context)
         found.append(Series(entrant, context, clean, clean.pool(entrant.protocol.composition) if composed else None))
     return found

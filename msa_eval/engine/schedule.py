@@ -16,7 +16,7 @@ from msa_eval.attacks.companions import RANKS
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
-from msa_eval.defense.contexts import AmongOthers, OneAtATime
+from msa_eval.defense.contexts import JOINT, AmongOthers, Context, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import History
 from msa_eval.judging.search_state import Setting
@@ -115,7 +115,7 @@ def plan_runs(
     offers: Offers,
     *,
     num_classes: int,
-    context: str = "joint",
+    context: Context = JOINT,
     batch_dependent: bool = True,
     caches: bool = True,
     exchanges: bool = False,
@@ -136,18 +136,19 @@ def plan_runs(
     """
     runs: list[Run] = []
     budget, mixing = protocol.apgd, protocol.recombination
-    if context != "joint" or not batch_dependent or not caches or (budget is not None and budget.victim is not None):
+    together = batch_dependent and not context.one_batch_per_sample
+    if not together or not caches or (budget is not None and budget.victim is not None):
         mixing = None
     if budget is not None:
         _check_losses(budget, num_classes)
         budget = budget if mixing is None else mixing.gathering(budget)
-        runs += _apgd_runs(budget, offers, num_classes, apart=context == "joint")
+        runs += _apgd_runs(budget, offers, num_classes, apart=not context.one_batch_per_sample)
     if mixing is not None:
         label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
-    if budget is not None and budget.overtime and (context in ("solo", "alone") or not batch_dependent):
+    if budget is not None and budget.overtime and not together and not (context.chooses_companions and batch_dependent):
         runs += _overtime_runs(budget, offers, num_classes)
-    if context == "composed" and batch_dependent:
+    if context.chooses_companions and batch_dependent:
         runs = _composed_runs(runs, offers, num_classes, pursued=exchanges and budget is not None)
     return runs + _query_runs(protocol)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import fitting
 from msa_eval.defense.precision import EXACT, Search
@@ -56,7 +57,7 @@ class Entrant:
         companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
         runs = {
             context: plan_runs(
-                protocol, offers, num_classes=clean.num_classes, context=context,
+                protocol, offers, num_classes=clean.num_classes, context=CONTEXTS[context],
                 batch_dependent=companions, caches=not isinstance(defense, WholeModel),
                 exchanges=hasattr(defense, "logits_with"),
             )
@@ -70,7 +71,8 @@ class Entrant:
                     own=own if name == "defense" else {},
                 )  # fmt: skip
             runs = {context: [*made, *more] for context, made in runs.items()}
-        if isinstance(defense, WholeModel) and clean.batch_dependent and set(protocol.contexts) - {"joint"}:
+        apart = any(CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)
+        if isinstance(defense, WholeModel) and clean.batch_dependent and apart:
             warnings.warn(
                 f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
                 f"passes of a batch as the batch has images (up to {protocol.batch_size})",

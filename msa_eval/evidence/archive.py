@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Broken, Proof
 from msa_eval.hashing import file_hash
 from msa_eval.targets.weights import write_safetensors
@@ -44,9 +45,6 @@ LIMIT_BYTES = 2_000_000_000
 
 
 KINDS = ("batch", "rows", "victims")
-
-
-CONTEXTS = ("joint", "solo", "alone", "composed")
 
 
 _STEPS = 127
@@ -286,7 +284,7 @@ def _check_entry(entry: Any) -> None:
         raise ValueError("expected target, context, batch and kind")
     if not isinstance(entry["target"], str):
         raise ValueError("expected the name of a target")
-    if entry["context"] not in CONTEXTS:
+    if entry["context"] not in list(CONTEXTS):  # it may be anything, a list too
         raise ValueError(f"unknown context {entry['context']!r:.40}; expected one of {', '.join(CONTEXTS)}")
     if entry["kind"] not in KINDS:
         raise ValueError(f"unknown kind {entry['kind']!r:.40}; expected one of {', '.join(KINDS)}")
@@ -297,7 +295,7 @@ def _check_entry(entry: Any) -> None:
 def _parts(entry: Mapping[str, Any]) -> list[str]:
     """The tensors that a proof has."""
     more = ["own"] if entry["kind"] == "victims" else []
-    if entry["kind"] == "rows" and entry["context"] == "composed":
+    if entry["kind"] == "rows" and CONTEXTS[entry["context"]].chooses_companions:
         more.append("companions")
     return ["positions", "x", *more]
 

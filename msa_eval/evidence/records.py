@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from msa_eval.defense.contexts import CONTEXTS
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -77,7 +79,7 @@ class TargetRecord:
         Where image i alone is the attacker's, each sample has an adversarial batch of its own, and the attacker
         commits to the one that breaks it.
         """
-        if self.context == "joint":
+        if not CONTEXTS[self.context].one_batch_per_sample:
             return self.committed
         never: npt.NDArray[np.bool_] = self.correct & ~np.stack([run.any_broken for run in self.runs]).any(axis=0)
         return never

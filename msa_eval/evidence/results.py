@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence import schema as fields
 from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, FIGURES, GALLERY, PAGE, TABLES, claim_folder, read_run
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.files import write_all
-from msa_eval.protocols.validation import CONTEXTS
 from msa_eval.untrusted import check_inside, told
 
 SCHEMA_VERSION = 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msa_eval.attacks.batch import Batch, Point, capacity
 from msa_eval.attacks.losses import margin
-from msa_eval.defense.contexts import Company, own_companions
+from msa_eval.defense.contexts import CONTEXTS, Company, own_companions
 from msa_eval.evidence.proof import Proof, cover
 from msa_eval.judging.outcomes import Finding, Outcome, Trace
 
@@ -91,11 +91,11 @@ class History:
         if not bool(broken.any()):
             return []
         positions = broken.nonzero().flatten().cpu()
-        if context == "joint" and rows_interact:
+        if rows_interact and not CONTEXTS[context].one_batch_per_sample:
             covered = cover([(finding.breaks & broken, finding) for finding in self.findings])
-            return [_proof(finding, mask, target, number) for mask, finding in covered]
+            return [_proof(finding, mask, target, context, number) for mask, finding in covered]
         companions = None
-        if context == "composed":
+        if CONTEXTS[context].chooses_companions:
             companions = pool[self.seating().cpu()][positions]
         return [Proof(target, context, number, "rows", positions, self.best.x[broken].cpu(), companions=companions)]
 
@@ -106,7 +106,7 @@ class History:
         return own_companions(len(self.broken)).to(self.broken.device)
 
 
-def _proof(finding: Finding, mask: Tensor, target: str, number: int) -> Proof:
+def _proof(finding: Finding, mask: Tensor, target: str, context: str, number: int) -> Proof:
     own = None if finding.own is None else finding.own[mask].cpu()
     kind = "batch" if own is None else "victims"
-    return Proof(target, "joint", number, kind, mask.nonzero().flatten().cpu(), finding.x.cpu(), own=own)
+    return Proof(target, context, number, kind, mask.nonzero().flatten().cpu(), finding.x.cpu(), own=own)

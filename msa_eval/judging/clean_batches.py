@@ -14,7 +14,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
 from msa_eval.defense.checks import check_trunk
-from msa_eval.defense.contexts import Company, in_context, own_companions
+from msa_eval.defense.contexts import CONTEXTS, Company, own_companions
 from msa_eval.defense.contract import Defense, WholeModel, decide, describe
 from msa_eval.defense.micro_batches import plain
 from msa_eval.device import onto
@@ -120,16 +120,18 @@ class CleanBatches:
         seen = copy.copy(self)
         with seeded(0):
             seen._logits = {
-                batch.number: self._decide(batch.number, self.view(context, batch), batch.z)
-                if context == "alone"
-                else batch.logits
+                batch.number: batch.logits
+                if CONTEXTS[context].has_companions
+                else self._decide(batch.number, self.view(context, batch), batch.z)
                 for batch in self
             }
         return seen
 
     def view(self, context: str, batch: Batch, company: Company | None = None) -> Defense:
         """The target as an attacker in a context meets it."""
-        return in_context(self._defense, context, batch.z, batch_dependent=self.batch_dependent, company=company)
+        if not self.batch_dependent:
+            return self._defense
+        return CONTEXTS[context].view(self._defense, batch.z, company)
 
     def pool(self, budget: CompositionBudget) -> Pool:
         """Images to choose company from, drawn from all that are evaluated."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.checks import check_trunk
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, decide
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.dependence import looks_at_its_batch
@@ -74,7 +75,7 @@ class Replay:
     def clean_logits(self, number: int, context: str) -> Tensor:
         """The target's answer to a clean batch ``(B, k)``; in ``alone``, to each of its images in a batch of one."""
         z = self._clean_features(self.batches[number])
-        if context == "alone" and self.batch_dependent:
+        if not CONTEXTS[context].has_companions and self.batch_dependent:
             return torch.cat([decide(self._defense, row.unsqueeze(0)) for row in z])
         return decide(self._defense, z)
 
@@ -115,11 +116,11 @@ class Replay:
 
     def _batches(self, proof: Proof, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The features of each real batch, and where the row in question sits in it."""
-        if proof.context == "alone":
+        if not CONTEXTS[proof.context].has_companions:
             yield from ((row.unsqueeze(0), 0) for row in rows)
             return
-        if proof.context == "composed":
-            yield from self._composed(proof, rows)
+        if proof.companions is not None:
+            yield from self._composed(proof, rows, proof.companions)
             return
         others = x if proof.kind == "victims" else self._clean_features(self.batches[proof.batch])
         for row, at in zip(rows, proof.positions.tolist(), strict=True):
@@ -127,10 +128,9 @@ class Replay:
             z[at] = row
             yield z, at
 
-    def _composed(self, proof: Proof, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-        assert proof.companions is not None
+    def _composed(self, proof: Proof, rows: Tensor, companions: Tensor) -> Iterator[tuple[Tensor, int]]:
         samples = self.batches[proof.batch][proof.positions].tolist()
-        for row, at, own, index in zip(rows, proof.positions.tolist(), samples, proof.companions, strict=True):
+        for row, at, own, index in zip(rows, proof.positions.tolist(), samples, companions, strict=True):
             if not len(index):
                 yield row.unsqueeze(0), at
                 continue

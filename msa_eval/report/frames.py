@@ -7,6 +7,7 @@ import tomllib
 
 import pandas as pd
 
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.metrics import rate
 from msa_eval.evidence.results import Results
 from msa_eval.protocols.schema import StochasticBudget
@@ -204,7 +205,8 @@ def chained(results: Results, target: str, context: str) -> set[str]:
     late = among_found(attacks)
     if not cascades(results):
         return set(attacks.loc[late, "run"])
-    mixing = attacks["attack"].isin(["recombination", "pursuit"]) if context == "joint" else late & False
+    apart = CONTEXTS[context].one_batch_per_sample
+    mixing = late & False if apart else attacks["attack"].isin(["recombination", "pursuit"])
     return set(attacks.loc[mixing.cummax(), "run"] if mixing.any() else attacks["run"])
 
 

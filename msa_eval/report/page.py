@@ -17,6 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from msa_eval._version import __version__
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.folder import PAGE
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
@@ -36,12 +37,6 @@ MEANINGS = {
     "paper": "on the final batch of the run that leaves the fewest right: the paper's number",
     "realised": "on the one adversarial batch that leaves the fewest of its batch right",
     "worst_case": "in every verified batch",
-}
-CONTEXTS = {
-    "joint": ("every image of the batch", "some adversarial batch makes the target wrong on it"),
-    "solo": ("the one image, among clean companions", "replacing it alone makes the target wrong on it"),
-    "alone": ("the one image, in a batch of one", "the target is wrong on it"),
-    "composed": ("the one image, and which clean images of a pool sit beside it", "some such batch makes it wrong"),
 }
 VERDICTS = {
     "sound": "No sign was found that these numbers should not be believed.",
@@ -147,7 +142,7 @@ def together(
     return {
         "figures": [_section(kind, named, contexts) for kind in KINDS],
         "audit": _audit(named),
-        "contexts": [(context, *CONTEXTS[context]) for context in contexts],
+        "contexts": [CONTEXTS[context] for context in contexts],
         "samples_json": script_json(sample_table(named, targets, contexts, **columns)),
     }
 
@@ -258,7 +253,7 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
 def _numbers(results: Results, context: str, metric: str) -> tuple[str, str, list[tuple[str, pd.Series]], str]:
     """A row of the table of numbers: each target's, and when a sample counts as right."""
     cells = [(target, frames.number(results, target, context, metric)) for target in frames.targets_of(results)]
-    own = metric == "realised" and context != "joint"
+    own = metric == "realised" and CONTEXTS[context].one_batch_per_sample
     return context, metric, cells, "in every verified batch: each sample has its own" if own else MEANINGS[metric]
 
 

@@ -19,6 +19,7 @@ from msa_eval.attacks.external.attack import PeerAttack
 from msa_eval.attacks.external.faults import Fault, told
 from msa_eval.attacks.external.libraries import LIBRARIES, find, installed
 from msa_eval.data import Samples
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.engine.external_runs import peer_runs
@@ -159,7 +160,7 @@ def crosscheck(
             budgeted(name, ball, surrogates=surrogates, steps=steps, queries=passes or QUERIES) for name in names
         ]  # fmt: skip
         among = _chosen(contexts, opened.protocol.contexts, "context") or [
-            context for context in opened.protocol.contexts if context != "composed"
+            context for context in opened.protocol.contexts if not CONTEXTS[context].chooses_companions
         ]
         on = _chosen(targets, list(opened.targets), "target") or list(opened.targets)
         rows: list[_Row] = []
@@ -277,7 +278,7 @@ class _Bout:
                 unconfirmed |= set(seat[met.unconfirmed.cpu()].tolist())
                 faults += met.faults
                 images, runs = images + met.images, runs + met.runs
-                searched += len(seat) if context == "joint" and self.clean.batch_dependent else int(counted.sum())
+                searched += len(seat) if self._together(context) else int(counted.sum())
         except Exception as failure:
             error = " ".join(str(failure).split()) or type(failure).__name__
         assert isinstance(run.attack, PeerAttack)
@@ -288,12 +289,16 @@ class _Bout:
             round(time.perf_counter() - started, 1), sorted(which), "; ".join(told(faults)), error, labels,
         )  # fmt: skip
 
+    def _together(self, context: str) -> bool:
+        """Whether the images of a batch are decided, and so moved, as one."""
+        return self.clean.batch_dependent and not CONTEXTS[context].one_batch_per_sample
+
     def _meet(self, run: Run, context: str, batch: Batch, counted: Tensor) -> _Met:
         """Run a peer on one batch until it has made its passes."""
         attack = run.attack
         assert isinstance(attack, PeerAttack)
         view = self.clean.view(context, batch)
-        together = context == "joint" and self.clean.batch_dependent
+        together = self._together(context)
         met = _Met(torch.zeros_like(counted), torch.zeros_like(counted), [], 0, 0)
         for turn in range(TURNS if attack.peer.starts else 1):
             left = counted & ~met.broken

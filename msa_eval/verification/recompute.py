@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence import metrics
 
 Mask = npt.NDArray[np.bool_]
@@ -173,7 +174,7 @@ class _Count:
         yield from self._named("broken_at contradicts outcomes.csv", ~_same(rows["broken_at"], at))
         yield from self._named("committed_right, but wrong on its clean batch", committed & ~right)
         yield from self._named("never broken, but not committed_right", robust & ~committed)
-        if self.context in ("solo", "alone"):
+        if CONTEXTS[self.context].one_batch_per_sample:
             yield from self._named("committed_right, but broken where it alone is attacked", committed & ~robust)
         yield from self._named("min_margin contradicts robust", self._sign(rows["min_margin"], ever))
 

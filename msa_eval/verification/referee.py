@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.replay import Replay
 from msa_eval.protocols.schema import Protocol
@@ -51,7 +52,7 @@ class Referee:
         if replay is None or proof.context not in self.protocol.contexts:
             yield f"{where}: neither such a target nor such a context was evaluated"
             return
-        if proof.kind != "rows" and proof.context != "joint" and replay.batch_dependent:
+        if proof.kind not in CONTEXTS[proof.context].proof_kinds and replay.batch_dependent:
             yield f"{where}: more than one image of a batch was moved, which the context does not allow"
             return
         outside = self._outside(proof, replay)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
-from msa_eval.defense.contexts import AmongOthers, Company, OneAtATime, decide_each, decide_offers, in_context
+from msa_eval.defense.contexts import CONTEXTS, AmongOthers, Company, OneAtATime, decide_each, decide_offers
+from msa_eval.defense.contract import as_defense
+from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
 
@@ -50,7 +54,7 @@ def test_the_closed_form_is_the_batch_once_a_sample(name: str, context: str, cas
     surrogate = get(name)
     companions = clean if context == "solo" else None
     with torch.no_grad():
-        found = surrogate.logits(in_context(hpm, context, clean, batch_dependent=True), z)
+        found = surrogate.logits(CONTEXTS[context].view(hpm, clean), z)
         expected = _by_hand(hpm, z, companions, surrogate.logits)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -67,7 +71,7 @@ def test_its_gradient_is_that_of_the_loop(name: str, context: str) -> None:
         *(
             (value, torch.autograd.grad((value * weight).sum(), z)[0])
             for defense in (hpm, Plain(hpm))
-            for value in [surrogate.logits(in_context(defense, context, clean, batch_dependent=True), z)]
+            for value in [surrogate.logits(CONTEXTS[context].view(defense, clean), z)]
         ),
         strict=True,
     )
@@ -180,11 +184,30 @@ def test_a_class_that_the_replaced_row_alone_belonged_to_vanishes() -> None:
         )
 
 
-def test_joint_and_static_targets_are_left_as_they_are() -> None:
+def test_a_context_alters_the_target_where_each_sample_has_a_batch_of_its_own() -> None:
     hpm, z = make_hpm(), torch.randn(3, 6)
-    assert in_context(hpm, "joint", z, batch_dependent=True) is hpm
-    assert in_context(hpm, "solo", z, batch_dependent=False) is hpm
-    assert isinstance(in_context(hpm, "solo", z, batch_dependent=True), OneAtATime)
+    for context in CONTEXTS.values():
+        view = context.view(hpm, z)
+        assert isinstance(view, OneAtATime) if context.one_batch_per_sample else view is hpm
+
+
+@pytest.mark.parametrize("context", ["joint", "solo", "alone", "composed"])
+def test_a_static_target_is_left_as_it_is(context: str) -> None:
+    defense, samples = as_defense(make_classifier()), make_samples(make_classifier(), 6)
+    clean = CleanBatches(defense, samples, torch.arange(6), [torch.arange(6)], device="cpu")
+    assert clean.view(context, clean.batch(0)) is defense
+
+
+def test_no_other_file_compares_with_the_name_of_a_context() -> None:
+    """So a context is added here alone."""
+    root = Path(__file__).parents[2]
+    found = []
+    for path in [path for folder in ("msa_eval", "protocols", "surrogates") for path in (root / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.BinOp | ast.MatchValue):
+                names = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & CONTEXTS.keys()
+                found += [f"{path}:{node.lineno} compares with {name}" for name in names]
+    assert found == []
 
 
 class ByMean(nn.Module):

@@ -12,6 +12,7 @@ from msa_eval import HPM
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.borderline import OvertimeAttack
 from msa_eval.attacks.gradient import ApgdAttack
+from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import decide
 from msa_eval.engine.schedule import Run, plan_runs
 from msa_eval.judging.batch_history import History
@@ -45,7 +46,7 @@ def _runs(
         protocol.apgd, defense, batch, own=own or {}, batch_dependent=dependent, recombination=protocol.recombination
     )
     return plan_runs(
-        protocol, offers, num_classes=classes, context=context, batch_dependent=dependent, exchanges=exchanges
+        protocol, offers, num_classes=classes, context=CONTEXTS[context], batch_dependent=dependent, exchanges=exchanges
     )
 
 
