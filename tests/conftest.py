@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (groups[item] != "demo", groups[item] not in long))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def steady() -> Iterator[None]:
     """Whether `auto` finds bf16 faster depends on what else the machine does, so here it never does."""
     with pytest.MonkeyPatch.context() as patched:
