@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+
+from msa_eval.defense.contexts import Context
+from msa_eval.evidence.records import TargetRecord
 
 Mask = npt.NDArray[np.bool_]
 
@@ -47,38 +53,87 @@ def rate(right: int, n: int) -> Rate:
     return Rate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)), n)
 
 
-def clean(correct: Mask) -> Rate:
-    """Right on clean batches."""
-    return rate(int(correct.sum()), len(correct))
+@dataclass(frozen=True)
+class Metric:
+    """A number of a table: the share of samples that count as right.
 
+    It is defined twice: by what was recorded, which makes the table, and by rows of tables, which counts it again.
 
-def paper(correct: Mask, final_broken: Mask) -> Rate:
-    """The lowest accuracy over all runs on their final batches (the paper's "minimum accuracy across the suite").
-
-    Args:
-        correct: right on the clean batch ``(N,)``.
-        final_broken: wrong on the final batch ``(runs, N)``.
+    Attributes:
+        name: in tables.
+        meaning: when a sample counts as right, in words.
+        right: the samples of a record that count as right ``(N,)``.
+        right_rows: the same ``(N,)`` from the rows of ``samples`` and of ``outcomes``, those of one target and context.
+        needs_outcomes: whether the rows of ``outcomes`` are looked at.
+        meaning_apart: the meaning where each sample has adversarial batches of its own, if it is another.
     """
-    return rate(int((correct & ~final_broken).sum(axis=1).min()), len(correct))
+
+    name: str
+    meaning: str
+    right: Callable[[TargetRecord], Mask]
+    right_rows: Callable[[pd.DataFrame, pd.DataFrame], Mask]
+    needs_outcomes: bool = False
+    meaning_apart: str | None = None
+
+    def of(self, record: TargetRecord) -> Rate:
+        """The number by what was recorded."""
+        return _share(self.right(record))
+
+    def from_rows(self, samples: pd.DataFrame, outcomes: pd.DataFrame) -> Rate:
+        """The number by rows of the tables."""
+        return _share(self.right_rows(samples, outcomes))
+
+    def meaning_in(self, context: Context) -> str:
+        """When a sample counts as right in a context."""
+        return self.meaning_apart if self.meaning_apart and context.one_batch_per_sample else self.meaning
 
 
-def realised(committed: Mask) -> Rate:
-    """What an attacker who commits to one adversarial batch for each batch leaves right.
-
-    Args:
-        committed: right on that batch, and on the clean one ``(N,)``.
-    """
-    return rate(int(committed.sum()), len(committed))
+def _share(right: Mask) -> Rate:
+    return rate(int(right.sum()), len(right))
 
 
-def worst_case(correct: Mask, any_broken: Mask) -> Rate:
-    """Never broken in any verified batch: a union over different adversarial batches.
-
-    Args:
-        correct: right on the clean batch ``(N,)``.
-        any_broken: wrong on some batch of the run ``(runs, N)``.
-    """
-    return rate(int((correct & ~any_broken.any(axis=0)).sum()), len(correct))
+def _column(name: str) -> Callable[[pd.DataFrame, pd.DataFrame], Mask]:
+    return lambda samples, _: samples[name].to_numpy(dtype=bool)
 
 
-METRICS = ("clean", "paper", "realised", "worst_case")
+def _right_in_lowest(record: TargetRecord) -> Mask:
+    finals = record.correct & ~np.stack([run.final_broken for run in record.runs])
+    lowest: Mask = finals[finals.sum(axis=1).argmin()]
+    return lowest
+
+
+def _right_in_lowest_rows(samples: pd.DataFrame, outcomes: pd.DataFrame) -> Mask:
+    correct = samples["clean_correct"].to_numpy(dtype=bool)
+    finals = [
+        correct & ~rows.set_index("index")["final_broken"].reindex(samples["index"]).to_numpy(dtype=bool)
+        for _, rows in outcomes.groupby("run", sort=False)
+    ]
+    return min(finals, key=np.sum)
+
+
+def _never_broken(record: TargetRecord) -> Mask:
+    never: Mask = record.correct & ~np.stack([run.any_broken for run in record.runs]).any(axis=0)
+    return never
+
+
+CLEAN = Metric("clean", "on the clean batch", lambda record: record.correct, _column("clean_correct"))
+
+
+PAPER = Metric(
+    "paper", "on the final batch of the run that leaves the fewest right: the paper's number",
+    _right_in_lowest, _right_in_lowest_rows, needs_outcomes=True,
+)  # fmt: skip
+
+
+REALISED = Metric(
+    "realised", "on the one adversarial batch that leaves the fewest of its batch right",
+    lambda record: record.realised, _column("committed_right"),
+    meaning_apart="in every verified batch: each sample has its own",
+)  # fmt: skip
+
+
+WORST_CASE = Metric("worst_case", "in every verified batch", _never_broken, _column("robust"))
+
+
+METRICS = {metric.name: metric for metric in (CLEAN, PAPER, REALISED, WORST_CASE)}
+"""By name; by definition none is above one that stands before it."""

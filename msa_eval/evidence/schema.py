@@ -6,7 +6,7 @@ Results come from strangers, so this is checked once, where they are read; what 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -248,7 +248,7 @@ def _holds(cells: pd.Series, kind: str) -> bool:
     return kind == "number" or bool(held.between(0, 1).all())
 
 
-def check_together(folder: str, tables: Mapping[str, pd.DataFrame], metrics: Sequence[str]) -> None:
+def check_together(folder: str, tables: Mapping[str, pd.DataFrame], metrics: Collection[str]) -> None:
     """The tables are of one evaluation: each target and context has all numbers and its samples.
 
     Raises:

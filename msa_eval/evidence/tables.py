@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from msa_eval.evidence import metrics
+from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import Results
 
@@ -37,14 +37,8 @@ def _stack(record: TargetRecord, name: str) -> Any:
 
 
 def _summary(record: TargetRecord) -> pd.DataFrame:
-    rates = {
-        "clean": metrics.clean(record.correct),
-        "paper": metrics.paper(record.correct, _stack(record, "final_broken")),
-        "realised": metrics.realised(record.realised),
-        "worst_case": metrics.worst_case(record.correct, _stack(record, "any_broken")),
-    }
     about = {"target": record.target, "context": record.context}
-    return pd.DataFrame([about | {"metric": name} | rate._asdict() for name, rate in rates.items()])
+    return pd.DataFrame([about | {"metric": one.name} | one.of(record)._asdict() for one in METRICS.values()])
 
 
 def _attacks(record: TargetRecord) -> pd.DataFrame:

@@ -160,19 +160,12 @@ def _row(
 
 def _right(results: Results, target: str, context: str, metric: str) -> pd.Series:
     """Which samples count as right, by their index in the data set, ascending."""
-    samples = frames.pick(results.samples, target, context).set_index("index").sort_index()
-    if metric != "paper":
-        columns = {"clean": "clean_correct", "realised": "committed_right", "worst_case": "robust"}
-        held: pd.Series = samples[columns[metric]].astype(bool)
-        return held
-    if frames.lacking(results, context, "attacks", "outcomes"):
-        return pd.Series(pd.NA, index=samples.index, dtype="boolean")
-    attacks = frames.pick(results.attacks, target, context)
-    lowest = attacks["run"].iloc[int(np.argmin(attacks["final"].to_numpy()))]
+    samples = frames.pick(results.samples, target, context).sort_values("index")
+    definition = METRICS[metric]
+    if definition.needs_outcomes and frames.lacking(results, context, "attacks", "outcomes"):
+        return pd.Series(pd.NA, index=samples["index"], dtype="boolean")
     outcomes = frames.pick(results.outcomes, target, context)
-    final = outcomes[outcomes["run"] == lowest].set_index("index")["final_broken"].astype(bool)
-    right: pd.Series = samples["clean_correct"].astype(bool) & ~final.reindex(samples.index)
-    return right
+    return pd.Series(definition.right_rows(samples, outcomes), index=samples["index"])
 
 
 def _check_same(base: str, first: Results, name: str, second: Results) -> None:

@@ -32,12 +32,6 @@ from msa_eval.report.samples import sample_table
 from msa_eval.report.style import NAMES
 from msa_eval.report.text import named_data
 
-MEANINGS = {
-    "clean": "on the clean batch",
-    "paper": "on the final batch of the run that leaves the fewest right: the paper's number",
-    "realised": "on the one adversarial batch that leaves the fewest of its batch right",
-    "worst_case": "in every verified batch",
-}
 VERDICTS = {
     "sound": "No sign was found that these numbers should not be believed.",
     "suspect": "There are signs that these numbers may be too high.",
@@ -253,8 +247,7 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
 def _numbers(results: Results, context: str, metric: str) -> tuple[str, str, list[tuple[str, pd.Series]], str]:
     """A row of the table of numbers: each target's, and when a sample counts as right."""
     cells = [(target, frames.number(results, target, context, metric)) for target in frames.targets_of(results)]
-    own = metric == "realised" and CONTEXTS[context].one_batch_per_sample
-    return context, metric, cells, "in every verified batch: each sample has its own" if own else MEANINGS[metric]
+    return context, metric, cells, METRICS[metric].meaning_in(CONTEXTS[context])
 
 
 def _headlines(results: Results, targets: Sequence[str]) -> list[dict[str, Any]]:

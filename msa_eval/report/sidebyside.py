@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
 from msa_eval.report import frames
@@ -15,7 +16,7 @@ from msa_eval.report.charts.differences import draw_differences
 from msa_eval.report.comparison import Comparison, only_one, points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits
 from msa_eval.report.inline import csv_link, inline_svg
-from msa_eval.report.page import MEANINGS, SECTIONS, describe, evaluation, listed, render, together
+from msa_eval.report.page import SECTIONS, describe, evaluation, listed, render, together
 from msa_eval.report.style import NAMES
 
 EXHIBITS = 16
@@ -59,7 +60,7 @@ def render_page(comparison: Comparison, pictures: Mapping[str, Pictures] | None 
         ],
         notes=comparison.notes,
         differences=[_differences(target, context, rows, comparison) for target, context, rows in groups],
-        meanings=MEANINGS,
+        meanings={name: metric.meaning for name, metric in METRICS.items()},
         **together(
             comparison.results, targets, contexts, seat=("index", "label"), each=("fate", "by", "margin")
         ),

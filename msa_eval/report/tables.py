@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.report import frames
 
@@ -16,7 +17,7 @@ MOST_RUNS = 8
 """More runs than these share a column by surrogate, which shows the lowest final of each."""
 
 LOWEST = " (lowest)"
-HEADS = {"clean": "clean", "paper": "paper", "realised": "realised", "worst_case": "worst case"}
+HEADS = {name: name.replace("_", " ") for name in METRICS}
 
 
 class Cell(NamedTuple):
@@ -100,9 +101,10 @@ def _values(results: Results, target: str, context: str) -> dict[str, float]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """All columns: clean, runs in the order they come up, and the three numbers."""
+    """All columns: clean, runs in the order they come up, and the other numbers."""
     runs = [column for row in rows for column in row.cells if column.startswith("run:")]
-    return ["clean", *dict.fromkeys(runs), "paper", "realised", "worst_case"]
+    clean, *others = HEADS
+    return [clean, *dict.fromkeys(runs), *others]
 
 
 def _head(column: str) -> str:

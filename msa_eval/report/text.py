@@ -132,9 +132,9 @@ def _context_table(results: Results, context: str, targets: list[str]) -> str:
         return [cell for target in targets for cell in (answer(target, name), *cost(target, runs))]
 
     named = list(dict.fromkeys(run for _, run in attacks))
-    rows = {"clean": line(number, "clean")} | {name: line(shown, name, [name]) for name in named}
-    rows |= {metric: line(number, metric) for metric in ("paper", "realised")}
-    rows["worst_case"] = line(number, "worst_case", named)
+    clean, *others = METRICS
+    rows = {clean: line(number, clean)} | {name: line(shown, name, [name]) for name in named}
+    rows |= {metric: line(number, metric, named if metric == others[-1] else ()) for metric in others}
     columns = [column for target in targets for column in (target, "passes", "s")]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     heading = (

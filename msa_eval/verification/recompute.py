@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.evidence import metrics
+from msa_eval.evidence.metrics import METRICS
 
 Mask = npt.NDArray[np.bool_]
 
@@ -215,26 +215,20 @@ class _Count:
 
     def summary(self) -> Iterator[str]:
         """The numbers of the table, with their intervals."""
-        n = len(self.rows)
-        finals = [int((self.right & ~self.broken(run, "final_broken")).sum()) for run in self.by_run]
-        expected = {
-            "clean": int(self.right.sum()),
-            "paper": min(finals),
-            "realised": int(self.rows["committed_right"].sum()),
-            "worst_case": int((self.right & ~self.ever).sum()),
-        }
-        for metric, count in expected.items():
+        samples = self.rows.assign(clean_correct=self.right, robust=self.right & ~self.ever)
+        outcomes = pd.concat(self.by_run.values())
+        for metric, definition in METRICS.items():
             if metric not in self.summed:
                 yield f"summary.csv has no {metric}"
                 continue
-            for name, value in metrics.rate(count, n)._asdict().items():
+            for name, value in definition.from_rows(samples, outcomes)._asdict().items():
                 found = float(self.summed[metric][name])
                 if not math.isclose(found, value, rel_tol=0, abs_tol=TOLERANCE):
                     yield f"summary.csv: {name} of {metric} is {found:.6g}, but the rows make {value:.6g}"
 
     def laws(self) -> Iterator[str]:
         """The order that the numbers have by definition."""
-        order = [name for name in ("worst_case", "realised", "paper", "clean") if name in self.summed]
+        order = [name for name in reversed(METRICS) if name in self.summed]
         values = [float(self.summed[name]["value"]) for name in order]
         for i, (lower, upper) in enumerate(itertools.pairwise(values)):
             if not lower <= upper + TOLERANCE:

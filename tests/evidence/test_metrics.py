@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import make_results
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from msa_eval.defense.contexts import JOINT, SOLO
 from msa_eval.evidence import metrics
+from msa_eval.evidence.metrics import Mask
+from msa_eval.evidence.records import RunRecord, TargetRecord
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
@@ -56,17 +60,47 @@ def test_definitions_and_their_order(data: st.DataObject) -> None:
         options = [clean_right[here], *counted[:, :, here].reshape(runs * iterates, int(here.sum()))]
         committed[here] = min(options, key=lambda option: option.sum())
 
-    found = {
-        "clean": metrics.clean(clean_right),
-        "paper": metrics.paper(clean_right, final_broken),
-        "realised": metrics.realised(committed),
-        "worst_case": metrics.worst_case(clean_right, any_broken),
-    }
+    record = _record(clean_right, final_broken, any_broken, committed)
+    found = {name: metric.of(record) for name, metric in metrics.METRICS.items()}
     finals = [sum(clean_right[i] and right[r, -1, i] for i in range(n)) / n for r in range(runs)]
     assert found["clean"].value == pytest.approx(sum(clean_right) / n)
     assert found["paper"].value == pytest.approx(min(finals))
     never = [all(right[r, t, i] for r in range(runs) for t in range(iterates)) for i in range(n)]
     assert found["worst_case"].value == pytest.approx(sum(a and b for a, b in zip(never, clean_right, strict=True)) / n)
-    values = [found[name].value for name in ("worst_case", "realised", "paper")]
-    assert values == sorted(values)
+    assert found["realised"].value == pytest.approx(sum(committed) / n)
+    values = [one.value for one in found.values()]
+    assert values == sorted(values, reverse=True)
     assert all(found["paper"].value <= final <= found["clean"].value for final in finals)
+
+
+def test_the_rows_of_the_tables_give_the_same_numbers() -> None:
+    for seed in range(20):
+        made = make_results(30, contexts=["joint", "solo"], seed=seed)
+        for row in made.summary.to_dict(orient="records"):
+            samples, outcomes = (
+                table[(table["target"] == row["target"]) & (table["context"] == row["context"])].sample(
+                    frac=1, random_state=seed
+                )
+                for table in (made.samples, made.outcomes)
+            )
+            found = metrics.METRICS[row["metric"]].from_rows(samples, outcomes)
+            assert [row["value"], row["low"], row["high"], row["n"]] == pytest.approx(list(found))
+
+
+def test_a_meaning_is_that_of_the_context() -> None:
+    realised = metrics.METRICS["realised"]
+    assert realised.meaning_in(JOINT) != realised.meaning_in(SOLO)
+    assert metrics.METRICS["clean"].meaning_in(JOINT) == metrics.METRICS["clean"].meaning_in(SOLO)
+
+
+def _record(correct: Mask, final: Mask, ever: Mask, committed: Mask) -> TargetRecord:
+    """What was recorded in ``joint``, as far as numbers look at it."""
+    runs, n = final.shape
+    index, none = np.arange(n), np.zeros(n, dtype=np.float32)
+    return TargetRecord(
+        "defense", "joint", index, index, index, index, np.where(correct, index, -1), none, committed,
+        [
+            RunRecord(f"run {r}", "ste", "apgd", "ce", r, final[r], final[r], ever[r], index, none, none, 0, 0, 0, 0.0)
+            for r in range(runs)
+        ],
+    )  # fmt: skip
