@@ -127,25 +127,16 @@ class Results:
                 context that there is not.
         """
         folder = Path(folder)
-        run = read_run(folder)
-        if run is None:
-            raise ValueError(f"{folder} holds no complete results: there is no run.json")
-        if run.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{folder} has schema version {run.get('schema_version')!a:.20}, but this release reads "
-                f"{SCHEMA_VERSION}"
-            )
-        fields.check_run(str(folder / "run.json"), run)
+        run = load_run(folder)
         tables = {}
         for name in (*TABLES, "audit"):
             path = folder / f"{name}.csv"
             if not path.is_file() and (name == "audit" or (trimmed and name in TRIMMED)):
                 continue
             try:
-                tables[name] = _read(path, name)
+                tables[name] = load_table(path, name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{folder} holds no complete results: {error}") from error
-            _check_known(str(path), tables[name])
         for name in set(TRIMMED) - set(tables):
             of_samples = name == "batches"
             seats = tables["samples"][["batch", "position", "index"]].drop_duplicates("index", ignore_index=True)
@@ -173,7 +164,34 @@ def _keys(attacks: pd.DataFrame) -> list[str]:
     return [f"{row['target']}/{row['context']}/{row['run']}" for row in attacks.to_dict(orient="records")]
 
 
-def _read(path: Path, name: str) -> pd.DataFrame:
+def load_run(folder: Path) -> dict[str, Any]:
+    """The ``run.json`` of results, which is taken for hostile.
+
+    Raises:
+        ValueError: when there is none, or it is of another schema.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise ValueError(f"{folder} holds no complete results: there is no run.json")
+    if run.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder} has schema version {run.get('schema_version')!a:.20}, but this release reads {SCHEMA_VERSION}"
+        )
+    fields.check_run(str(folder / "run.json"), run)
+    return run
+
+
+def load_table(path: Path, name: str) -> pd.DataFrame:
+    """A table of results, which is taken for hostile.
+
+    Args:
+        path: of the file.
+        name: of the table.
+
+    Raises:
+        ValueError: when it is none, or does not hold what `schema.COLUMNS` says.
+        OSError: when it can't be read.
+    """
     check_inside(path, path.parent)
     try:
         table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
@@ -182,6 +200,7 @@ def _read(path: Path, name: str) -> pd.DataFrame:
     fields.check_table(str(path), name, table)
     for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)
+    _check_known(str(path), table)
     return table.astype({column: "Int64" for column in ("broken_at", "first_iterate") if column in table})
 
 

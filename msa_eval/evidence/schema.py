@@ -31,7 +31,7 @@ RUN: Mapping[str, Any] = {
     "targets": {
         "defense": {"sha256": str, "type?": str, "*": object},
         "fc?": {"sha256": str, "type?": str, "*": object},
-        "*": object,
+        "*": {"sha256": str, "*": object},
     },
     "batches": {"sha256": str, "count": int, "*": object},
     "verdict": str,
@@ -156,39 +156,96 @@ class Column(NamedTuple):
 
     Attributes:
         kind: ``text``, ``whole``, ``number``, ``share``, ``yes`` (true or false) or ``any``.
+        meaning: of a cell, in words.
         gaps: whether cells may be empty.
+        optional: whether a table may lack it.
     """
 
     kind: str
+    meaning: str
     gaps: bool = False
+    optional: bool = False
 
 
-_TEXT, _WHOLE, _NUMBER, _SHARE, _YES = (
-    Column("text"), Column("whole"), Column("number", True), Column("share", True), Column("yes"),
-)  # fmt: skip
-_ABOUT = {"target": _TEXT, "context": _TEXT}
+_ABOUT = {
+    "target": Column("text", "`defense` or `fc`, the plain head on the same trunk"),
+    "context": Column("text", "what the attacker controls"),
+}
+_RUN = {"run": Column("text", "a name of its own among the runs of a target and context")}
+_SAMPLE = {"index": Column("whole", "the sample, by its place in the data set")}
+_PLACE = {
+    "batch": Column("whole", "the number of the batch in which it sits"),
+    "position": Column("whole", "its place there"),
+}
 COLUMNS: Mapping[str, Mapping[str, Column]] = {
-    "summary": _ABOUT | {"metric": _TEXT, "value": _SHARE, "low": _SHARE, "high": _SHARE, "n": _WHOLE},
-    "attacks": _ABOUT
-    | {
-        "run": _TEXT, "surrogate": _TEXT, "attack": _TEXT, "loss": _TEXT, "surrogate_accuracy": _SHARE,
-        "final": _SHARE, "any": _SHARE, "newly_broken": _WHOLE, "forwards": _WHOLE, "backwards": _WHOLE,
+    "summary": {
+        **_ABOUT,
+        "metric": Column("text", "which number"),
+        "value": Column("share", "of the samples that count as right", gaps=True),
+        "low": Column("share", "the lower end of its Wilson 95 % interval", gaps=True),
+        "high": Column("share", "the upper end", gaps=True),
+        "n": Column("whole", "samples"),
+        "verdict": Column("text", "on the numbers of the target", gaps=True, optional=True),
+        "reasons": Column("text", "for it", gaps=True, optional=True),
     },
-    "samples": _ABOUT
-    | {
-        "index": _WHOLE, "label": Column("any"), "batch": _WHOLE, "position": _WHOLE, "clean_prediction": _WHOLE,
-        "clean_correct": _YES, "robust": _YES, "broken_by": Column("text", True), "broken_at": Column("whole", True),
-        "min_margin": _NUMBER, "committed_right": _YES,
+    "attacks": {
+        **_ABOUT,
+        **_RUN,
+        "surrogate": Column("text", "through which it was searched; `target` where none was needed"),
+        "attack": Column("text", "the search"),
+        "loss": Column("text", "that it raised"),
+        "restart": Column("whole", "from 0, among runs of the same surrogate, attack and loss", optional=True),
+        "surrogate_accuracy": Column("share", "right by the surrogate on the final batches; empty: the run failed",
+                                     gaps=True),
+        "final": Column("share", "right on clean and final batches", gaps=True),
+        "any": Column("share", "right on clean batches and in every verified batch of the run", gaps=True),
+        "newly_broken": Column("whole", "samples that it was the first to break"),
+        "forwards": Column("whole", "images passed through the trunk"),
+        "backwards": Column("whole", "images passed back through it"),
+        "decisions": Column("whole", "images that the target decided on; without a trunk each is a pass",
+                            optional=True),
+        "seconds": Column("number", "that it took; empty on disk, as times stand in `run.json`", gaps=True,
+                          optional=True),
+        "notes": Column("text", "what a third-party attack did and should not have", gaps=True, optional=True),
     },
-    "outcomes": _ABOUT
-    | {
-        "run": _TEXT, "index": _WHOLE, "surrogate_fooled": _YES, "final_broken": _YES, "any_broken": _YES,
-        "first_iterate": Column("whole", True), "min_margin": _NUMBER,
+    "samples": {
+        **_ABOUT,
+        **_SAMPLE,
+        "label": Column("any", "its class"),
+        **_PLACE,
+        "clean_prediction": Column("whole", "the target's answer in the clean batch"),
+        "clean_correct": Column("yes", "whether that is the label"),
+        "robust": Column("yes", "right on the clean batch and never broken"),
+        "broken_by": Column("text", "the first run that broke it, or `clean` where it was wrong before", gaps=True),
+        "broken_at": Column("whole", "the iterate of that run", gaps=True),
+        "min_margin": Column("number", "the label's logit minus the best other one, lowest over all verified batches",
+                             gaps=True),
+        "committed_right": Column("yes", "counted as right in `realised`"),
     },
-    "batches": {"batch": _WHOLE, "position": _WHOLE, "index": _WHOLE},
-    "audit": {"target": _TEXT, "sign": _TEXT, "fired": _YES, "severity": _TEXT, "reason": Column("text", True)},
+    "outcomes": {
+        **_ABOUT,
+        **_RUN,
+        **_SAMPLE,
+        "surrogate_fooled": Column("yes", "whether the surrogate is wrong on the final batch"),
+        "final_broken": Column("yes", "whether the target is wrong on it"),
+        "any_broken": Column("yes", "whether the target is wrong on any verified batch of the run"),
+        "first_iterate": Column("whole", "where it first was", gaps=True),
+        "min_margin": Column("number", "as in `samples`, over this run; empty: the run failed", gaps=True),
+        "perturbation": Column("number", "the largest norm of what was added to the image; empty: the run failed",
+                               gaps=True),
+    },
+    "batches": {**_PLACE, **_SAMPLE},
+    "audit": {
+        "target": _ABOUT["target"],
+        "sign": Column("text", "what was looked for"),
+        "fired": Column("yes", "whether it was found"),
+        "severity": Column("text", "what it says of the numbers"),
+        "value": Column("number", "what was measured", gaps=True, optional=True),
+        "threshold": Column("number", "from where on it fires", gaps=True, optional=True),
+        "reason": Column("text", "what was found, in a sentence", gaps=True),
+    },
 }  # fmt: skip
-"""The columns that readers rely on; others may stand beside them."""
+"""The columns of each table; others may stand beside them."""
 
 MOST = 64
 """So many columns a table may have at the most: pandas is slow with very many, and says so in warnings of its own."""
@@ -204,13 +261,27 @@ KEYS = {
 
 _KIND_WORDS = {
     "text": "texts", "whole": "whole numbers", "number": "numbers", "share": "shares from 0 to 1",
-    "yes": "True or False",
+    "yes": "True or False", "any": "anything",
 }  # fmt: skip
 
 
 def texts_of(table: str) -> dict[str, type]:
     """The columns that are read as texts, whatever they look like."""
     return {name: str for name, column in COLUMNS[table].items() if column.kind == "text"}
+
+
+def columns_markdown() -> str:
+    """The columns of all tables as a table in Markdown.
+
+    >>> print(columns_markdown().splitlines()[2])
+    | `summary.csv` | `target` | texts | `defense` or `fc`, the plain head on the same trunk |
+    """
+    lines = ["| table | column | holds | meaning |", "| --- | --- | --- | --- |"]
+    for table, columns in COLUMNS.items():
+        for name, column in columns.items():
+            held = _KIND_WORDS[column.kind] + (", or nothing" if column.gaps else "")
+            lines.append(f"| `{table}.csv` | `{name}` | {held} | {column.meaning} |")
+    return "\n".join(lines)
 
 
 def check_table(name: str, table: str, rows: pd.DataFrame) -> None:
@@ -228,6 +299,8 @@ def check_table(name: str, table: str, rows: pd.DataFrame) -> None:
         raise ValueError(f"{name} has {len(rows.columns)} columns, but {MOST} at the most are read")
     for held, column in COLUMNS[table].items():
         if held not in rows:
+            if column.optional:
+                continue
             raise ValueError(f"{name} has no column {held}")
         if not column.gaps and rows[held].isna().any():
             raise ValueError(f"{name} has an empty cell in the column {held}")

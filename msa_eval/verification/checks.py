@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import Tensor
 
 from msa_eval.data import Samples
@@ -16,15 +15,14 @@ from msa_eval.defense.contract import Defense
 from msa_eval.evidence.archive import Archive
 from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, GALLERY, TABLES
 from msa_eval.evidence.provenance import defense_hash
-from msa_eval.evidence.results import run_digest
+from msa_eval.evidence.results import load_run, load_table, run_digest
 from msa_eval.hashing import bytes_of, file_hash
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.replay import Replay
 from msa_eval.protocols.loading import make_protocol
 from msa_eval.protocols.schema import Protocol
-from msa_eval.verification.recompute import COLUMNS, Tables, check_columns, recount
+from msa_eval.verification.recompute import Tables, recount
 from msa_eval.verification.referee import NEAR, NEAR_TIE, Referee
-from msa_eval.verification.stated import Stated
 
 
 class NotCheckedError(Exception):
@@ -67,64 +65,72 @@ def check_hashes(folder: Path, run: Mapping[str, Any]) -> tuple[str, None]:
     return f"{len(due)} files and run.json match the hashes recorded{missing}", None
 
 
+def read_run(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """Read ``run.json``."""
+    run = load_run(folder)
+    return f"readable, of schema version {run['schema_version']}", run
+
+
 def read_tables(folder: Path) -> tuple[str, Tables]:
     """Read the tables and hold their columns against what is known of them."""
     tables = {}
-    for name in COLUMNS:
-        path = folder / f"{name}.csv"
+    for name in TABLES:
         try:
-            # At once, or a column's type would be guessed piece by piece.
-            tables[name] = pd.read_csv(path, low_memory=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path.name} is not readable: {error}") from error
-        check_columns(name, tables[name])
+            tables[name] = load_table(folder / f"{name}.csv", name)
+        except OSError as error:
+            raise ValueError(f"{name}.csv is not readable: {error}") from error
+        if tables[name].empty:
+            raise ValueError(f"{name}.csv has no rows")
     return f"{len(tables['samples'])} samples, {len(tables['outcomes'])} outcomes", Tables(**tables)
 
 
-def read_protocol(stated: Stated) -> tuple[str, Protocol]:
+def read_protocol(run: Mapping[str, Any]) -> tuple[str, Protocol]:
     """Read the protocol in ``run.json`` and hold it against its hash."""
     try:
-        protocol = make_protocol(tomllib.loads(stated.protocol), source="the protocol in run.json")
+        protocol = make_protocol(tomllib.loads(run["protocol"]["text"]), source="the protocol in run.json")
     except RecursionError as error:
         raise ValueError("the protocol in run.json is not readable") from error
-    if protocol.digest() != stated.protocol_sha256:
+    if protocol.digest() != run["protocol"]["sha256"]:
         raise ValueError("the protocol's text in run.json was tampered with: it does not match the protocol's hash")
-    changed = dict(stated.overrides)
-    if stated.modified != bool(changed) or any(protocol.values.get(key) != value for key, value in changed.items()):
+    changed = dict(run["protocol"]["overrides"])
+    if run["protocol"]["modified"] != bool(changed) or any(
+        protocol.values.get(key) != value for key, value in changed.items()
+    ):
         raise ValueError("the overrides in run.json are not those of the protocol's text")
     return f"{protocol.name} v{protocol.version}, as hashed", protocol
 
 
-def check_weights(stated: Stated, targets: Mapping[str, Defense]) -> tuple[str, bool]:
+def check_weights(run: Mapping[str, Any], targets: Mapping[str, Defense]) -> tuple[str, bool]:
     """Hold the targets and their weights against those that the results are of."""
-    if set(stated.targets) != set(targets):
+    if set(run["targets"]) != set(targets):
         raise ValueError(
-            f"the results are of {' and '.join(sorted(stated.targets))}, "
+            f"the results are of {' and '.join(sorted(run['targets']))}, "
             f"but what is given makes {' and '.join(sorted(targets))}"
         )
-    for name, expected in stated.targets.items():
+    for name, about in run["targets"].items():
+        expected = about["sha256"]
         found = defense_hash(targets[name])
         if found != expected:
             raise ValueError(
                 f"the {name} has other weights ({found[:12]}) than the one the results are of ({expected[:12]})"
             )
-    return f"of {' and '.join(stated.targets)}, as hashed", True
+    return f"of {' and '.join(run['targets'])}, as hashed", True
 
 
-def check_data(stated: Stated, samples: Samples) -> tuple[str, bool]:
+def check_data(run: Mapping[str, Any], samples: Samples) -> tuple[str, bool]:
     """Hold the data set against the one that the results are about."""
     found = samples.digest()
-    if found != stated.data_sha256:
+    if found != run["data"]["sha256"]:
         raise ValueError(
-            f"{samples.name} ({found[:12]}) is not the data the results are about ({stated.data_sha256[:12]})"
+            f"{samples.name} ({found[:12]}) is not the data the results are about ({run['data']['sha256'][:12]})"
         )
     return f"{len(samples)} images and labels, as hashed", True
 
 
-def check_numbers(tables: Tables, protocol: Protocol, stated: Stated) -> tuple[str, None]:
+def check_numbers(tables: Tables, protocol: Protocol, run: Mapping[str, Any]) -> tuple[str, None]:
     """Count the tables again."""
-    none_of(recount(tables, targets=list(stated.targets), contexts=protocol.contexts, eps=protocol.ball.eps))
-    if bool(tables.attacks["final"].isna().any()) and stated.run.get("verdict") != "incomplete":
+    none_of(recount(tables, targets=list(run["targets"]), contexts=protocol.contexts, eps=protocol.ball.eps))
+    if bool(tables.attacks["final"].isna().any()) and run.get("verdict") != "incomplete":
         raise ValueError("attacks.csv holds runs that failed, but run.json does not call the results incomplete")
     return "summary.csv, attacks.csv and samples.csv follow from outcomes.csv, and the order of the numbers holds", None
 
@@ -138,7 +144,9 @@ def planned(protocol: Protocol, samples: Samples) -> tuple[Tensor, list[Tensor]]
     return chosen, plan
 
 
-def check_batches(tables: Tables, protocol: Protocol, stated: Stated, samples: Samples) -> tuple[str, list[Tensor]]:
+def check_batches(
+    tables: Tables, protocol: Protocol, run: Mapping[str, Any], samples: Samples
+) -> tuple[str, list[Tensor]]:
     """Make the plan again; hand on indices into the data set, a tensor a batch."""
     chosen, plan = planned(protocol, samples)
     seats = [chosen[places] for places in plan]
@@ -147,7 +155,7 @@ def check_batches(tables: Tables, protocol: Protocol, stated: Stated, samples: S
     if [tuple(row) for row in found] != expected:
         raise ValueError("batches.csv is not the plan that the protocol makes")
     digest = hashlib.sha256(b"".join(bytes_of(seat) + b"|" for seat in seats)).hexdigest()
-    if digest != stated.plan_sha256 or stated.n != len(chosen):
+    if digest != run["batches"]["sha256"] or run["data"]["n"] != len(chosen):
         raise ValueError("run.json states another batch plan than the protocol makes")
     return f"{len(chosen)} samples in {len(seats)} batches, as the protocol plans them", seats
 
@@ -207,14 +215,14 @@ def _clean_predictions(replay: Replay, context: str) -> Iterator[tuple[int, int,
         yield from zip(seat.tolist(), found.tolist(), close.tolist(), strict=True)
 
 
-def open_archive(folder: Path, stated: Stated, referee: Referee) -> tuple[str, Archive]:
+def open_archive(folder: Path, run: Mapping[str, Any], referee: Referee) -> tuple[str, Archive]:
     """Open the archive, if it is the one that ``run.json`` names."""
     path = folder / ARCHIVE
-    if stated.archive is None:
+    if run.get("adversarial") is None:
         raise ValueError(f"run.json does not know of {ARCHIVE}: it is not of this run, or its entry was removed")
-    if stated.archive.get("file") != ARCHIVE or not path.is_file():
+    if run["adversarial"].get("file") != ARCHIVE or not path.is_file():
         raise ValueError(f"{ARCHIVE}, which run.json names, is not there")
-    if file_hash(path) != stated.archive.get("sha256"):
+    if file_hash(path) != run["adversarial"].get("sha256"):
         raise ValueError(f"{ARCHIVE} was tampered with: it does not match the hash in run.json")
     archive = Archive(path, referee.images, referee.protocol.ball)
     return f"{len(archive)} proofs in {path.stat().st_size} bytes, as hashed", archive

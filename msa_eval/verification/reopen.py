@@ -24,9 +24,9 @@ from msa_eval.verification.checks import (
     check_weights,
     planned,
     read_protocol,
+    read_run,
     read_tables,
 )
-from msa_eval.verification.stated import read_run
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
-    _, stated = read_run(folder / "run.json")
+    _, run = read_run(folder)
     with contextlib.suppress(NotCheckedError):
-        check_hashes(folder, stated.run)
+        check_hashes(folder, run)
     _, tables = read_tables(folder)
-    _, protocol = read_protocol(stated)
-    made = make_targets(resolve(target, samples)[0], fc, samples, device, only=stated.targets)
-    targets = {name: one for name, one in made.items() if name in stated.targets}
-    check_weights(stated, targets)
+    _, protocol = read_protocol(run)
+    made = make_targets(resolve(target, samples)[0], fc, samples, device, only=run["targets"])
+    targets = {name: one for name, one in made.items() if name in run["targets"]}
+    check_weights(run, targets)
     samples = samples.decoded(planned(protocol, samples)[0])
-    check_data(stated, samples)
-    _, seats = check_batches(tables, protocol, stated, samples)
+    check_data(run, samples)
+    _, seats = check_batches(tables, protocol, run, samples)
     check_samples(tables, seats, samples)
     return Reopened(protocol, tables.samples, seats, targets, samples)

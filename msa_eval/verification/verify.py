@@ -25,6 +25,7 @@ from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.evidence.archive import Archive
 from msa_eval.evidence.folder import ARCHIVE
+from msa_eval.evidence.results import load_run
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
@@ -44,10 +45,10 @@ from msa_eval.verification.checks import (
     open_archive,
     planned,
     read_protocol,
+    read_run,
     read_tables,
 )
 from msa_eval.verification.referee import Claim, Referee
-from msa_eval.verification.stated import Stated, read_run
 
 LEAST = "that a sample is robust can't be proven by replay: breaks that were withheld are not found"
 
@@ -137,7 +138,7 @@ def verify(
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
     samples = Samples.of(x, y)
     device = check_device(device)
-    only = _named_targets(folder / "run.json")
+    only = _named_targets(folder)
     targets = make_targets(resolve(target, samples)[0], fc, samples, device, only=only)
     case = _Case(folder, targets, samples, device, progress)
     # The verdicts are float32, whatever surrounds the call.
@@ -150,10 +151,10 @@ def verify(
     return Verification(tuple(case.checks), len(case.claims), len(case.proven), round(seconds, 3))
 
 
-def _named_targets(path: Path) -> Collection[str] | None:
+def _named_targets(folder: Path) -> Collection[str] | None:
     """The targets that run.json names; ``None`` where it can't be read, which a check of its own says."""
     try:
-        return read_run(path)[1].targets
+        return set(load_run(folder)["targets"])
     except ValueError:
         return None
 
@@ -173,17 +174,17 @@ class _Case:
 
     def check(self) -> None:
         """Make all checks."""
-        stated = self._step("run.json", lambda: read_run(self.folder / "run.json"))
-        if stated is None:
+        run = self._step("run.json", lambda: read_run(self.folder))
+        if run is None:
             return
-        self._step("hashes", lambda: check_hashes(self.folder, stated.run))
+        self._step("hashes", lambda: check_hashes(self.folder, run))
         tables = self._step("tables", lambda: read_tables(self.folder))
-        protocol = self._step("protocol", lambda: read_protocol(stated))
-        weights = self._step("weights", lambda: check_weights(stated, self.targets))
+        protocol = self._step("protocol", lambda: read_protocol(run))
+        weights = self._step("weights", lambda: check_weights(run, self.targets))
         with contextlib.suppress(ValueError):  # which the steps below meet again
             if protocol is not None:
                 self.samples = self.samples.decoded(planned(protocol, self.samples)[0], progress=self.progress)
-        data = self._step("data", lambda: check_data(stated, self.samples))
+        data = self._step("data", lambda: check_data(run, self.samples))
         if tables is not None:
             self.claims = _claims(tables.samples)
         if tables is None or protocol is None:
@@ -191,11 +192,11 @@ class _Case:
                 "there are no tables or no protocol", "numbers", "batches", "samples", "trunk", "clean", "replay"
             )
             return
-        self._step("numbers", lambda: check_numbers(tables, protocol, stated))
+        self._step("numbers", lambda: check_numbers(tables, protocol, run))
         if data is None:
             self._skip("these are not the data", "batches", "samples", "trunk", "clean", "replay")
             return
-        seats = self._step("batches", lambda: check_batches(tables, protocol, stated, self.samples))
+        seats = self._step("batches", lambda: check_batches(tables, protocol, run, self.samples))
         if seats is None:
             self._skip("the batches are not the protocol's", "samples", "trunk", "clean", "replay")
             return
@@ -203,12 +204,12 @@ class _Case:
         if weights is None:
             self._skip("these are not the weights", "trunk", "clean", "replay")
             return
-        replays = self._step("trunk", lambda: self._prepared(seats, stated, protocol.ball))
+        replays = self._step("trunk", lambda: self._prepared(seats, run, protocol.ball))
         if replays is None:
             self._skip("features do not come from their own image alone", "clean", "replay")
             return
         self._step("clean", lambda: check_clean(tables, replays))
-        self._replay(stated, Referee(replays, protocol))
+        self._replay(run, Referee(replays, protocol))
 
     def _step(self, name: str, make: Callable[[], tuple[str, Any]]) -> Any:
         """Make a check that says what it found and hands something on; ``None`` where it does not pass."""
@@ -224,21 +225,23 @@ class _Case:
     def _skip(self, reason: str, *names: str) -> None:
         self.checks += [Check(name, None, f"not checked, because {reason}") for name in names]
 
-    def _prepared(self, seats: Sequence[Tensor], stated: Stated, ball: Ball) -> tuple[str, dict[str, Replay]]:
+    def _prepared(self, seats: Sequence[Tensor], run: Mapping[str, Any], ball: Ball) -> tuple[str, dict[str, Replay]]:
         replays = {
-            name: Replay(target, self.samples, seats, device=self.device, draws=stated.draws.get(name, 1), ball=ball)
+            name: Replay(
+                target, self.samples, seats, device=self.device, draws=run.get("draws", {}).get(name, 1), ball=ball
+            )
             for name, target in self.targets.items()
         }
         return "features come from their own image alone, so that rows can be exchanged", replays
 
-    def _replay(self, stated: Stated, referee: Referee) -> None:
+    def _replay(self, run: Mapping[str, Any], referee: Referee) -> None:
         """Replay the archive: one check of the file, one of its points, one of what they break."""
-        if stated.archive is not None or (self.folder / ARCHIVE).exists():
-            archive = self._step("archive", lambda: open_archive(self.folder, stated, referee))
+        if run.get("adversarial") is not None or (self.folder / ARCHIVE).exists():
+            archive = self._step("archive", lambda: open_archive(self.folder, run, referee))
             if archive is not None:
                 self._step("points", lambda: self._judge(archive, referee))
         self.proven = referee.proven & self.claims
-        self._step("replay", lambda: self._tally(stated, referee))
+        self._step("replay", lambda: self._tally(run, referee))
 
     def _judge(self, archive: Archive, referee: Referee) -> tuple[str, None]:
         faults = [fault for proof in self.progress(archive, "replay") for fault in referee.judge(proof)]
@@ -246,10 +249,10 @@ class _Case:
         ball = referee.protocol.ball
         return f"{len(archive)} proofs: all points in the {ball.norm} ball of radius {ball.eps:.6g} and in [0, 1]", None
 
-    def _tally(self, stated: Stated, referee: Referee) -> tuple[str, None]:
+    def _tally(self, run: Mapping[str, Any], referee: Referee) -> tuple[str, None]:
         """Hold what was broken here against what the results call broken."""
         found = f"replayed {len(self.proven)} of {len(self.claims)} claims"
-        if stated.archive is None and self.claims:
+        if run.get("adversarial") is None and self.claims:
             raise NotCheckedError(f"{found}: the run was made without save_adversarial=True")
         reasons = [
             f"sample {index} ({target}, {context}): {referee.reason(target, context, index)}"
@@ -260,13 +263,13 @@ class _Case:
             for target, context, index in sorted(referee.proven - self.claims)
         ]
         if reasons:
-            raise ValueError(f"{found}{_short(stated)}; {first_of(reasons)}")
+            raise ValueError(f"{found}{_short(run)}; {first_of(reasons)}")
         return found, None
 
 
-def _short(stated: Stated) -> str:
+def _short(run: Mapping[str, Any]) -> str:
     """What the archive is known to lack, as run.json tells it."""
-    about = stated.archive or {}
+    about = run.get("adversarial") or {}
     left_out, unconfirmed = about.get("left_out"), about.get("unconfirmed")
     if not left_out and not unconfirmed:
         return ""

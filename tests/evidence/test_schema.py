@@ -15,7 +15,7 @@ from records import make_results
 from msa_eval.cli import main
 from msa_eval.evidence.folder import TABLES
 from msa_eval.evidence.results import TRIMMED, Results
-from msa_eval.evidence.schema import COLUMNS, MOST, RUN, check_run
+from msa_eval.evidence.schema import COLUMNS, MOST, RUN, check_run, columns_markdown
 
 ROOT = Path(__file__).parents[2] / "results"
 WRONG = {"text": 7, "dict": ["a"], "list": "a", "int": "1", "float": "1", "bool": "yes"}
@@ -163,10 +163,29 @@ def test_a_table_that_was_changed_is_named(
 def test_a_missing_column_is_named(folder: Path, table: str) -> None:
     path = folder / f"{table}.csv"
     held = pd.read_csv(path)
-    for column in COLUMNS[table]:
+    for column in (name for name, about in COLUMNS[table].items() if not about.optional):
         held.drop(columns=column).to_csv(path, index=False)
         with pytest.raises(ValueError, match=rf"{table}\.csv has no column {column}"):
             Results.load(folder)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_is_described_and_the_description_is_rendered(table: str) -> None:
+    written = list(getattr(make_results(), table))
+    described = [name for name, about in COLUMNS[table].items() if name in written or not about.optional]
+    assert written == described, "in the order in which they are written"
+    shown = [line.split("|") for line in columns_markdown().splitlines()[2:]]
+    assert [name.strip(" `") for _, of, name, *_ in shown if of.strip() == f"`{table}.csv`"] == list(COLUMNS[table])
+    assert all(len(cells) == 6 and all(cell.strip() for cell in cells[1:-1]) for cells in shown)
+
+
+def test_an_optional_column_is_held_to_its_kind_where_it_is_there(folder: Path) -> None:
+    path = folder / "attacks.csv"
+    pd.read_csv(path).drop(columns="restart").to_csv(path, index=False)
+    assert "restart" not in Results.load(folder).attacks
+    pd.read_csv(path).assign(restart="x").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="must hold whole numbers in the column restart"):
+        Results.load(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"\x00" * 100, b'a,"b\n', b"a\n1,2,3\n"], ids=range(5))

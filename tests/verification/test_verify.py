@@ -233,7 +233,9 @@ SEALED = [
     ("summary", _set("low", 0.3, metric="worst_case"), {"numbers"}, "low of worst_case"),
     ("summary", _set("n", 25, metric="clean"), {"numbers"}, "n of clean"),
     ("summary", lambda table: table[table["metric"] != "paper"], {"numbers"}, "has no paper"),
-    ("summary", lambda table: pd.concat([table, table.iloc[:1]]), {"numbers"}, "names a number twice"),
+    ("summary", lambda table: pd.concat([table, table.iloc[:1]]), {"tables"}, "two rows of the same target, context"),
+    ("samples", lambda table: table.iloc[:0], {"tables"}, "samples.csv has no rows"),
+    ("samples", _set("target", "another"), {"tables"}, "names the target 'another'"),
     ("batches", lambda table: table.iloc[::-1], {"batches"}, "not the plan that the protocol makes"),
     ("batches", lambda table: table.assign(position=table["position"] + 1), {"batches"}, "not the plan"),
 ]  # fmt: skip
@@ -534,11 +536,12 @@ def test_a_changed_protocol_is_found(folder: Path, hpm: HPM, samples: Samples) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.pop("protocol"), "no valid protocol.text"),
-        (lambda run: run.update(targets=[]), "no valid targets"),
-        (lambda run: run["targets"].update(fc=3), "no valid targets.fc.sha256"),
+        (lambda run: run.pop("protocol"), "the field protocol is missing"),
+        (lambda run: run.update(targets=[]), "the field targets must hold fields"),
+        (lambda run: run["targets"].update(fc=3), "the field targets.fc must hold fields"),
+        (lambda run: run["targets"].update(more={}), "the field targets.more.sha256 is missing"),
         (lambda run: run.update(schema_version=9), "schema version 9, but this release reads 1"),
-        (lambda run: run.update(adversarial=[1]), "no valid adversarial"),
+        (lambda run: run.update(adversarial=[1]), "the field adversarial must hold"),
         (lambda run: run["protocol"].update(text="["), "Invalid"),
         (lambda run: run["protocol"].update(text="a = " + "[" * 5000), ""),
     ],
