@@ -16,7 +16,9 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
 from msa_eval.defense.contexts import CONTEXTS, AmongOthers, Company, OneAtATime, decide_each, decide_offers
 from msa_eval.defense.contract import as_defense
+from msa_eval.evidence.proof import Proof
 from msa_eval.judging.clean_batches import CleanBatches
+from msa_eval.judging.replay import Replay
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
 
@@ -196,6 +198,16 @@ def test_a_static_target_is_left_as_it_is(context: str) -> None:
     defense, samples = as_defense(make_classifier()), make_samples(make_classifier(), 6)
     clean = CleanBatches(defense, samples, torch.arange(6), [torch.arange(6)], device="cpu")
     assert clean.view(context, clean.batch(0)) is defense
+
+
+@pytest.mark.parametrize("context", ["joint", "solo", "composed"])
+def test_a_static_target_answers_every_proof_alike(context: str) -> None:
+    """One from a stranger may be of a kind that is never written in its context."""
+    defense, samples = as_defense(make_classifier()), make_samples(make_classifier(), 6)
+    replay = Replay(defense, samples, [torch.arange(6)], device="cpu")
+    own = samples.x[:1]
+    proof = Proof("defense", context, 0, "victims", torch.tensor([1]), samples.x, own=own)
+    torch.testing.assert_close(replay.logits(proof), defense.logits(defense.features(own)))
 
 
 def test_no_other_file_compares_with_the_name_of_a_context() -> None:
