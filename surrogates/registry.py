@@ -22,12 +22,14 @@ class Surrogate:
         logits: the decision. It may look at the whole batch.
         applies: whether a defence has what this surrogate needs.
         on_images: ``logits`` takes images instead of features: a model with a trunk of its own, which costs a pass.
+        passes: how many passes of that model it takes, where it averages over several.
     """
 
     name: str
     logits: Decision
     applies: Callable[[Any], bool] = lambda defense: True
     on_images: bool = False
+    passes: int = 1
 
 
 Own = Decision | nn.Module | Surrogate
