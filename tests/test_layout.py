@@ -19,7 +19,7 @@ import msa_eval
 ROOT = Path(__file__).parents[1]
 _PATHS = [
     *(ROOT / "msa_eval").rglob("*.py"),
-    *(path for folder in ("surrogates", "protocols") for path in (ROOT / folder).glob("*.py")),
+    *(path for folder in ("surrogates", "protocols") for path in (ROOT / folder).rglob("*.py")),
 ]
 SOURCES = {
     ".".join(["msa_eval", *(part for part in parts if part not in ("msa_eval", "__init__"))]): path

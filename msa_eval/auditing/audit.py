@@ -27,6 +27,7 @@ from msa_eval.auditing.probes import Subject
 from msa_eval.auditing.rules import without_advice
 from msa_eval.auditing.sign import Sign, Verdict, verdict_of
 from msa_eval.auditing.state_guard import StateGuard
+from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, brought_by, without_weight_gradients
 from msa_eval.defense.micro_batches import fitting
@@ -34,7 +35,7 @@ from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
-from msa_eval.judging.usable_surrogates import answer_with_gradient, offer
+from msa_eval.judging.usable_surrogates import Find, answer_with_gradient, offer
 from msa_eval.numerics import exact
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.loading import load_protocol
@@ -86,6 +87,7 @@ def audit(
     protocol: str | Path | Protocol = "msa",
     fc: object = None,
     surrogates: Mapping[str, Own] | None = None,
+    found_surrogates: bool = True,
     seed: int = 0,
     device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
@@ -101,6 +103,7 @@ def audit(
         protocol: the one whose figures are in question; its ball, batches and surrogates are used.
         fc: a plain classifier to audit beside the defence.
         surrogates: more surrogates for the defence by name, as for `msa_eval.evaluate`.
+        found_surrogates: whether to look for more in the target's own code, as `msa_eval.evaluate` does.
         seed: of everything drawn.
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
@@ -133,10 +136,25 @@ def audit(
     ):
         plain = None
         if beside is not None:
-            plain = _audit("fc", beside, samples, protocol, {}, seed, device, limit, started, None, progress)
+            plain = _audit(
+                "fc", beside, samples, protocol, {}, seed, device, limit, started, None, progress, find=found_surrogates
+            )
             started = time.perf_counter()
         own = {**brought_by(defense), **(surrogates or {})}
-        return _audit("defense", defense, samples, protocol, own, seed, device, limit, started, plain, progress)
+        return _audit(
+            "defense",
+            defense,
+            samples,
+            protocol,
+            own,
+            seed,
+            device,
+            limit,
+            started,
+            plain,
+            progress,
+            find=found_surrogates,
+        )
 
 
 def _audit(
@@ -151,6 +169,8 @@ def _audit(
     started: float,
     fc: AuditReport | None,
     progress: Progress,
+    *,
+    find: bool,
 ) -> AuditReport:
     chosen = select(samples.y, protocol)
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
@@ -170,22 +190,27 @@ def _audit(
     batches = list(clean)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):
-        usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own)
+        search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find and protocol.follows_gradients)
+        usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own, search.more)
     measure = functools.partial(
         probe, defense, usable, batches, protocol.ball,
         batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
         followed=protocol.follows_gradients, progress=progress,
     )  # fmt: skip
     found = fitting(defense, max(len(batch.x) for batch in batches), measure)
+    if search.finding is not None and protocol.follows_gradients:
+        found.append(search.finding.sign())
     found = without_advice([*found, guard.sign()])
     seconds = round(time.perf_counter() - started, 3)
     return AuditReport(name, tuple(found), sum(len(batch.y) for batch in batches), seconds, fc)
 
 
-def _usable(budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, Own]) -> Sequence[Surrogate]:
+def _usable(
+    budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, Own], find: Find
+) -> Sequence[Surrogate]:  # fmt: skip
     """The surrogates that a defence offers; none where no gradient reaches the images, which is a sign of its own."""
     try:
-        return fitting(defense, len(batch.x), lambda: offer(budget, defense, batch, own=own)).usable
+        return fitting(defense, len(batch.x), lambda: offer(budget, defense, batch, own=own, find=find)).usable
     except (ValueError, RuntimeError) as error:
         named = [get(name, own) for name in (*budget.names, *own)]
         usable = [s for s in named if s.applies(defense) and answer_with_gradient(s, defense, batch) is not None]

@@ -16,7 +16,7 @@ Mask = npt.NDArray[np.bool_]
 
 OF_ATTACKS = frozenset(
     {"zero_gradients", "own_gradient_zero", "gradient_free_beats_white_box", "transfer_beats_direct", "large_eps",
-     "one_step", "loss_not_rising", "surrogate_disagrees"}
+     "one_step", "loss_not_rising", "surrogate_disagrees", "gradient_truth"}
 )  # fmt: skip
 """The signs that show how attacks fared, and give advice about them."""
 

@@ -26,6 +26,7 @@ WIDTH = 100
 )
 @options.assignments
 @click.option("--strict", is_flag=True, help=f"Exit with status {options.NOT_SOUND} unless the verdict is sound.")
+@options.found_surrogates
 @options.seed
 @options.device
 @options.quiet
@@ -36,6 +37,7 @@ def audit(
     limit: int,
     assignments: tuple[tuple[str, Any], ...],
     strict: bool,
+    no_found_surrogates: bool,
     seed: int,
     device: str,
     quiet: bool,
@@ -54,6 +56,7 @@ def audit(
         samples,
         protocol=protocol,
         overrides=dict(assignments),
+        found_surrogates=not no_found_surrogates,
         seed=seed,
         device=device,
         limit=limit,

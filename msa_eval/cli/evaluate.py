@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     "--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page)."
 )
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
+@options.found_surrogates
 @options.seed
 @options.device
 @click.option(
@@ -82,6 +83,7 @@ def run(
     quiet: bool,
     save_adversarial: bool = False,
     no_gallery: bool = False,
+    no_found_surrogates: bool = False,
     engine: Engine | None = None,
     strict: bool = False,
 ) -> None:
@@ -96,6 +98,7 @@ def run(
         target.load(samples, quiet=quiet),
         samples,
         protocol=loaded,
+        found_surrogates=not no_found_surrogates,
         seed=seed,
         device=device,
         out=out,

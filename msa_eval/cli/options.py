@@ -105,6 +105,11 @@ anew = click.option(
     "--force", is_flag=True, help="Start anew, and keep what the output folder holds under a dated name."
 )
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
+found_surrogates = click.option(
+    "--no-found-surrogates",
+    is_flag=True,
+    help="Look for no surrogates in the target's own code where its gradients are not true.",
+)
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
 )

@@ -34,5 +34,7 @@ def probe_target(entrant: Entrant, work: Work) -> list[Sign]:
     except (AttackError, MemoryError) as error:
         work.fail(entrant.name, "the audit", error)
         return []
+    if entrant.finding is not None:
+        found.append(entrant.finding.sign())
     work.units.write(name, tuple(found))
     return found

@@ -55,6 +55,7 @@ def evaluate(
     protocol: str | Path | Protocol = "msa",
     fc: object = None,
     surrogates: Mapping[str, Own] | None = None,
+    found_surrogates: bool = True,
     seed: int = 0,
     device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
@@ -83,6 +84,8 @@ def evaluate(
             ``False`` to leave it out.
         surrogates: more surrogates for the defence by name: functions ``(defense, features) -> logits``, or modules
             from images to logits. They come after those that the target brings in its attribute ``surrogates``.
+        found_surrogates: whether to look for surrogates in the target's own code and submodules, where no gradient is
+            true enough; what is found, and how, stands in ``run.json``.
         seed: of every attack; samples and batches have seeds of their own in the protocol.
         device: where to compute; modules are moved there.
         overrides: values to put in place of the protocol's, by dotted key.
@@ -144,6 +147,7 @@ def evaluate(
             protocol=protocol,
             named=named,
             own={**brought, **(surrogates or {})},
+            find=found_surrogates,
             seed=seed,
             device=device,
             out=None if out is None else Path(out),
@@ -166,6 +170,7 @@ def _evaluate(
     protocol: Protocol,
     named: Mapping[str, Any] | None,
     own: Mapping[str, Own],
+    find: bool,
     seed: int,
     device: str,
     out: Path | None,
@@ -194,7 +199,7 @@ def _evaluate(
                     model, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball,
                     progress=progress,
                 ),
-                protocol=protocol, own=own, seed=seed,
+                protocol=protocol, own=own, seed=seed, find=find,
             )
             for name, model in targets.items()
         ]  # fmt: skip
@@ -269,6 +274,8 @@ def _carried_out(
     more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied, "fp32_search": exact}
     more["whole"] = why_whole({entrant.name: entrant.defense for entrant in entrants})
     more["begun_elsewhere"] = work.units.environments
+    found = {entrant.name: entrant.finding.about() for entrant in entrants if entrant.finding is not None}
+    more["found_surrogates"] = {name: tried for name, tried in found.items() if tried}
     run = {**about, "taken_back": taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})

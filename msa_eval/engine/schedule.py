@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import History
 from msa_eval.judging.search_state import Setting
 from msa_eval.judging.usable_surrogates import Offers
-from msa_eval.protocols.schema import ApgdBudget, Protocol, RunSpec
+from msa_eval.protocols.schema import ApgdBudget, Protocol, RunSpec, SpsaBudget, SquareBudget
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 
@@ -139,6 +139,8 @@ def plan_runs(
     together = batch_dependent and not context.one_batch_per_sample
     if not together or not caches or (budget is not None and budget.victim is not None):
         mixing = None
+    if budget is not None and not offers.usable:
+        return _query_runs(protocol, more=_passes_of(budget))
     if budget is not None:
         _check_losses(budget, num_classes)
         budget = budget if mixing is None else mixing.gathering(budget)
@@ -195,8 +197,11 @@ def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: b
     targeted = MALT if any(run.loss == MALT for run in budget.runs) else TARGETED
     runs: list[Run] = []
     seen: dict[tuple[str, str, str], int] = {}
+    taking_turns = budget.runs and offers.turns and set(offers.turns) <= set(has)
+    turns = itertools.cycle(offers.turns) if taking_turns else itertools.repeat("")
     for wanted in _wanted(budget, list(has), num_classes, own=offers.own):
-        name = wanted.surrogate if wanted.surrogate in has else next(iter(has))
+        name = next(turns) or wanted.surrogate
+        name = name if name in has else next(iter(has))
         moves = wanted.moves if apart and offers.among else "batch"
         if moves == "companions" and name not in offers.among:
             name = offers.among[0]
@@ -233,13 +238,25 @@ def _wanted(
     ]
 
 
-def _query_runs(protocol: Protocol) -> list[Run]:
+def _passes_of(budget: ApgdBudget) -> int:
+    """The passes a sample that a budget's runs would take."""
+    runs = len(budget.runs) or len(budget.names) * len(budget.losses) * budget.restarts
+    return min(budget.passes or runs * budget.steps, runs * budget.steps) + budget.overtime
+
+
+def _query_runs(protocol: Protocol, *, more: int = 0) -> list[Run]:
+    """The gradient-free runs; ``more`` queries a sample where no gradient could be followed, shared by both attacks."""
     chained = protocol.apgd is not None and protocol.apgd.combine == "cascade"
     runs = []
-    if (square_budget := protocol.square) is not None:
+    square_budget, spsa_budget = protocol.square, protocol.spsa
+    if more:
+        square_budget, spsa_budget = square_budget or SquareBudget(queries=1), spsa_budget or SpsaBudget(queries=3)
+        square_budget = replace(square_budget, queries=square_budget.queries + more // 2)
+        spsa_budget = replace(spsa_budget, queries=spsa_budget.queries + more // 2)
+    if square_budget is not None:
         attack = SquareAttack(square_budget.queries, square_budget.p_init)
         runs += [Run(None, attack, "square", "margin", i, chained) for i in range(square_budget.restarts)]
-    if (spsa_budget := protocol.spsa) is not None:
+    if spsa_budget is not None:
         estimate = SpsaAttack(spsa_budget.queries, spsa_budget.samples)
         runs += [Run(None, estimate, "spsa", "margin", i, chained) for i in range(spsa_budget.restarts)]
     return runs

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from msa_eval.auditing.surrogate_search import Finding, SurrogateSearch
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import fitting
@@ -33,6 +34,7 @@ class Entrant:
     protocol: Protocol
     seed: int
     search: Search = EXACT
+    finding: Finding | None = None
 
     @classmethod
     def enter(
@@ -44,16 +46,30 @@ class Entrant:
         protocol: Protocol,
         own: Mapping[str, Own],
         seed: int,
+        find: bool = True,
     ) -> Entrant:
-        """Plan the runs of a target; the caller's own surrogates are the defence's."""
-        offers = Offers((), (), "")
+        """Plan the runs of a target; the caller's own surrogates are the defence's.
+
+        Args:
+            name: ``defense`` or ``fc``.
+            defense: the target.
+            clean: its clean batches.
+            protocol: what is to be run.
+            own: the caller's own surrogates.
+            seed: of everything drawn.
+            find: whether to look for surrogates where the target's own gradients are not true.
+        """
+        offers, finding = Offers((), (), ""), None
         if protocol.apgd is not None:
+            search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find)
             look = functools.partial(
                 offer, protocol.apgd, defense, batch := next(iter(clean)), own=own, use_own=name == "defense",
                 batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
+                find=search.more,
             )  # fmt: skip
             with seeded(seed):
                 offers = fitting(defense, len(batch.x), look)
+            finding = search.finding
         companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
         runs = {
             context: plan_runs(
@@ -78,7 +94,7 @@ class Entrant:
                 f"passes of a batch as the batch has images (up to {protocol.batch_size})",
                 stacklevel=2,
             )
-        return cls(name, defense, clean, runs, offers, protocol, seed)
+        return cls(name, defense, clean, runs, offers, protocol, seed, finding=finding)
 
     @functools.cached_property
     def replay(self) -> Replay:

@@ -102,6 +102,11 @@ class CleanBatches:
         check_trunk(defense, first.x, first.z)
         self.batch_dependent = looks_at_its_batch(defense, first.x, first.logits, ball, stochastic=self.stochastic)
 
+    @property
+    def defense(self) -> Defense:
+        """The target."""
+        return self._defense
+
     def __len__(self) -> int:
         return len(self.seats)
 

@@ -126,7 +126,7 @@ class Passes:
 
     def _member_logits(self, surrogate: Surrogate, x: Tensor, z: Tensor) -> Tensor:
         if surrogate.on_images:
-            self.forwards += len(x)
+            self.forwards += len(x) * surrogate.passes
             logits = self._watched(surrogate.logits(self._state.attacked, x))
         else:
             logits = surrogate.logits(self._state.attacked, z)

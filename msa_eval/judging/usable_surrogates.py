@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ class Offers:
         together: those of ``attack.apgd`` as an ensemble, where there are several.
         pursued: those of ``among`` that a pursuit follows in turn.
         own: the names of the caller's own.
+        turns: where surrogates were found, the names that the runs of a list take in turn.
     """
 
     usable: Sequence[Surrogate]
@@ -41,17 +42,45 @@ class Offers:
     together: Ensemble | None = None
     pursued: Surrogate | Ensemble | None = None
     own: Sequence[str] = ()
+    turns: Sequence[str] = ()
 
     @property
     def exact(self) -> Surrogate:
-        """The one whose gradient is the hard decision's own almost everywhere, or the last."""
+        """The one with the hard decision's own gradient almost everywhere, or the last; of those found, the first."""
+        if self.turns:
+            return next(s for s in self.usable if s.name == self.turns[0])
         return next((s for s in self.usable if s.name == "frozen-assignment"), self.usable[-1])
 
     def of(self, budget: ApgdBudget) -> list[Surrogate]:
         """Those that the white-box runs of a budget use: the ones it names and the caller's, or what there is."""
         has = {surrogate.name: surrogate for surrogate in self.usable}
-        named = [has[name] for name in dict.fromkeys([*budget.names, *self.own]) if name in has]
+        named = [has[name] for name in dict.fromkeys([*self.turns, *budget.names, *self.own]) if name in has]
         return named or [self.usable[0]]
+
+
+@dataclass(frozen=True)
+class More:
+    """Surrogates that were found for a target.
+
+    Attributes:
+        surrogates: they, the best first.
+        beside: the name of the best of those there were, which takes turns with them; ``None`` if it is of no use.
+    """
+
+    surrogates: Sequence[Surrogate] = ()
+    beside: str | None = None
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The names of all, one that there was after each that was found."""
+        if not self.surrogates:
+            return ()
+        beside = () if self.beside is None else (self.beside,)
+        return tuple(name for found in self.surrogates for name in (found.name, *beside))
+
+
+Find = Callable[[Sequence[Surrogate]], More]
+"""Looks for more surrogates, given those that there are, each with a gradient."""
 
 
 def offer(
@@ -63,6 +92,7 @@ def offer(
     use_own: bool = True,
     batch_dependent: bool = True,
     recombination: RecombinationBudget | None = None,
+    find: Find | None = None,
 ) -> Offers:
     """Find the surrogates of a protocol that a defence can offer.
 
@@ -77,6 +107,7 @@ def offer(
         use_own: whether they are for this target.
         batch_dependent: whether the target looks at companions.
         recombination: names more of them.
+        find: looks for more. With it, none at all is no mistake.
 
     Raises:
         ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
@@ -91,8 +122,14 @@ def offer(
         raise ValueError(f"surrogate {dull[0]!r} has no gradient with respect to the images, so it can't be attacked")
     if not usable:
         answers["ste"] = answer_with_gradient(STE, defense, batch)
-        usable = [STE]
-    if answers[usable[0].name] is None:
+        usable = [] if answers["ste"] is None else [STE]
+    more = More() if find is None else find(usable)
+    for surrogate in more.surrogates:
+        answers[surrogate.name] = answer_with_gradient(surrogate, defense, batch)
+    usable = [*(s for s in more.surrogates if answers[s.name] is not None), *usable]
+    if not usable and find is not None:
+        return Offers((), [s.name for s in known], "")
+    if not usable:
         raise ValueError(
             "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
             "your own (surrogates={...}), or the protocol black-box, which follows none"
@@ -107,6 +144,7 @@ def offer(
         [s.name for s in known if s not in usable],
         digest.hexdigest(),
         own=[s.name for s in usable if s.name in own],
+        turns=more.turns,
     )
     if budget.combine in ("mean", "alternate") and len(attacked := offers.of(budget)) > 1:
         offers = replace(offers, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))

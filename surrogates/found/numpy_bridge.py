@@ -48,7 +48,8 @@ def _turned(source: Tensor, found: Tensor) -> Tensor | None:
 
 def _correlation(first: Tensor, second: Tensor) -> Tensor:
     a, b = first.float() - first.float().mean(), second.float() - second.float().mean()
-    return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    found: Tensor = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    return found
 
 
 def _slope(source: Tensor, found: Tensor) -> float:

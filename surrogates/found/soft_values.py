@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def one_hot_of(chance: Tensor, width: int) -> Tensor:
 LOGICAL = frozenset({"__and__", "logical_and", "__or__", "logical_or", "__invert__", "logical_not", "bitwise_not"})
 
 
-def logical(name: str, args: Any) -> Tensor:
+def logical(name: str, args: Sequence[Tensor]) -> Tensor:
     """What stands for a logical combination of comparisons: products of what stands for each.
 
     >>> logical("__or__", (torch.tensor(0.5), torch.tensor(0.5)))

@@ -240,7 +240,8 @@ class PassedOver:
                 return None
             with torch._C.DisableTorchFunction():
                 slope = scaling(args[0].detach(), out.detach()).scale
-                return out.detach() + slope.to(out) * (args[0] - args[0].detach())
+                mended: Tensor = out.detach() + slope.to(out) * (args[0] - args[0].detach())
+                return mended
 
         handles = [root.register_forward_pre_hook(enter)] if isinstance(root, nn.Module) else []
         handles.append(module.register_forward_pre_hook(before) if self.before else module.register_forward_hook(after))
@@ -295,9 +296,10 @@ class ClassPassedOver:
         def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
             if threading.get_ident() != thread or type(module) is not self.kind or not _is_like(args[0], out):
                 return None
-            return out.detach() + args[0] - args[0].detach()
+            mended: Tensor = out.detach() + args[0] - args[0].detach()
+            return mended
 
-        handle = register_module_forward_hook(after)
+        handle = register_module_forward_hook(after)  # type: ignore[arg-type]
         try:
             return run(defense, x.clone(), on_images=True)
         finally:

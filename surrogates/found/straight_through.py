@@ -55,8 +55,8 @@ _ENTER = torch.inference_mode.__enter__
 _EXIT = torch.inference_mode.__exit__
 
 
-def _from_numpy(array: Any) -> Tensor:
-    found = _FROM_NUMPY(array)
+def _from_numpy(ndarray: Any) -> Tensor:
+    found = _FROM_NUMPY(ndarray)
     mode: StraightThrough | None = getattr(_ACTIVE, "mode", None)
     if mode is None:
         return found
