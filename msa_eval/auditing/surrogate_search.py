@@ -189,7 +189,7 @@ class SurrogateSearch:
         beside = max((s.name for s in existing if s.name in truths), key=lambda name: truths[name].figure, default=None)
         if beside is not None and truths[beside].figure < BLIND:
             beside = None
-        return More([guarded(surrogate) for surrogate in self.finding.surrogates], beside)
+        return More([guarded(surrogate) for surrogate in self.finding.surrogates], beside, looked=self._search)
 
 
 class _Search:

@@ -65,10 +65,12 @@ class More:
     Attributes:
         surrogates: they, the best first.
         beside: the name of the best of those there were, which takes turns with them; ``None`` if it is of no use.
+        looked: whether any were looked for: then none at all is no mistake.
     """
 
     surrogates: Sequence[Surrogate] = ()
     beside: str | None = None
+    looked: bool = False
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def offer(
         use_own: whether they are for this target.
         batch_dependent: whether the target looks at companions.
         recombination: names more of them.
-        find: looks for more. With it, none at all is no mistake.
+        find: looks for more.
 
     Raises:
         ValueError: when a name is unknown, one of the caller's own has no gradient, or none is left.
@@ -127,7 +129,7 @@ def offer(
     for surrogate in more.surrogates:
         answers[surrogate.name] = answer_with_gradient(surrogate, defense, batch)
     usable = [*(s for s in more.surrogates if answers[s.name] is not None), *usable]
-    if not usable and find is not None:
+    if not usable and more.looked:
         return Offers((), [s.name for s in known], "")
     if not usable:
         raise ValueError(

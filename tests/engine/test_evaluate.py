@@ -312,7 +312,7 @@ class _Raising(Classifier):
 
     def logits(self, z: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls > 40:  # past the clean passes
+        if self.calls > 90:  # past the clean passes and the look at gradients
             raise RuntimeError("out of luck")
         return super().logits(z)
 
@@ -423,8 +423,11 @@ def test_a_decision_without_gradient_is_attacked_through_what_has_one() -> None:
     hard = _HardOnly()
     samples = make_samples(hard.plain, 20)
     with pytest.raises(ValueError, match="give a differentiable one of your own"):
-        evaluate(hard, samples, protocol=_small())
-    results = evaluate(hard, samples, protocol=_small(), surrogates={"soft": lambda defense, z: defense.plain.fc(z)})
+        evaluate(hard, samples, protocol=_small(), found_surrogates=False)
+    found = evaluate(hard, samples, protocol=_small())
+    assert any(name.startswith("straight-through") for name in found.attacks["surrogate"])
+    own = {"soft": lambda defense, z: defense.plain.fc(z)}
+    results = evaluate(hard, samples, protocol=_small(), surrogates=own, found_surrogates=False)
     assert set(results.attacks["surrogate"]) == {"soft", "target"}
     assert "ste" in results.run["targets"]["defense"]["not_applicable"]
     with pytest.raises(ValueError, match="surrogate 'blind' has no gradient"):

@@ -92,9 +92,14 @@ def test_masked_gradients_are_no_robustness() -> None:
     plain = make_classifier()
     rounded = Rounded(plain.trunk, plain.fc).eval()
     samples = make_samples(plain, 32)
-    results = evaluate(rounded, samples, protocol=_protocol(**{"threat.eps": 0.1}))
+    protocol = _protocol(**{"threat.eps": 0.1})
+    results = evaluate(rounded, samples, protocol=protocol, found_surrogates=False)
     assert results.run["verdict"] == "unreliable"
     assert bool(results.audit.set_index("sign").loc["zero_gradients", "fired"])
+    found = evaluate(rounded, samples, protocol=protocol)
+    assert not bool(found.audit.set_index("sign").loc["zero_gradients", "fired"])
+    robust = [float(one.summary.set_index("metric").loc["worst_case", "value"]) for one in (found, results)]
+    assert robust[0] < robust[1]
 
 
 def test_a_stochastic_defence_is_asked_nine_times_and_the_evidence_can_be_made_again(tmp_path: Path) -> None:
