@@ -20,7 +20,7 @@ from msa_eval.attacks import Ball
 QUICK = ("mlp", "natural-cnn", "half-detached-features")
 """Whose attacks take a second or two."""
 
-EVALUATED = ("linear", "natural-cnn", "own-forward", "rounding", "denoiser")
+EVALUATED = ("linear", "natural-cnn", "own-forward", "rounding", "threshold")
 """Evaluated in the tests: two honest, three masked."""
 
 
