@@ -68,4 +68,4 @@ def test_where_gradients_are_followed_their_absence_is_grave() -> None:
     assert not load_protocol("black-box").follows_gradients
     assert load_protocol("quick").follows_gradients
     with pytest.raises(ValueError, match="or the protocol black-box"):
-        evaluate(InNumPy().eval(), make_samples(make_classifier(), 24), protocol="quick")
+        evaluate(InNumPy().eval(), make_samples(make_classifier(), 24), protocol="quick", found_surrogates=False)
