@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +43,10 @@ def make_targets(
     """
     if fc is None and (only is None or "fc" in only):
         fc = getattr(target, "fc_target", None)
-    images = samples.images(torch.arange(min(IMAGES, micro_batch or IMAGES, len(samples))))
+
+    def images() -> Tensor:  # decoded where they are asked for alone
+        return samples.images(torch.arange(min(IMAGES, micro_batch or IMAGES, len(samples))))
+
     defense = _counted(target, images, device)
     targets = {"defense": in_parts(defense, micro_batch)}
     if fc is not None and fc is not False:
@@ -52,14 +55,14 @@ def make_targets(
     return targets
 
 
-def _counted(target: object, images: Tensor, device: str) -> Defense:
+def _counted(target: object, images: Callable[[], Tensor], device: str) -> Defense:
     """The defence that a target is, on the device."""
     defense = as_defense(target)
     for module in modules_of(defense):
         module.to(device)
     if isinstance(defense, WholeModel):
         return defense
-    return counted(defense, onto(images, device))
+    return counted(defense, onto(images(), device))
 
 
 def why_whole(targets: Mapping[str, Defense]) -> dict[str, str]:
