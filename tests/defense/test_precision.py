@@ -318,7 +318,7 @@ def test_points_that_are_mixed_have_features_of_the_target_itself(
     about = {"schema": 1, "name": "small", "version": 1, "description": "A test.", "audit": {"samples": 0}}
     protocol = make_protocol({**about, **small, "attack": attack})
     hpm.rounded.clear()
-    evaluate(hpm, make_samples(hpm, 16), protocol=protocol, fc=False, precision="bf16")
+    evaluate(hpm, make_samples(hpm, 16), protocol=protocol, fc=False, precision="bf16", found_surrogates=False)
     assert any(hpm.rounded) == rounds
     assert not all(hpm.rounded)
 
