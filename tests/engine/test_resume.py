@@ -327,7 +327,7 @@ class _Flaky:
 def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callable[[], Exception], told: str) -> None:
     """It is named, nothing of it reads as robustness, and the same call tries it again."""
     alarm = {"on": True}
-    flaky = _Flaky(lambda calls: alarm["on"] and calls > 3, error)
+    flaky = _Flaky(lambda calls: alarm["on"] and calls > 5, error)
     settings = {"protocol": _protocol(**FEW), "surrogates": {"flaky": flaky}, "save_adversarial": True}
     sound = _evaluate(tmp_path / "sound", surrogates={"flaky": _Flaky(lambda _: False, error)},
                       protocol=_protocol(**FEW))  # fmt: skip
@@ -364,7 +364,7 @@ def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callab
 
 def test_failures_that_are_withheld_are_found(tmp_path: Path) -> None:
     """Results with runs that failed can't call themselves anything but incomplete."""
-    flaky = {"flaky": _Flaky(lambda calls: calls > 3, lambda: RuntimeError("no"))}
+    flaky = {"flaky": _Flaky(lambda calls: calls > 5, lambda: RuntimeError("no"))}
     results = _evaluate(tmp_path / "r", surrogates=flaky, protocol=_protocol(**FEW))
     run = {**results.run, "verdict": "sound"}
     Results(**{**vars(results), "run": run}).save(tmp_path / "s")
@@ -413,7 +413,7 @@ def test_when_every_run_fails_there_is_no_evidence(tmp_path: Path) -> None:
 
         def logits(self, z: Tensor) -> Tensor:
             self.calls += 1
-            if self.calls > 40:
+            if self.calls > 90:
                 raise RuntimeError("out of luck")
             out: Tensor = super().logits(z)
             return out
