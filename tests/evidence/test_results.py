@@ -33,7 +33,7 @@ def results() -> Results:
     protocol = load_protocol(
         "quick", overrides={"attack.square.queries": 5, "attack.apgd.steps": 2, "audit.samples": 16}
     )
-    return evaluate(make_hpm(), make_samples(make_classifier(), 20), protocol=protocol)
+    return evaluate(make_hpm(), make_samples(make_classifier(), 20), protocol=protocol, found_surrogates=False)
 
 
 def test_the_promised_columns_and_rows(results: Results, tmp_path: Path) -> None:

@@ -179,8 +179,8 @@ def test_the_default_protocol_follows_a_plain_heads_own_gradient_and_in_some_run
            "batches.size": 4}  # fmt: skip
     results = evaluate(hpm, make_samples(classifier, 40), protocol="msa", overrides=few, fc=False)
     runs = results.attacks[results.attacks["attack"] == "apgd"]["surrogate"].value_counts()
-    assert runs["fc-oracle"] == 6
-    assert runs.sum() == 22
+    assert runs["fc-oracle"] == 5
+    assert runs.sum() == 20
     z = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     own, *others = (
         torch.autograd.grad(get(each).logits(hpm, z)[:, 0].sum(), z)[0]
