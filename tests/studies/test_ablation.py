@@ -460,7 +460,7 @@ def test_the_command_prints_the_table_of_the_api(files: Path, start: Checkpoint,
         (("--finetune", "epochs=0"), "unusable settings: epochs = 0"),
         (("--finetune", "seed=3"), "there is no setting 'seed'; available: epochs, batch_size, lr"),
         (("--set", "threat.epsilon=1"), "unknown key threat.epsilon"),
-        (("--argument", "width=4"), "give --architecture with them"),
+        (("--argument", "width=4"), "give --architecture with it"),
     ],
 )
 def test_bad_options_are_one_line(files: Path, more: tuple[str, ...], words: str) -> None:
