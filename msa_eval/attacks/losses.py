@@ -39,7 +39,7 @@ def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
     References:
         Towards Million-Scale Adversarial Robustness Evaluation With Stronger Individual Attacks, arXiv:2411.15210.
 
-    >>> probability_margin(torch.tensor([[3.0, 3.0, -torch.inf]]).log(), torch.tensor([0]))
+    >>> probability_margin(torch.tensor([[3.0, 3.0, 0.0]]).log(), torch.tensor([0]))
     tensor([0.])
     """
     return margin(logits.softmax(dim=1), y)
