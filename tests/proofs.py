@@ -57,7 +57,7 @@ def prove(results: Results, replays: dict[str, Replay], points: list[Tensor], pr
         whole = context == "joint" and replay.batch_dependent
         candidates = []
         for x in points:
-            if x.shape != clean.shape or float(protocol.ball.excess(x, clean).max()) > 0:
+            if x.shape != clean.shape or float(protocol.ball.excess(x.detach(), clean).max()) > 0:
                 continue
             proof = Proof(target, context, number, "batch" if whole else "rows", torch.arange(len(clean)), x)
             candidates.append((replay.breaks(proof) & due, proof))
