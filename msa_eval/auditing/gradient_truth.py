@@ -36,7 +36,10 @@ from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Surrogate
 
 DIRECTIONS = 3
-"""Of each kind, from each point; an ask each forth and back, from the point and from nearby."""
+"""Of each kind, from each point, for `ROWS` samples or more; an ask each forth and back, from the point and nearby."""
+
+ROWS = 24
+"""Of fewer samples more directions are asked about, so that as many numbers add up to a figure."""
 
 NEARBY, STEPS = 0.5, (0.75, 0.5)
 """How far away nearby is, and how long the steps are at a point and there, in units of ε."""
@@ -84,6 +87,7 @@ class HardResponse:
         ball: the protocol's.
         counted: the samples that the figure is of ``(B,)``.
         climber: whose gradient leads to the points of a search; random ones without it.
+        interacting: whether a sample's margin may depend on companions.
         seed: of the steps.
         draws: answers averaged, of a target that answers at random; their seeds are the same at all points.
     """
@@ -97,16 +101,20 @@ class HardResponse:
         *,
         counted: Tensor | None = None,
         climber: Surrogate | None = None,
+        interacting: bool = False,
         seed: int = 0,
         draws: int = 1,
     ) -> None:
         self._defense, self._x, self._y, self._ball = defense, x, y, ball
         self._counted = torch.ones_like(y, dtype=torch.bool) if counted is None else counted
         self._seed, self._draws = seed, draws
-        self._signs = self._random_signs(self._generator(7), (len(x), *[1] * (x.ndim - 1)))
+        one = (len(x), *[1] * (x.ndim - 1))
+        # Where rows are decided apart a second gradient would be the first.
+        self._signs = [self._random_signs(self._generator(7 + i), one) for i in range(2 if interacting else 1)]
         self._points = [x, self._reached(climber)]
+        self._directions = DIRECTIONS * max(1, min(4, round(ROWS / max(int(self._counted.sum()), 1))))
         changes = [self.margin(step.forth) - self.margin(step.back) for step in self._steps()]
-        self._changes = torch.stack(changes).view(2, 2, DIRECTIONS, 2, -1)
+        self._changes = torch.stack(changes).view(2, 2, self._directions, 2, -1)
 
     def margin(self, x: Tensor) -> Tensor:
         """The hard margin of each sample ``(B,)``: positive where it is wrong, by a hair where a tie makes it so."""
@@ -120,47 +128,51 @@ class HardResponse:
 
     def truth_of(self, surrogate: Surrogate) -> Truth:
         """Hold a surrogate's gradient to the answers."""
-        gradients = [self.gradient(surrogate, x) for x in self._points]
-        predicted = torch.stack(
-            [(gradients[s.point] * (s.forth - s.back)).flatten(1).sum(dim=1) for s in self._steps()]
-        )
-        predicted = predicted.view(self._changes.shape)
+        predicted = torch.stack([self._predicted(surrogate, signs) for signs in self._signs])
         # A step nearby may be of another length and turned round: both its changes are brought to the first one's.
-        kinds = [self._truth(predicted[i, j], self._changes[i, j]) for i in range(2) for j in range(2)]
-        whole = self._truth(predicted.flatten(0, 2), self._changes.flatten(0, 2))
+        kinds = [self._truth(predicted[:, i, j], self._changes[i, j]) for i in range(2) for j in range(2)]
+        whole = self._truth(predicted.flatten(1, 3), self._changes.flatten(0, 2))
         return Truth(whole.figure, min(kind.figure for kind in kinds), whole.signal)
 
-    def gradient(self, surrogate: Surrogate, x: Tensor) -> Tensor:
+    def _predicted(self, surrogate: Surrogate, signs: Tensor) -> Tensor:
+        """What the gradient predicts of each step, shaped as the changes are."""
+        gradients = [self.gradient(surrogate, x, signs) for x in self._points]
+        steps = ((gradients[step.point] * (step.forth - step.back)).flatten(1).sum(dim=1) for step in self._steps())
+        return torch.stack(list(steps)).view(self._changes.shape)
+
+    def gradient(self, surrogate: Surrogate, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """The gradient of each sample's margin ``(B, C, H, W)``; zero where there is none.
 
-        In a batch the margins of companions are added with random signs, so that they make noise, and no trend.
+        In a batch the margins of companions are added with random signs ``(B, 1, ...)``, so that they make noise,
+        and no trend; two such gradients tell how much noise that is.
         """
-        signs, total = self._signs.flatten(), torch.zeros_like(x)
+        signs, total = self._signs[0] if signs is None else signs, torch.zeros_like(x)
         for draw in range(self._draws):
             leaf = x.detach().clone().requires_grad_()
             with seeded(self._seed + draw), torch.enable_grad():
                 logits = surrogate.logits(self._defense, leaf if surrogate.on_images else self._defense.features(leaf))
                 if not logits.requires_grad:
                     continue
-                value = (margin(logits.float(), self._y) * signs).sum()
+                value = (margin(logits.float(), self._y) * signs.flatten()).sum()
                 (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
             total = total if found is None else total + found
-        return (total * self._signs).nan_to_num(0.0, 0.0, 0.0)
+        return (total * signs).nan_to_num(0.0, 0.0, 0.0)
 
     def _truth(self, predicted: Tensor, changes: Tensor) -> Truth:
-        """From predictions and changes ``(D, 2, B)``: of a step, at the point and nearby."""
+        """From predictions ``(1 or 2, D, 2, B)`` and changes ``(D, 2, B)``: of a step, at the point and nearby."""
         # Unit lengths: a step's change by its length.
         lengths = torch.tensor(STEPS, device=changes.device).view(1, 2, 1)
         p, d = (values[..., self._counted].double() / lengths for values in (predicted, changes))
-        size_p, size_d = (values.pow(2).sum(dim=(0, 1)).clamp_min(1e-30) for values in (p, d))
+        size_p = p.pow(2).sum(dim=(1, 2)).prod(dim=0).pow(1 / len(p)).clamp_min(1e-30)
+        size_d = d.pow(2).sum(dim=(0, 1)).clamp_min(1e-30)
         moved = d.pow(2).sum(dim=(0, 1)) > 0
-        recurring = 2 * (d[:, 0] * d[:, 1]).sum(dim=0) / size_d
-        explained = (p * d).sum(dim=(0, 1)) / (size_p * size_d).sqrt()
         if not bool(moved.any()):
             return Truth(0.0, 0.0, 0.0)
-        signal = float(recurring[moved].mean()) * float(moved.double().mean())
-        trend = max(float(recurring[moved].mean()), LEAST_SIGNAL)
-        figure = float(explained[moved].mean()) / trend**0.5
+        recurring = float((2 * (d[:, 0] * d[:, 1]).sum(dim=0) / size_d)[moved].mean())
+        steady = float(((p[0] * p[-1]).sum(dim=(0, 1)) / size_p)[moved].mean())
+        explained = float(((p.mean(dim=0) * d).sum(dim=(0, 1)) / (size_p * size_d).sqrt())[moved].mean())
+        figure = explained / (max(recurring, LEAST_SIGNAL) * max(steady, LEAST_SIGNAL)) ** 0.5
+        signal = recurring * float(moved.double().mean())
         return Truth(max(-1.0, min(1.0, figure)), 0.0, max(0.0, min(1.0, signal)))
 
     def _steps(self) -> Iterator[_Step]:
@@ -168,11 +180,11 @@ class HardResponse:
         generator = self._generator(1)
         for point, x in enumerate(self._points):
             for kind in range(2):
-                for _ in range(DIRECTIONS):
+                for _ in range(self._directions):
                     direction = self._direction(generator, kind)
                     for nearby in range(2):
                         # Turned round at random, so that companions' steps make no trend either.
-                        turn = self._random_signs(generator, self._signs.shape)
+                        turn = self._random_signs(generator, self._signs[0].shape)
                         start = x
                         if nearby:
                             away = self._random_signs(generator, x.shape)

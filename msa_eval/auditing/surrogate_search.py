@@ -35,7 +35,7 @@ from msa_eval.auditing.candidates import (
 )
 from msa_eval.auditing.gradient_truth import HardResponse, Truth
 from msa_eval.auditing.sign import Sign
-from msa_eval.auditing.truth_sign import TRUE_ENOUGH, gradient_truth
+from msa_eval.auditing.truth_sign import gradient_truth, limit_of
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.judging.clean_batches import CleanBatches
@@ -45,9 +45,6 @@ from msa_eval.surrogates.registry import Surrogate
 
 TRUE, CLEARLY = 0.97, 0.03
 """A gradient of at least this figure is not doubted; a difference of figures that is no chance."""
-
-BROUGHT = TRUE_ENOUGH
-"""Where the target brings surrogates of its own, those of at least this figure are not doubted."""
 
 PLAIN = frozenset({"ste", "fc-oracle"})
 """The surrogates of a target that brings none."""
@@ -92,6 +89,7 @@ class Finding:
         agreement: where that is little: the share of the points of a short attack on which the best surrogate's class
             is the target's.
         failure: what went wrong, where nothing could be measured.
+        interacting: whether the target looks at its batch.
     """
 
     surrogates: Sequence[Surrogate]
@@ -100,13 +98,21 @@ class Finding:
     signal: float = 1.0
     agreement: float = 1.0
     failure: str = ""
+    interacting: bool = False
 
     def sign(self) -> Sign:
         """What it means for a figure."""
         figures = {name: truth.figure for name, truth in self.truths.items()}
         kept = {surrogate.name for surrogate in self.surrogates}
         tried = [one.name for one in self.tried if one.truth is not None and one.name not in kept]
-        return gradient_truth(figures, signal=self.signal, agreement=self.agreement, tried=tried, failure=self.failure)
+        return gradient_truth(
+            figures,
+            signal=self.signal,
+            agreement=self.agreement,
+            interacting=self.interacting,
+            tried=tried,
+            failure=self.failure,
+        )
 
     def about(self) -> dict[str, Any]:
         """What `run.json` says of the surrogates that were tried, the ones that are used first."""
@@ -210,20 +216,21 @@ class _Search:
         """Find what there is."""
         self.hard = HardResponse(
             self.defense, self.x, self.y, self.ball, counted=self.counted,
-            climber=existing[0] if existing else None, seed=self.seed, draws=self.draws,
+            climber=existing[0] if existing else None, interacting=self.batch_dependent, seed=self.seed,
+            draws=self.draws,
         )  # fmt: skip
         truths = {surrogate.name: self.hard.truth_of(surrogate) for surrogate in existing}
         best = max((truth.figure for truth in truths.values()), default=0.0)
         signal = max((truth.signal for truth in truths.values()), default=0.0)
-        if not search or (brought and best >= BROUGHT):
-            return Finding((), truths, signal=signal)
+        if not search or (brought and best >= limit_of(self.batch_dependent)):
+            return Finding((), truths, signal=signal, interacting=self.batch_dependent)
         stages = find_stages(self.defense, self.x, seed=self.seed)
         candidates = list(inner_models(self.defense, self.x, stages, seed=self.seed))
         if best < TRUE:
             candidates += [*own_code(self.defense), *passed_over(self.defense, self.x, stages)]
         candidates = renamed(candidates)
         self._measure(candidates, existing)
-        if max([best, *(c.truth.figure for c in candidates if c.truth)]) < BROUGHT:
+        if max([best, *(c.truth.figure for c in candidates if c.truth)]) < limit_of(self.batch_dependent):
             known = [(truths[s.name].figure, s) for s in existing]
             known += [(c.truth.figure, c.surrogate) for c in candidates if c.truth is not None]
             more = list(averages(known, self.ball, self.x[0].numel()))
@@ -239,7 +246,9 @@ class _Search:
             for c in candidates
         ]  # fmt: skip
         signal = max([signal, *(truth.signal for truth in found.values())])
-        return Finding([c.surrogate for c in kept], truths | found, tried, signal, agreement)
+        return Finding(
+            [c.surrogate for c in kept], truths | found, tried, signal, agreement, interacting=self.batch_dependent
+        )
 
     def _measure(self, candidates: Sequence[Candidate], existing: Sequence[Surrogate]) -> None:
         """Find each candidate's figure; one that fails, or does what another does, is dropped with the reason."""

@@ -6,15 +6,27 @@ from collections.abc import Mapping, Sequence
 
 from msa_eval.auditing.sign import Severity, Sign
 
-TRUE_ENOUGH, MISLEADING = 0.75, 0.4
-"""Below the first figure no gradient is true enough to rely on; below the second, all of them mislead."""
+TRUE_ENOUGH, IN_COMPANY, MISLEADING = 0.75, 0.6, 0.4
+"""Below the first figure no gradient is true enough to rely on, below the second none of a target that looks at its
+batch, and below the third all of them mislead."""
 
 LEAST_SIGNAL, AGREEMENT = 0.1, 0.9
 """What is too little to predict; how often a surrogate has to agree with the target then."""
 
 
+def limit_of(interacting: bool) -> float:
+    """Below which figure a gradient is not true enough."""
+    return IN_COMPANY if interacting else TRUE_ENOUGH
+
+
 def gradient_truth(
-    figures: Mapping[str, float], *, signal: float, agreement: float, tried: Sequence[str] = (), failure: str = ""
+    figures: Mapping[str, float],
+    *,
+    signal: float,
+    agreement: float,
+    interacting: bool = False,
+    tried: Sequence[str] = (),
+    failure: str = "",
 ) -> Sign:
     """Whether no surrogate's gradient predicts what the hard target does at steps of the size that attacks take.
 
@@ -23,6 +35,7 @@ def gradient_truth(
         signal: the share of the target's changes that a gradient could predict.
         agreement: where that is too little to tell: the share of the points of a search that the best surrogate with
             values of its own takes for right or wrong as the target does.
+        interacting: whether samples of a batch change each other's margins, which blurs the figures.
         tried: surrogates that were made of the target's own code, and tried.
         failure: what went wrong, where it could not be measured.
 
@@ -34,7 +47,8 @@ def gradient_truth(
     best = max(figures.values(), default=0.0)
     name = max(figures, key=lambda one: figures[one], default="none")
     told = failure or (signal < LEAST_SIGNAL and agreement >= AGREEMENT)
-    fired = best < TRUE_ENOUGH and not told
+    limit = limit_of(interacting)
+    fired = best < limit and not told
     severity: Severity = "unreliable" if best < MISLEADING and signal >= LEAST_SIGNAL else "suspect"
     each = ", ".join(f"{one} {figure:.2f}" for one, figure in figures.items()) or "no surrogate"
     seen = f"the truest gradient ({name}) predicts the hard target's changes with {best:.2f} of 1 ({each})"
@@ -49,4 +63,4 @@ def gradient_truth(
         seen = f"how true gradients are could not be measured ({failure})"
     if fired:
         seen += ": what gradients can't find may be there; bring a surrogate, or believe gradient-free attacks alone"
-    return Sign("gradient_truth", fired, severity, best, TRUE_ENOUGH, seen[0].upper() + seen[1:] + ".")
+    return Sign("gradient_truth", fired, severity, best, limit, seen[0].upper() + seen[1:] + ".")

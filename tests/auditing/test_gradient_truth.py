@@ -110,7 +110,7 @@ class Centred:
 def test_of_a_batch_each_gradient_is_its_own_sample_s() -> None:
     defense = Centred()
     x, y = data(defense, 32)
-    hard = HardResponse(defense, x, y, Ball("Linf", 0.1))
+    hard = HardResponse(defense, x, y, Ball("Linf", 0.1), interacting=True)
     assert hard.truth_of(STE).figure > 0.95
     blind = Surrogate("blind", lambda defense, z: defense.logits(z.detach() + 0 * z))
     assert hard.truth_of(blind).figure == 0
@@ -121,7 +121,7 @@ def test_the_reference_defence_s_surrogates_are_true_enough() -> None:
     x = 0.2 + 0.6 * torch.rand(32, 3, 2, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         y = hpm(x).argmax(1)
-    hard = HardResponse(hpm, x, y, Ball("Linf", 0.05), climber=STE)
+    hard = HardResponse(hpm, x, y, Ball("Linf", 0.05), climber=STE, interacting=True)
     figures = {name: hard.truth_of(get(name)).figure for name in ("frozen-prototypes", "soft-hybrid@0.3", "ste")}
     assert max(figures.values()) > TRUE_ENOUGH + 0.05
 
@@ -156,6 +156,13 @@ def test_what_a_figure_means(best: float, signal: float, agreement: float, fired
     assert not fired or sign.severity == severity
     assert "ste" in sign.reason
     assert "inner:net" in sign.reason
+
+
+def test_company_blurs_a_figure_and_the_limit_is_lower() -> None:
+    figures = {"ste": 0.7}
+    assert gradient_truth(figures, signal=0.9, agreement=1.0).fired
+    assert not gradient_truth(figures, signal=0.9, agreement=1.0, interacting=True).fired
+    assert gradient_truth({"ste": 0.5}, signal=0.9, agreement=1.0, interacting=True).fired
 
 
 def test_what_could_not_be_measured_says_so() -> None:
