@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Results, Samples, WholeModel, evaluate
+from msa_eval.engine.batch_runner import Series
 from msa_eval.engine.resume import Units
 from msa_eval.protocols import Protocol, make_protocol
 from msa_eval.report import render_table
@@ -327,7 +328,7 @@ class _Flaky:
 def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callable[[], Exception], told: str) -> None:
     """It is named, nothing of it reads as robustness, and the same call tries it again."""
     alarm = {"on": True}
-    flaky = _Flaky(lambda calls: alarm["on"] and calls > 5, error)
+    flaky = _Flaky(lambda calls: alarm["on"] and calls > 7, error)
     settings = {"protocol": _protocol(**FEW), "surrogates": {"flaky": flaky}, "save_adversarial": True}
     sound = _evaluate(tmp_path / "sound", surrogates={"flaky": _Flaky(lambda _: False, error)},
                       protocol=_protocol(**FEW))  # fmt: skip
@@ -364,7 +365,7 @@ def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callab
 
 def test_failures_that_are_withheld_are_found(tmp_path: Path) -> None:
     """Results with runs that failed can't call themselves anything but incomplete."""
-    flaky = {"flaky": _Flaky(lambda calls: calls > 5, lambda: RuntimeError("no"))}
+    flaky = {"flaky": _Flaky(lambda calls: calls > 7, lambda: RuntimeError("no"))}
     results = _evaluate(tmp_path / "r", surrogates=flaky, protocol=_protocol(**FEW))
     run = {**results.run, "verdict": "sound"}
     Results(**{**vars(results), "run": run}).save(tmp_path / "s")
@@ -407,13 +408,24 @@ def test_a_failed_audit_makes_the_results_incomplete(tmp_path: Path, monkeypatch
     pd.testing.assert_frame_equal(again.outcomes, results.outcomes)
 
 
-def test_when_every_run_fails_there_is_no_evidence(tmp_path: Path) -> None:
-    class Broken(type(make_classifier())):  # type: ignore[misc]
-        calls = 0
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> list[Series]:
+    """Has something in it once the clean passes and the look at gradients are over, and runs are made."""
+    seen: list[Series] = []
+    search = Series.search
 
+    def begun(series: Series, *arguments: Any) -> Any:
+        seen.append(series)
+        return search(series, *arguments)
+
+    monkeypatch.setattr(Series, "search", begun)
+    return seen
+
+
+def test_when_every_run_fails_there_is_no_evidence(tmp_path: Path, running: list[Series]) -> None:
+    class Broken(type(make_classifier())):  # type: ignore[misc]
         def logits(self, z: Tensor) -> Tensor:
-            self.calls += 1
-            if self.calls > 90:
+            if running:
                 raise RuntimeError("out of luck")
             out: Tensor = super().logits(z)
             return out
@@ -428,18 +440,17 @@ def test_when_every_run_fails_there_is_no_evidence(tmp_path: Path) -> None:
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_a_state_that_changed_before_the_interrupt_is_remembered(tmp_path: Path) -> None:
+def test_a_state_that_changed_before_the_interrupt_is_remembered(tmp_path: Path, running: list[Series]) -> None:
     """The sign is not lost with the process that saw it."""
 
     class Counting(WholeModel):
         def __init__(self, *, changes: bool) -> None:
             super().__init__(make_classifier(), batch_dependent=False)
             self.model.register_buffer("seen", torch.zeros(()))
-            self.calls, self.changes = 0, changes
+            self.changes = changes
 
         def logits(self, z: Tensor) -> Tensor:
-            self.calls += 1
-            if self.changes and self.calls > 100:
+            if self.changes and running:
                 self.model.seen += 1  # type: ignore[operator]
             return super().logits(z)
 
