@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from msa_eval import HPM, Samples, load_checkpoint, load_samples
+from msa_eval.engine.batch_runner import Series
 from msa_eval.references import reference_path
 
 
@@ -55,6 +57,20 @@ def digits_hpm() -> HPM:
     model = load_checkpoint(reference_path("digits")).model
     assert isinstance(model, HPM)
     return model
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Has something in it once the clean passes and the look at gradients are over, and runs are made."""
+    seen: list[Any] = []
+    search = Series.search
+
+    def begun(series: Any, *arguments: Any) -> Any:
+        seen.append(series)
+        return search(series, *arguments)
+
+    monkeypatch.setattr(Series, "search", begun)
+    return seen
 
 
 @dataclass(frozen=True)
