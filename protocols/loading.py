@@ -102,7 +102,7 @@ def make_protocol(
         name=parsed["name"],
         version=parsed["version"],
         description=parsed["description"],
-        ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"]),
+        ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"], parsed.get("threat.levels")),
         apgd=_section(ApgdBudget, "attack.apgd.", parsed),
         square=_section(SquareBudget, "attack.square.", parsed),
         spsa=_section(SpsaBudget, "attack.spsa.", parsed),

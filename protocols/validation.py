@@ -9,6 +9,7 @@ from typing import Any, get_args
 from msa_eval.attacks.ball import Norm
 from msa_eval.attacks.external.libraries import library_of
 from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.data.levels import MOST
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.protocols.schema import NORMS, PeerSpec, RunSpec
 from msa_eval.quantity import as_number
@@ -95,6 +96,12 @@ def _odd(value: Any) -> int:
     return number
 
 
+def _levels(value: Any) -> int:
+    if (number := _whole(2)(value)) > MOST:
+        raise ValueError(f"a whole number from 2 to {MOST}, such as 256 for files of 8 bits")
+    return number
+
+
 def _whole(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
@@ -125,6 +132,7 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "source": _text,
     "threat.norm": _norm,
     "threat.eps": _number(0, 1000),
+    "threat.levels": _levels,
     "threat.contexts": _texts(tuple(CONTEXTS)),
     "samples.fraction": _number(0, 1),
     "samples.per_class": _whole(1),
@@ -176,6 +184,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("samples.fraction and samples.per_class exclude each other")
     if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.", "attack.peers")) for key in values):
         found.append("no attack: give attack.apgd, attack.square, attack.spsa or attack.peers")
+    found += _too_coarse(values)
     moves = [*_listed(values, "moves"), *(str(run).rpartition(":")[2] for run in _listed(values, "runs"))]
     if "attack.apgd.victim" in values and "companions" not in moves:
         found.append(
@@ -199,6 +208,20 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         if values.get("attack.apgd.combine") in ("mean", "alternate"):
             found.append("attack.apgd.runs can't be combined by mean or alternate; give surrogates and losses")
     return found
+
+
+def _too_coarse(values: Mapping[str, Any]) -> list[str]:
+    """Whether no image can be changed by a level within the ball, in which the least change has the norm of one."""
+    try:
+        eps, levels = _number(0, 1000)(values["threat.eps"]), _levels(values["threat.levels"])
+    except (KeyError, ValueError):  # told of by its own check
+        return []
+    if eps * (levels - 1) >= 1 - 1e-6:
+        return []
+    return [
+        f"threat.eps is {eps:.4g}, less than one step of threat.levels = {levels} (1/{levels - 1}), so that no image "
+        f"could be changed; take a larger threat.eps or more levels"
+    ]
 
 
 def _listed(values: Mapping[str, Any], key: str) -> list[Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.box import onto_l1
-from msa_eval.attacks.sparse import FIRST_SHARE, sparse_signs
+from msa_eval.attacks.l1 import FIRST_SHARE, onto_l1, sparse_signs
 from msa_eval.device import onto
 
 Norm = Literal["Linf", "L2", "L1"]
@@ -24,6 +23,8 @@ class Ball:
     Args:
         norm: ``Linf``, ``L2`` or ``L1``.
         eps: the radius, in [0, 1] pixel units (for L2 and L1, of the whole image).
+        levels: points are judged only after they were rounded to so many even levels (see `Grid`); ``None``: as they
+            are. It is no part of the name that seeds go by.
 
     Raises:
         ValueError: when the norm is unknown or the radius is not a finite, non-negative number.
@@ -31,6 +32,7 @@ class Ball:
 
     norm: Norm
     eps: float
+    levels: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):

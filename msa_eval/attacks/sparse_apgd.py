@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.attacks.found import Found
-from msa_eval.attacks.sparse import FIRST_SHARE, sparse_signs
+from msa_eval.attacks.l1 import FIRST_SHARE, sparse_signs
 
 DENSITY = 1.5
 """Later steps move so many times fewer numbers than the best point has changed; a stalled step is cut by as much."""

@@ -176,7 +176,8 @@ def _audit(
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     ends = np.cumsum([len(seat) for seat in seats])
     seats = seats[: max(int((ends <= limit).sum()), 1)]
-    samples = samples.decoded(chosen[torch.cat(seats)], progress=progress)
+    audited = chosen[torch.cat(seats)]
+    samples = samples.decoded(audited, progress=progress).leveled(protocol.ball.levels, audited)
     clean = CleanBatches(
         defense,
         samples,

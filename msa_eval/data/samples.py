@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.data.arrays import as_images, as_labels
+from msa_eval.data.levels import onto_levels
 from msa_eval.progress import Progress, silent
 
 Split = Literal["train", "test"]
@@ -41,6 +42,7 @@ class Samples:
     Attributes:
         x: all images ``(N, C, H, W)``, either uint8 or float32 in [0, 1].
         y: labels ``(N,)``, int64, from 0.
+        levels: images are given rounded to so many levels (see `leveled`); ``None``: as they are.
 
     Raises:
         ValueError: when they are anything else, or don't fit together.
@@ -57,6 +59,7 @@ class Samples:
         notes: Sequence[str] = (),
     ) -> None:
         self.name, self.classes, self.prepared, self.notes = name, tuple(classes), prepared, tuple(notes)
+        self.levels: int | None = None
         self.y = as_labels(y, name)
         self._images: Images = x if isinstance(x, Decoded | Decoder) else as_images(x, name)
         count = len(x) if isinstance(x, Decoded | Decoder) else len(self.x)
@@ -95,7 +98,24 @@ class Samples:
     def images(self, index: Tensor) -> Tensor:
         """Float images ``(B, C, H, W)`` in [0, 1] of the given indices ``(B,)``."""
         x = self._images[index]
-        return x.float() / 255 if x.dtype == torch.uint8 else x
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        return x if self.levels is None else onto_levels(x, self.levels)
+
+    def leveled(self, levels: int | None, index: Tensor) -> Samples:
+        """The same samples with their images rounded to a grid of so many levels, as a file holds them.
+
+        Where those of some indices lie on it already, nothing is rounded. The digest stays that of the images given.
+        """
+        if levels is None or all(self._on_levels(part, levels) for part in index.split(PART)):
+            return self
+        done = f"rounded to {levels} levels"
+        made = self._with(self._images, self.y, self.name)
+        made.levels, made.prepared = levels, f"{self.prepared}, {done}" if self.prepared else done
+        return made
+
+    def _on_levels(self, index: Tensor, levels: int) -> bool:
+        x = self.images(index)
+        return bool((onto_levels(x, levels) == x).all())
 
     def only(self, index: Tensor, name: str | None = None) -> Samples:
         """The samples of some indices ``(B,)``, numbered anew."""
@@ -128,10 +148,11 @@ class Samples:
         return self.y, self.x
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Tensor], name: str) -> Samples:
+    def of_parts(cls, parts: Sequence[Tensor], name: str, levels: int | None = None) -> Samples:
         """Samples of `parts`, which are taken as they are: they were checked before."""
         made = cls.__new__(cls)
         made.name, made.y, made.classes, made.prepared, made.notes = name, parts[0], (), "", ()
+        made.levels = levels
         made._images = parts[1] if len(parts) == 2 else Decoded(parts[1], parts[2])
         return made
 
@@ -141,7 +162,9 @@ class Samples:
         return {key: value for key, value in said.items() if value}
 
     def _with(self, x: Any, y: Tensor, name: str) -> Samples:
-        return Samples(x, y, name, classes=self.classes, prepared=self.prepared, notes=self.notes)
+        made = Samples(x, y, name, classes=self.classes, prepared=self.prepared, notes=self.notes)
+        made.levels = self.levels
+        return made
 
 
 class Decoder:

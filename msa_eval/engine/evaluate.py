@@ -189,7 +189,9 @@ def _evaluate(
     seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
         chosen, seats = batch_of(protocol.apgd.victim, chosen, seats)
-    samples = samples.decoded(chosen, progress=progress)
+    samples = samples.decoded(chosen, progress=progress).leveled(protocol.ball.levels, chosen)
+    if samples.levels is not None:
+        notify(f"the images are none of {samples.levels} levels: they are rounded to these first, and evaluated so")
     with without_weight_gradients(*targets.values()):
         entrants = [
             Entrant.enter(

@@ -290,11 +290,11 @@ def _not_installed() -> list[ModuleType]:
     return found
 
 
-_Flat = tuple[tuple[npt.NDArray[Any], ...], str]
+_Flat = tuple[tuple[npt.NDArray[Any], ...], str, int | None]
 
 
 def _flat(samples: Samples) -> _Flat:
-    return tuple(part.numpy() for part in samples.parts()), samples.name
+    return tuple(part.numpy() for part in samples.parts()), samples.name, samples.levels
 
 
 def _shared(flat: _Flat) -> Samples:
@@ -302,7 +302,7 @@ def _shared(flat: _Flat) -> Samples:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = [torch.from_numpy(np.asarray(part)) for part in flat[0]]
-    return Samples.of_parts(parts, flat[1])
+    return Samples.of_parts(parts, *flat[1:])
 
 
 def _told(error: Any) -> BaseException:

@@ -8,6 +8,9 @@ and takes the first encoding, from the smallest to the exact one, in which it st
 - ``float16``: the perturbation;
 - ``float32``: the points themselves.
 
+Where the protocol's points lie on a grid of up to 256 levels they are kept as ``uint8``, by the numbers of their
+levels, which is exact and takes one byte too.
+
 A perturbation is added to the clean image and projected into the ball, which is the protocol's: the file names none.
 The tensor's type says which encoding it has. The file's metadata holds the format, its version and a list of proofs;
 proof i has the tensors ``i/positions``, ``i/x`` and, by its kind, ``i/own`` or ``i/companions``. Nothing is unpickled.
@@ -28,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
+from msa_eval.data.levels import from_level, level_of
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Broken, Proof
 from msa_eval.hashing import file_hash
@@ -48,6 +52,10 @@ KINDS = ("batch", "rows", "victims")
 
 
 _STEPS = 127
+
+
+BYTE = 256
+"""Levels whose numbers a byte holds."""
 
 
 _ENTRY_BYTES = 400
@@ -194,11 +202,11 @@ def _settle(
     Rows stand each for themselves and may take different encodings; a batch holds as a whole or moves on to the next.
     """
     settled = []
-    smaller = [] if exact else [torch.int8, torch.float16] if ball.norm == "Linf" else [torch.float16]
-    for dtype in [*smaller, torch.float32]:
+    encodings = _encodings(ball, exact=exact)
+    for dtype in encodings:
         coded = _recode(proof, clean, functools.partial(_encode, ball=ball, dtype=dtype))
         holds = confirm(_recode(coded, clean, functools.partial(_decode, ball=ball))).cpu()
-        if proof.kind != "rows" and dtype != torch.float32 and not bool(holds.all()):
+        if proof.kind != "rows" and dtype != encodings[-1] and not bool(holds.all()):
             continue
         if bool(holds.any()):
             settled.append((int(holds.sum()), _entry(proof), _stored(coded.only(holds))))
@@ -208,9 +216,18 @@ def _settle(
     return settled, proof
 
 
+def _encodings(ball: Ball, *, exact: bool) -> list[torch.dtype]:
+    """From the smallest to the exact one."""
+    if ball.levels is not None:
+        return [torch.uint8] if ball.levels <= BYTE else [torch.float32]
+    return [*([] if exact else [torch.int8, torch.float16] if ball.norm == "Linf" else [torch.float16]), torch.float32]
+
+
 def _encode(points: Tensor, clean: Tensor, *, ball: Ball, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return points.float().clone()
+    if dtype == torch.uint8:
+        return level_of(points, ball.levels or BYTE).to(torch.uint8)
     if dtype == torch.float16:
         return (points - clean).half()
     steps = ((points - clean) * (_STEPS / max(ball.eps, 1e-30))).round().clamp(-_STEPS, _STEPS)
@@ -225,6 +242,10 @@ def _decode(stored: Tensor, clean: Tensor, *, ball: Ball) -> Tensor:
         raise ValueError(f"8-bit perturbations are for Linf, but the protocol's norm is {ball.norm}")
     if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
         raise ValueError("it holds NaN or infinite values")
+    if stored.dtype == torch.uint8:
+        if ball.levels is None or (stored.numel() and int(stored.max()) >= ball.levels):
+            raise ValueError(f"8-bit points lie on a grid, but the protocol's has {ball.levels or 'no'} levels")
+        return from_level(stored, ball.levels)
     if stored.dtype == torch.float32:
         return stored
     delta = stored.float() / _STEPS * ball.eps if stored.dtype == torch.int8 else stored.float()
@@ -336,7 +357,7 @@ def _check_tensors(opened: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     if strange := found - expected:
         raise ValueError(f"tensor {min(strange)!r:.40} belongs to no proof")
     for name in sorted(found):
-        types = ("I8", "F16", "F32") if name.endswith(("/x", "/own")) else ("I32",)
+        types = ("I8", "U8", "F16", "F32") if name.endswith(("/x", "/own")) else ("I32",)
         dtype = opened.get_slice(name).get_dtype()
         if dtype not in types:
             raise ValueError(f"expected tensor {name} to be of type {' or '.join(types)}, but got {dtype}")

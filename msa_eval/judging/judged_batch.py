@@ -15,6 +15,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball, per_image
 from msa_eval.attacks.batch import Batch, Point
 from msa_eval.attacks.external.faults import Fault
+from msa_eval.attacks.grid import Grid
 from msa_eval.defense.contexts import NEAR_TIE, Company, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.device import asynchronous
@@ -57,6 +58,7 @@ class JudgedBatch:
         self.faults: tuple[Fault, ...] = ()
         self.ranking = setting.ranking
         self._setting, self._surrogate = setting, surrogate
+        self._grid = None if ball.levels is None else Grid(ball, batch.x)
         self._calls = 0
         self._later = Later()
         self._record = Record(
@@ -151,8 +153,7 @@ class JudgedBatch:
         """
         if self.stops_early:
             x = torch.where(per_image(self.counted, x), x, self.start.x)
-        self._record.hold(x.detach())
-        return self._answer(x)
+        return self._answer(self._held_to(x))
 
     def of_rows(self) -> Callable[[Tensor], Tensor]:
         """The batch as a model of those rows alone that are searched for now, where rows are decided apart.
@@ -169,11 +170,21 @@ class JudgedBatch:
                 known = self.rows
                 left = torch.isin(first, known).nonzero().flatten()
             moved = points if left is None else points[left]
-            self._record.hold(moved.detach(), known)
+            moved = self._held_to(moved, known)
             x = self.start.x.index_copy(0, known, moved if on_images else moved.detach())
             return self._answer(x, moved)[..., first, :]
 
         return logits
+
+    def _held_to(self, points: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Hold points to the ball and the box and, where the protocol has levels, round them: what is judged is so.
+
+        Args:
+            points: a batch, or the points of some rows.
+            rows: the places of these ``(n,)``.
+        """
+        self._record.hold(points.detach(), rows)
+        return points if self._grid is None else self._grid.round(points, rows)
 
     def _answer(self, x: Tensor, moved: Tensor | None = None) -> Tensor:
         """Pass a batch, or of one that else stays at the start the rows that moved, and judge it."""
@@ -203,9 +214,11 @@ class JudgedBatch:
         self._later.settle()
         if self._state.apart:
             self.search_for(rows)
+        kept = self.ball.excess(x.detach(), self.batch.x) <= 0
+        if self._grid is not None:
+            x = torch.where(per_image(kept, x), self._grid.round(x), x)
         z, logits = self._passes.of_batch(x)
         point = Point(x.detach(), z.detach())
-        kept = self.ball.excess(point.x, self.batch.x) <= 0
         if self._state.apart:
             kept = kept & rows
         whole = bool(kept.all())
@@ -235,7 +248,7 @@ class JudgedBatch:
         self._later.settle()
         kept, index = self._state.kept.point, rows.nonzero().flatten()
         assert isinstance(kept, Point)
-        self._record.hold(points, index)
+        points = self._held_to(points, index)
         with torch.no_grad():
             z = self._passes.trunk(points)
         point = kept.placing(index, points, z, rounded=self._state.rough)
@@ -279,10 +292,10 @@ class JudgedBatch:
     def judge(self, x: Tensor) -> None:
         """Pass a batch of points and judge it."""
         self._later.settle()
+        x = self._held_to(x)
         with torch.no_grad():
             z = self._passes.features(x)
         self._state.iterate += 1
-        self._record.hold(x)
         self._judge.enter(Point(x, z), self._judge.decide(self.target, z))
 
     def finish(self, x: Tensor) -> Outcome:
@@ -295,13 +308,13 @@ class JudgedBatch:
         with torch.no_grad():
             if self.stops_early:
                 x = torch.where(per_image(self.counted, x), x, self.start.x)
+            x = self._held_to(x)
             z = self._passes.final_features(x, whole=self._setting.draws > 1)
             logits = self._passes.surrogate_logits(x, z)
             fooled = (logits.mean(dim=0) if logits.ndim == 3 else logits).argmax(dim=1) != self.batch.y
         hard = self._judge.decide(self.target, z)
         self._state.iterate += 1
         self._final = Point(x, z)
-        self._record.hold(x)
         self._judge.enter(self._final, hard)
         self._later.finish()
         record = self._record

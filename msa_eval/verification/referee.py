@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.grid import off_grid
 from msa_eval.attacks.losses import margin
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Proof
@@ -59,6 +60,9 @@ class Referee:
         if outside > 0:
             yield f"{where}: a point lies {outside:.3g} outside the ball or the [0, 1] box"
             return
+        if self.protocol.ball.levels is not None and (off := _off_grid(proof, self.protocol.ball.levels)) > 0:
+            yield f"{where}: a point lies {off:.3g} off the grid of {self.protocol.ball.levels} levels"
+            return
         try:
             logits = replay.logits(proof)
         except ValueError as error:
@@ -91,6 +95,11 @@ class Referee:
                     self.proven.add((proof.target, context, index))
                 else:
                     self.held[proof.target, context, index] = NEAR if tie else "its stored batch does not break it"
+
+
+def _off_grid(proof: Proof, levels: int) -> float:
+    """How far a point of a proof lies from the grid of so many levels."""
+    return max(off_grid(part, levels) for part in (proof.x, proof.own) if part is not None)
 
 
 def _near_tie(logits: Tensor, y: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
     made = make_targets(resolve(target, samples)[0], fc, samples, device, only=run["targets"])
     targets = {name: one for name, one in made.items() if name in run["targets"]}
     check_weights(run, targets)
-    samples = samples.decoded(planned(protocol, samples)[0])
+    chosen = planned(protocol, samples)[0]
+    samples = samples.decoded(chosen).leveled(protocol.ball.levels, chosen)
     check_data(run, samples)
     _, seats = check_batches(tables, protocol, run, samples)
     check_samples(tables, seats, samples)

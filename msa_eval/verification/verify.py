@@ -183,7 +183,9 @@ class _Case:
         weights = self._step("weights", lambda: check_weights(run, self.targets))
         with contextlib.suppress(ValueError):  # which the steps below meet again
             if protocol is not None:
-                self.samples = self.samples.decoded(planned(protocol, self.samples)[0], progress=self.progress)
+                chosen = planned(protocol, self.samples)[0]
+                held = self.samples.decoded(chosen, progress=self.progress)
+                self.samples = held.leveled(protocol.ball.levels, chosen)
         data = self._step("data", lambda: check_data(run, self.samples))
         if tables is not None:
             self.claims = _claims(tables.samples)
@@ -247,7 +249,11 @@ class _Case:
         faults = [fault for proof in self.progress(archive, "replay") for fault in referee.judge(proof)]
         none_of(faults)
         ball = referee.protocol.ball
-        return f"{len(archive)} proofs: all points in the {ball.norm} ball of radius {ball.eps:.6g} and in [0, 1]", None
+        grid = "" if ball.levels is None else f", and on the grid of {ball.levels} levels"
+        found = (
+            f"{len(archive)} proofs: all points in the {ball.norm} ball of radius {ball.eps:.6g} and in [0, 1]{grid}"
+        )
+        return found, None
 
     def _tally(self, run: Mapping[str, Any], referee: Referee) -> tuple[str, None]:
         """Hold what was broken here against what the results call broken."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, apgd
-from msa_eval.attacks.box import onto_l1
+from msa_eval.attacks.l1 import onto_l1
 from msa_eval.attacks.losses import LOSSES, margin
 from msa_eval.attacks.square import square
 

@@ -314,7 +314,7 @@ NAN = torch.full((2, *IMAGE), torch.nan)
         ((ENTRY,), {"1/x": torch.zeros(3)}, {}, "tensor '1/x' belongs to no proof"),
         (({**ENTRY, "kind": "victims"},), {}, {}, "tensor 0/own is missing"),
         ((ENTRY,), {"0/positions": torch.tensor([0.0, 1.0])}, {}, "to be of type I32, but got F32"),
-        ((ENTRY,), {"0/x": torch.zeros(2, *IMAGE, dtype=torch.float64)}, {}, "of type I8 or F16 or F32, but got F64"),
+        ((ENTRY,), {"0/x": torch.zeros(2, *IMAGE, dtype=torch.float64)}, {}, "I8 or U8 or F16 or F32, but got F64"),
         ((ENTRY,), {"0/x": torch.zeros(2, *IMAGE, dtype=torch.bool)}, {}, "but got BOOL"),
         ((ENTRY,), {"0/x": NAN}, {}, "NaN or infinite"),
         ((ENTRY,), {"0/x": torch.full((2, *IMAGE), torch.inf).half()}, {}, "NaN or infinite"),

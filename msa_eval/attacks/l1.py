@@ -1,9 +1,12 @@
-"""The point of an L1 ball within the box that is nearest to another point."""
+"""The L1 ball: the nearest point of it within the box, and the sparse directions that get furthest in it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+FIRST_SHARE = 0.2
+"""The share of an image's numbers that a step moves at first."""
 
 
 def onto_l1(delta: Tensor, room: Tensor, radius: float) -> Tensor:
@@ -38,3 +41,17 @@ def onto_l1(delta: Tensor, room: Tensor, radius: float) -> Tensor:
     # What sums in float32 leave over is taken from all in proportion.
     kept = kept * (radius / kept.sum(dim=1, keepdim=True).clamp(min=radius))
     return kept * delta.sign()
+
+
+def sparse_signs(gradient: Tensor, share: Tensor) -> Tensor:
+    """Signs of the largest entries of a gradient ``(B, ...)``, a share ``(B,)`` of all, scaled to L1 norm 1.
+
+    >>> sparse_signs(torch.tensor([[3.0, -4.0, 1.0, 0.5]]), torch.tensor([0.5]))
+    tensor([[ 0.5000, -0.5000,  0.0000,  0.0000]])
+    """
+    size = gradient.abs().flatten(1)
+    place = ((1 - share) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
+    least = size.sort(dim=1).values.gather(1, place.unsqueeze(1)).squeeze(1)
+    flat = gradient.flatten(1)
+    signs = torch.where(size >= least.unsqueeze(1), flat.sign(), torch.zeros_like(flat))
+    return (signs / (signs.abs().sum(dim=1, keepdim=True) + 1e-10)).view_as(gradient)
