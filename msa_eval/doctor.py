@@ -211,11 +211,11 @@ def check_device() -> Finding:
     names += ["mps"] if torch.backends.mps.is_available() else []
     if not names:
         return Finding("devices", "note", "the processor only" + _idle_card())
-    told = [f"{n} ({torch.cuda.get_device_name(n)})" if n.startswith("cuda") else n for n in names]
+    devices = [f"{n} ({torch.cuda.get_device_name(n)})" if n.startswith("cuda") else n for n in names]
     if wrong := [f"{name}: {reason}" for name in names if (reason := miscomputes(name))]:
         mends = (("export", "CUDA_VISIBLE_DEVICES="),)
         return Finding("devices", "fault", f"can't be computed on: {'; '.join(wrong)}", mends, by_hand=True)
-    return Finding("devices", "ok", f"cpu, {', '.join(told)}")
+    return Finding("devices", "ok", f"cpu, {', '.join(devices)}")
 
 
 def _idle_card() -> str:

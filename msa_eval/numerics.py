@@ -14,7 +14,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def exact(*, deterministic: bool = False) -> Iterator[None]:
+def full_precision(*, deterministic: bool = False) -> Iterator[None]:
     """Compute float32 in float32 for a while: no TF32 and no bfloat16 inside of products.
 
     By default torch lets cuDNN round the inputs of convolutions to ten bits, and a process may let other products do

@@ -34,10 +34,10 @@ def all_seeded(seed: int) -> Iterator[None]:
 
 
 class Chance:
-    """The global generators of torch, NumPy and Python, seeded for a peer; ours go on where they were.
+    """The global generators of torch, NumPy and Python, seeded for an external attack; ours go on where they were.
 
     Args:
-        seed: for the peer.
+        seed: for the external attack.
         device: whose generator is meant beside the CPU's.
 
     Attributes:

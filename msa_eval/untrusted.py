@@ -8,10 +8,10 @@ LONGEST = 200
 """So many letters of a text that a file gave are told."""
 
 
-def told(text: object) -> str:
+def printable(text: object) -> str:
     r"""A text or an error that a file gave, in a line that can be printed.
 
-    >>> print(told("a\n b\x1b[31m"), told(KeyError()))
+    >>> print(printable("a\n b\x1b[31m"), printable(KeyError()))
     a b\x1b[31m KeyError
     """
     line = " ".join(str(text).split()) or type(text).__name__

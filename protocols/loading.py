@@ -21,7 +21,7 @@ from msa_eval.protocols.schema import (
     StochasticBudget,
 )
 from msa_eval.protocols.validation import KEYS, REQUIRED, contradictions
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = N
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable TOML file: {told(error)}") from error
+        raise ValueError(f"{path} is not a readable TOML file: {printable(error)}") from error
     return make_protocol(content, overrides=overrides, source=str(source))
 
 
@@ -83,17 +83,17 @@ def make_protocol(
     mistakes = [f"{key} is missing" for key in REQUIRED if key not in values]
     for key, value in values.items():
         if value == {}:
-            mistakes.append(f"the table [{told(key)}] is empty; give at least one of its keys, or leave it out")
+            mistakes.append(f"the table [{printable(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in KEYS:
             close = [name for name in KEYS if name.endswith(f".{key}")] or difflib.get_close_matches(key, KEYS, n=1)
             hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ""
-            mistakes.append(f"unknown key {told(key)}{hint}")
+            mistakes.append(f"unknown key {printable(key)}{hint}")
             continue
         try:
             parsed[key] = KEYS[key](value)
         except ValueError as error:
-            mistakes.append(f"{key}: expected {error}, but got {told(repr(value))}")
+            mistakes.append(f"{key}: expected {error}, but got {printable(repr(value))}")
     mistakes += contradictions(values)
     if mistakes:
         more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""

@@ -29,8 +29,8 @@ class RunSpec(NamedTuple):
     moves: str = "batch"
 
 
-class PeerSpec(NamedTuple):
-    """An attack of others as a protocol names it (see `msa_eval.attacks.external`).
+class ExternalSpec(NamedTuple):
+    """An attack of other libraries as a protocol names it (see `msa_eval.attacks.external`).
 
     Attributes:
         name: ``library:attack``.
@@ -204,7 +204,7 @@ class Protocol:
         square: the gradient-free part, or ``None``.
         spsa: a second gradient-free part, or ``None``.
         recombination: of the points found, or ``None``.
-        peers: attacks of others, run after all else and each from the clean images.
+        peers: attacks of other libraries, run after all else and each from the clean images.
         composition: the choice of companions in ``composed``.
         stochastic: what is done about a target that answers at random.
         audited: at most so many samples, in whole batches, are looked at for the signs of the audit; 0 for none.
@@ -227,7 +227,7 @@ class Protocol:
     square: SquareBudget | None = None
     spsa: SpsaBudget | None = None
     recombination: RecombinationBudget | None = None
-    peers: tuple[PeerSpec, ...] = ()
+    peers: tuple[ExternalSpec, ...] = ()
     composition: CompositionBudget = CompositionBudget()
     stochastic: StochasticBudget = StochasticBudget()
     audited: int = 128

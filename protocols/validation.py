@@ -11,7 +11,7 @@ from msa_eval.attacks.external.libraries import library_of
 from msa_eval.attacks.losses import MIN_CLASSES
 from msa_eval.data.levels import MOST
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.protocols.schema import NORMS, PeerSpec, RunSpec
+from msa_eval.protocols.schema import NORMS, ExternalSpec, RunSpec
 from msa_eval.quantity import as_number
 
 SCHEMA = 1
@@ -69,7 +69,7 @@ def _runs(value: Any) -> tuple[RunSpec, ...]:
     return tuple(runs)
 
 
-def _peers(value: Any) -> tuple[PeerSpec, ...]:
+def _peers(value: Any) -> tuple[ExternalSpec, ...]:
     expected = "tables [[attack.peers]], each with a name such as 'autoattack:apgd-t'"
     if not isinstance(value, list) or not value or not all(isinstance(entry, Mapping) for entry in value):
         raise ValueError(expected)
@@ -85,7 +85,7 @@ def _peers(value: Any) -> tuple[PeerSpec, ...]:
             raise ValueError(f"{expected} ({error})") from None
         if odd := [key for key, given in options.items() if not isinstance(given, bool | int | float | str)]:
             raise ValueError(f"{expected}, and a number, a text, true or false for {odd[0]}")
-        peers.append(PeerSpec(name, surrogates, restarts, options))
+        peers.append(ExternalSpec(name, surrogates, restarts, options))
     return tuple(peers)
 
 

@@ -32,7 +32,7 @@ class Surrogate:
     passes: int = 1
 
 
-Own = Decision | nn.Module | Surrogate
+SurrogateLike = Decision | nn.Module | Surrogate
 """What a caller may give as a surrogate of his own."""
 
 _REGISTRY: dict[str, Surrogate] = {}
@@ -67,7 +67,7 @@ def available() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get(name: str, own: Mapping[str, Own] | None = None) -> Surrogate:
+def get(name: str, own: Mapping[str, SurrogateLike] | None = None) -> Surrogate:
     """Look a surrogate up.
 
     Args:
@@ -102,7 +102,7 @@ def get(name: str, own: Mapping[str, Own] | None = None) -> Surrogate:
     return _REGISTRY[name]
 
 
-def _named(name: str, own: Own) -> Surrogate:
+def _named(name: str, own: SurrogateLike) -> Surrogate:
     if isinstance(own, Surrogate):
         return replace(own, name=name)
     if isinstance(own, nn.Module):

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from msa_eval import HPM, Samples, load_checkpoint, load_samples
-from msa_eval.engine.batch_runner import Series
+from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.references import reference_path
 
 
@@ -63,13 +63,13 @@ def digits_hpm() -> HPM:
 def running(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Has something in it once the clean passes and the look at gradients are over, and runs are made."""
     seen: list[Any] = []
-    search = Series.search
+    search = BatchRunner.search
 
-    def begun(series: Any, *arguments: Any) -> Any:
-        seen.append(series)
-        return search(series, *arguments)
+    def begun(runner: Any, *arguments: Any) -> Any:
+        seen.append(runner)
+        return search(runner, *arguments)
 
-    monkeypatch.setattr(Series, "search", begun)
+    monkeypatch.setattr(BatchRunner, "search", begun)
     return seen
 
 

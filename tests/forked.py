@@ -61,6 +61,6 @@ class Forked:
         """Wait for its end; exit status, negative where a signal ended it, and what it said on stderr."""
         self._process.join(timeout)
         assert not self.running, f"it has not ended after {timeout:g} s"
-        told = self._log.read()
+        message = self._log.read()
         self._log.close()
-        return self._process.exitcode, told
+        return self._process.exitcode, message

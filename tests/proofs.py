@@ -41,8 +41,8 @@ def watching(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def replays_of(results: Results, targets: dict[str, Any], samples: Samples) -> dict[str, Replay]:
-    seats = [torch.tensor(rows["index"].tolist()) for _, rows in results.batches.groupby("batch")]
-    return {name: Replay(target, samples, seats, device="cpu") for name, target in targets.items()}
+    batch_plan = [torch.tensor(rows["index"].tolist()) for _, rows in results.batches.groupby("batch")]
+    return {name: Replay(target, samples, batch_plan, device="cpu") for name, target in targets.items()}
 
 
 def prove(results: Results, replays: dict[str, Replay], points: list[Tensor], protocol: Any) -> list[Proof]:

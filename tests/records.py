@@ -36,7 +36,7 @@ def make_results(
     """Results of n samples of which each run breaks about a share; ``run`` replaces fields of ``run.json``."""
     rng = np.random.default_rng(seed)
     label = np.random.default_rng(1).integers(classes, size=n)
-    seats = np.random.default_rng(2).permutation(n)
+    batch_plan = np.random.default_rng(2).permutation(n)
     records = []
     for target in targets:
         for context in contexts:
@@ -47,7 +47,7 @@ def make_results(
             committed = right & (~hit | (rng.random(n) < 0.5))
             records.append(
                 TargetRecord(
-                    target, context, np.arange(n), label, seats // batch, seats % batch, prediction,
+                    target, context, np.arange(n), label, batch_plan // batch, batch_plan % batch, prediction,
                     rng.random(n).astype(np.float32), committed, made,
                 )
             )  # fmt: skip

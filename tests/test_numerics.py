@@ -14,7 +14,7 @@ from toys import make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
 from msa_eval.auditing.audit import audit
-from msa_eval.numerics import WORKSPACE, _settings, exact
+from msa_eval.numerics import WORKSPACE, _settings, full_precision
 from msa_eval.protocols import make_protocol
 from msa_eval.studies.crosscheck import crosscheck
 from msa_eval.verification.verify import verify
@@ -34,7 +34,7 @@ def test_settings_hold_inside_and_are_left_as_they_were(deterministic: bool, mon
     setattr(place, name, "tf32" if isinstance(found, str) else True)
     before = _state()
     try:
-        with exact(deterministic=deterministic):
+        with full_precision(deterministic=deterministic):
             assert [getattr(place, name) for place, name, _ in _settings()] == [value for *_, value in _settings()]
             assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert _state() == before
@@ -49,7 +49,7 @@ def test_no_product_is_rounded_to_bfloat16() -> None:
     held = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with exact():
+        with full_precision():
             torch.testing.assert_close(a @ a, expected, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_float32_matmul_precision(held)

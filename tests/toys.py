@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval import HPM, Classifier, Samples
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -73,18 +73,18 @@ def make_batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
     return Batch(0, samples.x, samples.y, z, decide(hpm, z))
 
 
-def attacked(trial: JudgedBatch) -> tuple[Outcome, list[Tensor]]:
+def attacked(judged: JudgedBatch) -> tuple[Outcome, list[Tensor]]:
     """One APGD run on a trial, with every batch that was judged, the final one last."""
     seen: list[Tensor] = []
-    judge_point = trial._judge.iterate
+    judge_point = judged._judge.iterate
 
-    def watched(point: Point, logits: Tensor) -> None:
+    def watched(point: AdversarialBatch, logits: Tensor) -> None:
         seen.append(point.x)
         judge_point(point, logits)
 
-    trial._judge.iterate = watched  # type: ignore[method-assign]
-    outcome = trial.finish(ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0)))
-    return outcome, [*seen, trial._final.x]
+    judged._judge.iterate = watched  # type: ignore[method-assign]
+    outcome = judged.finish(ApgdAttack("margin", steps=12)(judged, torch.Generator().manual_seed(0)))
+    return outcome, [*seen, judged._final.x]
 
 
 class AskedInQueries(JudgedBatch):

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.external.faults import Fault
-from msa_eval.defense.contexts import Company
+from msa_eval.defense.contexts import Companions
 from msa_eval.defense.contract import Defense
 
 
@@ -45,13 +45,13 @@ class AttackedBatch(Interface):
     batch: Batch
     ball: Ball
     eot: int
-    latest: Point
+    latest: AdversarialBatch
     attached: Tensor
     ranking: Tensor | None
     faults: tuple[Fault, ...]
 
     @property
-    def start(self) -> Point:
+    def start(self) -> AdversarialBatch:
         """The points to start from; samples that are not searched for stay there."""
         ...
 
@@ -101,8 +101,8 @@ class AttackedBatch(Interface):
         ...
 
     @property
-    def lead(self) -> Tensor:
-        """The lowest lead of each label so far ``(B,)``, in units of logits."""
+    def margin(self) -> Tensor:
+        """The lowest margin of each label so far ``(B,)``, in units of logits."""
         ...
 
     @property
@@ -130,7 +130,7 @@ class AttackedBatch(Interface):
         """Keep these rows of the last proposal: the mixed batch's logits ``(B, k)``."""
         ...
 
-    def regroup(self, company: Company) -> Tensor:
+    def regroup(self, companions: Companions) -> Tensor:
         """Seat other clean companions beside each row: the start's logits ``(B, k)`` among them."""
         ...
 

@@ -37,7 +37,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Point:
+class AdversarialBatch:
     """A batch of points and their features.
 
     Attributes:
@@ -54,28 +54,28 @@ class Point:
         """The points in some places ``(n,)``: ``(n, C, H, W)``."""
         return self.x.index_select(0, rows)
 
-    def with_rows(self, mask: Tensor, other: Point) -> Point:
+    def with_rows(self, mask: Tensor, other: AdversarialBatch) -> AdversarialBatch:
         """The same batch with some rows (a mask ``(B,)``) taken from another."""
         if not asynchronous(mask):  # by place is cheaper, where places can be known without waiting
             whole = bool(mask.all())
-            return other if whole else Point(self.x.clone(), self.z.clone(), self.rounded).take(mask, other)
+            return other if whole else AdversarialBatch(self.x.clone(), self.z.clone(), self.rounded).take(mask, other)
         x = torch.where(per_image(mask, self.x), other.x, self.x)
         z = torch.where(per_image(mask, self.z), other.z, self.z)
-        return Point(x, z, self._rounded_with(mask, other.rounded))
+        return AdversarialBatch(x, z, self._rounded_with(mask, other.rounded))
 
-    def take(self, mask: Tensor, other: Point | Placed) -> Point:
+    def take(self, mask: Tensor, other: AdversarialBatch | PartialBatch) -> AdversarialBatch:
         """The same, in the place of this one, which is written over: its tensors must be nobody else's."""
         rows = mask.nonzero().flatten()
         self.x.index_copy_(0, rows, other.images(rows))
         self.z.index_copy_(0, rows, other.z.index_select(0, rows))
-        return Point(self.x, self.z, self._rounded_with(mask, other.rounded))
+        return AdversarialBatch(self.x, self.z, self._rounded_with(mask, other.rounded))
 
-    def placing(self, rows: Tensor, x: Tensor, z: Tensor, *, rounded: bool) -> Placed:
+    def placing(self, rows: Tensor, x: Tensor, z: Tensor, *, rounded: bool) -> PartialBatch:
         """The same batch with new points ``(n, C, H, W)`` and features ``(n, ...)`` in some places ``(n,)``."""
         marked = self.rounded
         if rounded or marked is not None:
             marked = self.marked().index_fill(0, rows, rounded)
-        return Placed(self.x, rows, x, self.z.index_copy(0, rows, z), marked)
+        return PartialBatch(self.x, rows, x, self.z.index_copy(0, rows, z), marked)
 
     def marked(self) -> Tensor:
         """The rows with rounded features ``(B,)``."""
@@ -90,15 +90,15 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A batch with new points in some places: a `Point` that is put together where it is asked for as a whole.
+class PartialBatch:
+    """A batch with new points in some places: an `AdversarialBatch`, put together where it is asked for as a whole.
 
     Attributes:
         base: the points in the other places ``(B, C, H, W)``.
         places: of the new ones ``(n,)``.
         new: these ``(n, C, H, W)``.
         z: features of the whole ``(B, ...)``.
-        rounded: as in `Point`.
+        rounded: as in `AdversarialBatch`.
     """
 
     base: Tensor

@@ -22,10 +22,10 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Highest other logit minus the label's: positive where the label has lost.
 
-    >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+    >>> margin_loss(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
     tensor([-1.])
     """
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
@@ -42,7 +42,7 @@ def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
     >>> probability_margin(torch.tensor([[3.0, 3.0, 0.0]]).log(), torch.tensor([0]))
     tensor([0.])
     """
-    return margin(logits.softmax(dim=1), y)
+    return margin_loss(logits.softmax(dim=1), y)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
             f"the dlr loss needs at least 3 classes, but the model has {logits.shape[1]}; use ce or margin"
         )
     top = logits.topk(3, dim=1).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+    return margin_loss(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def targeted_dlr(target: Tensor) -> Loss:
@@ -91,7 +91,7 @@ def targeted_dlr(target: Tensor) -> Loss:
 def averaged(loss: Loss) -> Loss:
     """A loss of an ensemble's logits ``(S, B, k)``: the mean over its members.
 
-    >>> averaged(margin)(torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]]), torch.tensor([0]))
+    >>> averaged(margin_loss)(torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]]), torch.tensor([0]))
     tensor([1.])
     """
 
@@ -121,13 +121,13 @@ def alternating(loss: Loss, *, calls: int = 1) -> Loss:
 
 
 def focused(loss: Loss, rows: Callable[[], Tensor]) -> Loss:
-    """A loss that counts some samples only; the others get their mean, as company that is to help break them.
+    """A loss that counts some samples only; the others get their mean, as companions that are to help break them.
 
     Args:
         loss: one value a sample.
         rows: the places ``(n,)`` of those that count by now.
 
-    >>> first = focused(margin, lambda: torch.tensor([0]))
+    >>> first = focused(margin_loss, lambda: torch.tensor([0]))
     >>> first(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2., -2.])
     """
@@ -141,13 +141,13 @@ def focused(loss: Loss, rows: Callable[[], Tensor]) -> Loss:
 
 
 def pooled(loss: Loss, counted: Tensor) -> Loss:
-    """The mean over the samples counted, for every sample: all are company, and none has a loss of its own.
+    """The mean over the samples counted, for every sample: all are companions, and none has a loss of its own.
 
     Args:
         loss: one value a sample.
         counted: a mask ``(B,)`` with at least one sample.
 
-    >>> pooled(margin, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
+    >>> pooled(margin_loss, torch.tensor([True, False]))(torch.tensor([[3.0, 1.0], [9.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2., -2.])
     """
     rows = counted.nonzero().flatten()
@@ -158,7 +158,7 @@ def pooled(loss: Loss, counted: Tensor) -> Loss:
     return pool
 
 
-LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin, "probability-margin": probability_margin}
+LOSSES: Mapping[str, Loss] = {"ce": ce, "dlr": dlr, "margin": margin_loss, "probability-margin": probability_margin}
 """The untargeted losses by name."""
 
 TARGETED = "dlr-targeted"

@@ -19,10 +19,10 @@ CANDIDATES = 9
 
 
 def rank_classes(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, ball: Ball) -> Tensor:
-    """The classes of each sample, the one first that the lead over it and its slope put nearest; the label comes last.
+    """The classes of each sample, the one first that the margin over it and its slope put nearest; the label last.
 
-    Near is what a step along the norm's steepest ascent would reach first, were the logits linear: the label's lead
-    over a class, divided by the dual norm of that lead's gradient. One pass forward, and one back for each candidate.
+    Near is what a step along the norm's steepest ascent would reach first, were the logits linear: the label's margin
+    over a class, divided by the dual norm of that margin's gradient. One pass forward, and one back for each candidate.
 
     Args:
         logits: a differentiable map of images to logits ``(n, k)``, each row from its own image.
@@ -38,14 +38,14 @@ def rank_classes(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, ball:
         found = logits(x)
         likely = by_likelihood(found.detach(), y)
         candidates = likely[:, : min(CANDIDATES, likely.shape[1] - 1)]
-        leads = found.gather(1, y.unsqueeze(1)) - found.gather(1, candidates)
-        distances = torch.stack([_distance(lead, x, ball) for lead in leads.unbind(dim=1)], dim=1)
+        margins = found.gather(1, y.unsqueeze(1)) - found.gather(1, candidates)
+        distances = torch.stack([_distance(margin, x, ball) for margin in margins.unbind(dim=1)], dim=1)
     order = distances.argsort(dim=1, stable=True)
     return torch.cat([candidates.gather(1, order), likely[:, candidates.shape[1] :]], dim=1)
 
 
-def _distance(lead: Tensor, x: Tensor, ball: Ball) -> Tensor:
-    """How far each image ``(n, C, H, W)`` is from where its lead ``(n,)`` would be 0, by that lead's gradient."""
-    (gradient,) = torch.autograd.grad(lead.sum(), x, retain_graph=True)
+def _distance(margin: Tensor, x: Tensor, ball: Ball) -> Tensor:
+    """How far each image ``(n, C, H, W)`` is from where its margin ``(n,)`` would be 0, by that margin's gradient."""
+    (gradient,) = torch.autograd.grad(margin.sum(), x, retain_graph=True)
     slope = (gradient * ball.ascent(gradient)).flatten(1).sum(dim=1)
-    return (lead.detach() / slope).nan_to_num(nan=torch.inf)
+    return (margin.detach() / slope).nan_to_num(nan=torch.inf)

@@ -19,11 +19,11 @@ class Mixtures:
         chosen: which point each image is at, for each row ``(n, B)``.
         rows: the rows, in ascending order ``(n,)``.
         y: their labels ``(n,)``.
-        toward: the class that each one's lead is over ``(n,)``.
+        toward: the class that each one's margin is over ``(n,)``.
 
     Attributes:
         chosen: as it is now.
-        lead: what each row's label leads by there ``(n,)``; known once an image was tried.
+        margin: what each row's label leads by there ``(n,)``; known once an image was tried.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Mixtures:
         images = torch.arange(chosen.shape[1], device=chosen.device)
         member = (table.assigned[images, chosen].unsqueeze(1) == self._classes.unsqueeze(2)).to(table.z)
         self._count, self._total = member.sum(dim=2), member @ table.moved[images, chosen]
-        self.lead = torch.full_like(self._count[:, 0], torch.inf)
+        self.margin = torch.full_like(self._count[:, 0], torch.inf)
 
     def improve(self, place: int | None) -> None:
-        """Give one place of each row's company, or the row itself, the point that leaves its label the least lead.
+        """Give one place of each row's companions, or the row itself, the point that leaves its label the least margin.
 
         Args:
             place: among the images but the row's own, in their order; ``None`` for the row itself.
@@ -48,19 +48,19 @@ class Mixtures:
         images = self._images(place)
         now = self.chosen.gather(1, images.unsqueeze(1))
         member, total, count = self._without(images, now.squeeze(1))
-        leads = self._leads(place, images, total, count)
-        lowest, which = leads.min(dim=1)
-        before = leads.gather(1, now).squeeze(1)
+        margins = self._margins(place, images, total, count)
+        lowest, which = margins.min(dim=1)
+        before = margins.gather(1, now).squeeze(1)
         better = lowest < before
         taken = torch.where(better, which, now.squeeze(1))
         member = self._member(images, taken)
         self._count = count + member
         self._total = total + member.unsqueeze(2) * self._table.moved[images, taken].unsqueeze(1)
         self.chosen = self.chosen.scatter(1, images.unsqueeze(1), taken.unsqueeze(1))
-        self.lead = torch.where(better, lowest, before)
+        self.margin = torch.where(better, lowest, before)
 
     def _images(self, place: int | None) -> Tensor:
-        """Which image is in a place of each row's company ``(n,)``."""
+        """Which image is in a place of each row's companions ``(n,)``."""
         return self._rows if place is None else place + (self._rows <= place).to(self._rows)
 
     def _member(self, images: Tensor, points: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Mixtures:
         # A class that is left empty must come out at zero, not at a rounding error over ε.
         return member, torch.where(count.unsqueeze(2) > 0, total, 0.0), count
 
-    def _leads(self, place: int | None, images: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    def _margins(self, place: int | None, images: Tensor, total: Tensor, count: Tensor) -> Tensor:
         """What each row's label leads by with an image at each of its points ``(n, P)``."""
         epsilon, compare = self._exchange.epsilon, self._exchange.compare
         share = 1 / (count + 1 + epsilon).unsqueeze(2)
@@ -84,7 +84,7 @@ class Mixtures:
         if place is None:
             zz, zl, zj, zu, ju = self._products_of_rows(left, joined)
         else:
-            zz, zl, zj, zu, ju = self._products_of_company(place, left, joined)
+            zz, zl, zj, zu, ju = self._products_of_companions(place, left, joined)
         ll, jj, uu = left.pow(2).sum(2, keepdim=True), joined.pow(2).sum(2, keepdim=True), self._table.squared[images]
         without = compare(zz, zl, ll)
         within = compare(zz, zj + share * zu, jj + 2 * share * ju + share**2 * uu.unsqueeze(1))
@@ -92,7 +92,7 @@ class Mixtures:
         logits = torch.where(joins, within, without)
         return logits[:, 0] - logits[:, 1]
 
-    def _products_of_company(self, place: int, left: Tensor, joined: Tensor) -> tuple[Tensor, ...]:
+    def _products_of_companions(self, place: int, left: Tensor, joined: Tensor) -> tuple[Tensor, ...]:
         """Inner products, where the row stays and a companion moves: all rows but a few meet the same image there."""
         z = self._table.z[self._rows, self.chosen.gather(1, self._rows.unsqueeze(1)).squeeze(1)].unsqueeze(1)
         behind = bisect_right(self._sorted, place)

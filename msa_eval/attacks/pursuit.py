@@ -15,10 +15,10 @@ from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
-from msa_eval.attacks.batch import Point
+from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
-from msa_eval.attacks.losses import margin
-from msa_eval.attacks.mixtures import Mixer
+from msa_eval.attacks.losses import margin_loss
+from msa_eval.attacks.mixtures import MixtureSearch
 from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 
 STEPS = 10
@@ -28,7 +28,7 @@ GATHERING = 6
 """Steps towards each class, to begin with."""
 
 STALLED = 0.9
-"""A pursuit that leaves more than this share of the lead is followed by one from a random start."""
+"""A pursuit that leaves more than this share of the margin is followed by one from a random start."""
 
 SURE = 1 / 8
 """An image is assigned safely where it leads by this share of the median clean FC margin."""
@@ -49,47 +49,49 @@ class PursuitAttack:
         classes: towards so many of them, by how many images are near, every image is moved first.
     """
 
-    points: Sequence[Point]
+    points: Sequence[AdversarialBatch]
     sweeps: int
     passes: int = 0
     classes: int = 0
 
-    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
-        """Return the starting points; every batch put together is in the trial's record."""
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the starting points; every batch put together is in the batch's record."""
         points, left = list(self.points), self.passes
-        if FC_ORACLE.applies(trial.target):
-            for number in self._classes(trial):
-                if left >= (GATHERING + 1) * trial.eot:
-                    left -= gather(trial, number, generator, points.append)
-        mixer = Mixer(trial, points, generator)
+        if FC_ORACLE.applies(attacked.target):
+            for number in self._classes(attacked):
+                if left >= (GATHERING + 1) * attacked.eot:
+                    left -= gather(attacked, number, generator, points.append)
+        mixtures = MixtureSearch(attacked, points, generator)
         for _ in range(self.sweeps):
-            left -= mixer.recombine()
-        mixer.narrow()
-        pursuit = _Pursuit(mixer)
-        turn, needed = 0, (STEPS + 1) * trial.eot + 1
-        while left >= needed and len(rows := mixer.nearest_first()):
+            left -= mixtures.recombine()
+        mixtures.narrow()
+        pursuit = _Pursuit(mixtures)
+        turn, needed = 0, (STEPS + 1) * attacked.eot + 1
+        while left >= needed and len(rows := mixtures.nearest_first()):
             for row in rows[: -(-len(rows) // (1 + turn % 2))].tolist():  # every other turn, half of them
-                if left >= needed and mixer.stands(row):
+                if left >= needed and mixtures.is_unbroken(row):
                     left -= pursuit(row, turn)
-            left -= mixer.recombine()
+            left -= mixtures.recombine()
             turn += 1
-        return trial.start.x
+        return attacked.start.x
 
-    def _classes(self, trial: AttackedBatch) -> list[int]:
+    def _classes(self, attacked: AttackedBatch) -> list[int]:
         """The classes that most images have as their label or next to it."""
-        logits, y = trial.batch.logits, trial.batch.y
+        logits, y = attacked.batch.logits, attacked.batch.y
         next_to = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(dim=1)
         many = torch.bincount(torch.cat([y, next_to]), minlength=logits.shape[1])
         order: list[int] = many.argsort(descending=True, stable=True).tolist()
         return order[: self.classes]
 
 
-def gather(trial: AttackedBatch, number: int, generator: torch.Generator, keep: Callable[[Point], object]) -> int:
+def gather(
+    attacked: AttackedBatch, number: int, generator: torch.Generator, keep: Callable[[AdversarialBatch], object]
+) -> int:
     """Move every image from a random start to where it is assigned to one class, as surely as may be; passes made."""
-    target: Any = trial.target
-    y = torch.full_like(trial.batch.y, number)
-    start = trial.ball.random(trial.batch.x, generator)
-    return _climb(trial, start, GATHERING, lambda z, _: -margin(target.fc_logits(z), y).sum(), keep)
+    target: Any = attacked.target
+    y = torch.full_like(attacked.batch.y, number)
+    start = attacked.ball.random(attacked.batch.x, generator)
+    return _climb(attacked, start, GATHERING, lambda z, _: -margin_loss(target.fc_logits(z), y).sum(), keep)
 
 
 class _Pursuit:
@@ -98,8 +100,8 @@ class _Pursuit:
     ``before`` holds what a sample led a class by when it was last pursued from there.
     """
 
-    def __init__(self, mixer: Mixer) -> None:
-        self.mixer, self.trial = mixer, mixer.trial
+    def __init__(self, mixtures: MixtureSearch) -> None:
+        self.mixtures, self.attacked = mixtures, mixtures.attacked
         self.before: dict[tuple[int, int], float] = {}
 
     def __call__(self, row: int, turn: int) -> int:
@@ -109,32 +111,32 @@ class _Pursuit:
         start end in the same place again and again. Two turns in four every image has a role of its own; the others
         follow the surrogates.
         """
-        mixer, trial = self.mixer, self.trial
-        order = mixer.lead[row].argsort()
+        mixtures, attacked = self.mixtures, self.attacked
+        order = mixtures.margin[row].argsort()
         aim = int(order[turn % len(order)])
-        toward, lead = int(mixer.aims[row, aim]), float(mixer.lead[row, aim])
-        anew = lead > STALLED * self.before.get((row, toward), torch.inf)
-        self.before[row, toward] = torch.inf if anew else lead
-        mixture = mixer.mixture(row, aim)
-        start = trial.ball.random(trial.batch.x, mixer.generator) if anew else mixture.x
-        y = int(trial.batch.y[row])
+        toward, margin = int(mixtures.aims[row, aim]), float(mixtures.margin[row, aim])
+        anew = margin > STALLED * self.before.get((row, toward), torch.inf)
+        self.before[row, toward] = torch.inf if anew else margin
+        mixture = mixtures.mixture(row, aim)
+        start = attacked.ball.random(attacked.batch.x, mixtures.generator) if anew else mixture.x
+        y = int(attacked.batch.y[row])
 
         def follow(_: Tensor, answers: list[Tensor]) -> Tensor:
             logits = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
             return torch.stack([answer[row, toward] - answer[row, y] for answer in logits]).sum()
 
-        def keep(point: Point) -> bool:
-            mixer.add(point)
+        def keep(point: AdversarialBatch) -> bool:
+            mixtures.add(point)
             if anew:
-                mixer.chosen[row, aim] = len(mixer.points) - 1
-            return not mixer.stands(row)
+                mixtures.chosen[row, aim] = len(mixtures.points) - 1
+            return not mixtures.is_unbroken(row)
 
-        cast = turn % 4 < 2 and FC_ORACLE.applies(trial.target) and FROZEN_ASSIGNMENT.applies(trial.target)
-        rise = roles(trial, mixture.z, row, toward) if cast else follow
-        return _climb(trial, start, STEPS, rise, keep)
+        cast = turn % 4 < 2 and FC_ORACLE.applies(attacked.target) and FROZEN_ASSIGNMENT.applies(attacked.target)
+        rise = roles(attacked, mixture.z, row, toward) if cast else follow
+        return _climb(attacked, start, STEPS, rise, keep)
 
 
-def roles(trial: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
+def roles(attacked: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
     """What each image of a batch is to do against one sample.
 
     Companions assigned to the class aimed at stay there and draw its prototype to the sample. All others go into the
@@ -143,15 +145,15 @@ def roles(trial: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
     nothing would hold one in the class whose prototype it moves.
 
     Args:
-        trial: of a target that assigns by FC logits.
+        attacked: of a target that assigns by FC logits.
         mixture: features ``(B, ...)``.
         row: the sample.
         toward: the class aimed at.
     """
-    target: Any = trial.target
-    y = int(trial.batch.y[row])
-    sure = SURE * _median_margin(target.fc_logits(trial.batch.z))
-    scale = _median_margin(trial.batch.logits)
+    target: Any = attacked.target
+    y = int(attacked.batch.y[row])
+    sure = SURE * _median_margin(target.fc_logits(attacked.batch.z))
+    scale = _median_margin(attacked.batch.logits)
     assigned = target.fc_logits(mixture).argmax(dim=1)
     companion = torch.arange(len(assigned), device=assigned.device) != row
 
@@ -169,7 +171,7 @@ def roles(trial: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
     pull = torch.where(per_image(stays, mixture), pulls[toward], pulls[y])
 
     def rise(z: Tensor, _: list[Tensor]) -> Tensor:
-        inside = -margin(target.fc_logits(z), classes) / sure
+        inside = -margin_loss(target.fc_logits(z), classes) / sure
         parts = inside.clamp(max=1) + (z * pull).flatten(1).sum(dim=1)
         own = torch.where(per_image(companion, mixture), mixture, z)
         return parts[companion].sum() + rise_of(own)
@@ -177,30 +179,32 @@ def roles(trial: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
     return rise
 
 
-def _climb(trial: AttackedBatch, start: Tensor, steps: int, rise: Rise, keep: Callable[[Point], object]) -> int:
+def _climb(
+    attacked: AttackedBatch, start: Tensor, steps: int, rise: Rise, keep: Callable[[AdversarialBatch], object]
+) -> int:
     """Steps with momentum, their length falling from ε to nearly nothing; passes made.
 
     Args:
-        trial: the trial.
+        attacked: the batch under attack.
         start: points ``(B, C, H, W)``.
         steps: how many.
         rise: what to raise.
         keep: called with each point; ends the climb where it returns true.
     """
-    ball, point, momentum = trial.ball, start, torch.zeros_like(start)
+    ball, point, momentum = attacked.ball, start, torch.zeros_like(start)
     for step in range(steps + 1):
         point = point.detach().requires_grad_(step < steps)
         with torch.set_grad_enabled(step < steps):
-            answers = [trial(point) for _ in range(trial.eot)]
-            climbs = rise(trial.attached, answers) if step < steps else None
-        if keep(trial.latest) or climbs is None:
-            return (step + 1) * trial.eot
+            answers = [attacked(point) for _ in range(attacked.eot)]
+            climbs = rise(attacked.attached, answers) if step < steps else None
+        if keep(attacked.latest) or climbs is None:
+            return (step + 1) * attacked.eot
         (gradient,) = torch.autograd.grad(climbs, point)
         momentum = MOMENTUM * momentum + ball.unit(gradient)
         length = ball.eps * (FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / (steps - 1))
-        point = ball.project(point.detach() + length * ball.ascent(momentum), trial.batch.x)
+        point = ball.project(point.detach() + length * ball.ascent(momentum), attacked.batch.x)
     raise AssertionError("the last step returns")
 
 
 def _median_margin(logits: Tensor) -> Tensor:
-    return margin(logits.float(), logits.argmax(dim=1)).abs().median().clamp(min=torch.finfo(torch.float32).tiny)
+    return margin_loss(logits.float(), logits.argmax(dim=1)).abs().median().clamp(min=torch.finfo(torch.float32).tiny)

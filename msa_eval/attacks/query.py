@@ -22,9 +22,9 @@ class SquareAttack:
     queries: int
     p_init: float
 
-    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
-        return _query(trial, square, queries=self.queries, p_init=self.p_init, generator=generator)
+        return _query(attacked, square, queries=self.queries, p_init=self.p_init, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class SpsaAttack:
     queries: int
     samples: int
 
-    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points kept last."""
-        return _query(trial, spsa, queries=self.queries, samples=self.samples, generator=generator)
+        return _query(attacked, spsa, queries=self.queries, samples=self.samples, generator=generator)
 
 
-def _query(trial: AttackedBatch, search: Callable[..., Tensor], **budget: Any) -> Tensor:
+def _query(attacked: AttackedBatch, search: Callable[..., Tensor], **budget: Any) -> Tensor:
     """Search for the samples counted that are right; the others stay at their start."""
-    batch = trial.batch
-    attacked = batch.correct & trial.counted
-    found = search(trial, batch.x, batch.y, attacked=attacked, ball=trial.ball, **budget)
-    return torch.where(per_image(attacked, found), found, trial.start.x)
+    batch = attacked.batch
+    searched = batch.correct & attacked.counted
+    found = search(attacked, batch.x, batch.y, attacked=searched, ball=attacked.ball, **budget)
+    return torch.where(per_image(searched, found), found, attacked.start.x)

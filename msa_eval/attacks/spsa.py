@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, per_image
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.attacks.square import Queries
 from msa_eval.device import onto
 
@@ -97,9 +97,9 @@ class _Search:
 
     def slope_along(self, direction: Tensor) -> Tensor:
         """The estimated gradient ``(B, C, H, W)`` of each margin from a pair of probes, up to a factor."""
-        ahead, lead = self._probe(self.kept + direction)
+        ahead, margin = self._probe(self.kept + direction)
         behind, other = self._probe(self.kept - direction)
-        return per_image(lead - other, ahead) * (ahead - behind)
+        return per_image(margin - other, ahead) * (ahead - behind)
 
     def go_to(self, points: Tensor) -> None:
         """Move all samples that are searched for."""
@@ -113,7 +113,7 @@ class _Search:
             return points, torch.zeros_like(points[:, 0, 0, 0])
         logits = self._target.propose(points[self.rows], self.rows)
         self._keep(points, self.rows & (logits.argmax(dim=1) != self._y), ask=False)
-        return points, margin(logits, self._y)
+        return points, margin_loss(logits, self._y)
 
     def _keep(self, points: Tensor, rows: Tensor, *, ask: bool) -> None:
         if ask:

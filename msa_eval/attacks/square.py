@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, Norm, per_image
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.device import onto
 
 Start = Callable[[Tensor, Ball, torch.Generator], Tensor]
@@ -78,7 +78,7 @@ def square(
     target.propose(best[attacked], attacked)
     logits = target.accept(attacked)
     for query in range(1, queries):
-        now = margin(logits, y)
+        now = margin_loss(logits, y)
         rows = attacked & (logits.argmax(dim=1) == y)
         active = rows.nonzero().flatten()
         if not len(active):
@@ -86,7 +86,7 @@ def square(
         side = _side(p_init, query, queries, x.shape)
         points = propose(best, x, active, side, ball, generator)
         proposed = target.propose(points, rows)
-        better = rows & ((margin(proposed, y) > now) | (proposed.argmax(dim=1) != y))
+        better = rows & ((margin_loss(proposed, y) > now) | (proposed.argmax(dim=1) != y))
         kept = better.index_select(0, active).nonzero().flatten()
         best.index_copy_(0, active.index_select(0, kept), points.index_select(0, kept))
         logits = target.accept(better)

@@ -23,25 +23,25 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.auditing.evidence_signs import signs_from
-from msa_eval.auditing.probes import Subject
+from msa_eval.auditing.probes import Probes
 from msa_eval.auditing.rules import without_advice
 from msa_eval.auditing.sign import Sign, Verdict, verdict_of
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.data import Samples
-from msa_eval.defense.contract import Defense, brought_by, without_weight_gradients
-from msa_eval.defense.micro_batches import fitting
+from msa_eval.defense.contract import Defense, own_surrogates, without_weight_gradients
+from msa_eval.defense.micro_batches import retry_in_smaller_parts
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
-from msa_eval.judging.usable_surrogates import Find, answer_with_gradient, offer
-from msa_eval.numerics import exact
+from msa_eval.judging.usable_surrogates import Find, answer_with_gradient, select_surrogates
+from msa_eval.numerics import full_precision
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.protocols.schema import ApgdBudget, Protocol
 from msa_eval.randomness import seeded
-from msa_eval.surrogates.registry import Own, Surrogate, get
+from msa_eval.surrogates.registry import Surrogate, SurrogateLike, get
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets, why_whole
 
@@ -78,7 +78,7 @@ class AuditReport:
         return own if self.fc is None else pd.concat([own, self.fc.to_frame()], ignore_index=True)
 
 
-@exact()
+@full_precision()
 def audit(
     target: object,
     x: Samples | Tensor | Any,
@@ -86,7 +86,7 @@ def audit(
     *,
     protocol: str | Path | Protocol = "msa",
     fc: object = None,
-    surrogates: Mapping[str, Own] | None = None,
+    surrogates: Mapping[str, SurrogateLike] | None = None,
     found_surrogates: bool = True,
     seed: int = 0,
     device: str = "cpu",
@@ -140,7 +140,7 @@ def audit(
                 "fc", beside, samples, protocol, {}, seed, device, limit, started, None, progress, find=found_surrogates
             )
             started = time.perf_counter()
-        own = {**brought_by(defense), **(surrogates or {})}
+        own = {**own_surrogates(defense), **(surrogates or {})}
         return _audit(
             "defense",
             defense,
@@ -162,7 +162,7 @@ def _audit(
     defense: Defense,
     samples: Samples,
     protocol: Protocol,
-    own: Mapping[str, Own],
+    own: Mapping[str, SurrogateLike],
     seed: int,
     device: str,
     limit: int,
@@ -173,16 +173,16 @@ def _audit(
     find: bool,
 ) -> AuditReport:
     chosen = select(samples.y, protocol)
-    seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
-    ends = np.cumsum([len(seat) for seat in seats])
-    seats = seats[: max(int((ends <= limit).sum()), 1)]
-    audited = chosen[torch.cat(seats)]
+    batch_plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    ends = np.cumsum([len(indices) for indices in batch_plan])
+    batch_plan = batch_plan[: max(int((ends <= limit).sum()), 1)]
+    audited = chosen[torch.cat(batch_plan)]
     samples = samples.decoded(audited, progress=progress).leveled(protocol.ball.levels, audited)
     clean = CleanBatches(
         defense,
         samples,
         chosen,
-        seats,
+        batch_plan,
         device=device,
         stochastic=protocol.stochastic,
         ball=protocol.ball,
@@ -198,7 +198,7 @@ def _audit(
         batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
         followed=protocol.follows_gradients, progress=progress,
     )  # fmt: skip
-    found = fitting(defense, max(len(batch.x) for batch in batches), measure)
+    found = retry_in_smaller_parts(defense, max(len(batch.x) for batch in batches), measure)
     if search.finding is not None and protocol.follows_gradients:
         found.append(search.finding.sign())
     found = without_advice([*found, guard.sign()])
@@ -207,11 +207,13 @@ def _audit(
 
 
 def _usable(
-    budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, Own], find: Find
+    budget: ApgdBudget, defense: Defense, batch: Batch, own: Mapping[str, SurrogateLike], find: Find
 ) -> Sequence[Surrogate]:  # fmt: skip
     """The surrogates that a defence offers; none where no gradient reaches the images, which is a sign of its own."""
     try:
-        return fitting(defense, len(batch.x), lambda: offer(budget, defense, batch, own=own, find=find)).usable
+        return retry_in_smaller_parts(
+            defense, len(batch.x), lambda: select_surrogates(budget, defense, batch, own=own, find=find)
+        ).usable
     except (ValueError, RuntimeError) as error:
         named = [get(name, own) for name in (*budget.names, *own)]
         usable = [s for s in named if s.applies(defense) and answer_with_gradient(s, defense, batch) is not None]
@@ -253,7 +255,7 @@ def probe(
     """
     try:
         with seeded(seed):
-            subject = Subject(defense, clean_batches, ball, batch_dependent, num_classes, seed)
-            return subject.measure(surrogates, progress, followed=followed)
+            probes = Probes(defense, clean_batches, ball, batch_dependent, num_classes, seed)
+            return probes.measure(surrogates, progress, followed=followed)
     except (RuntimeError, IndexError) as error:
         raise AttackError(f"the audit could not be finished: {error}") from error

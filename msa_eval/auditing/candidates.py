@@ -12,7 +12,7 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.auditing.gradient_truth import Truth
 from msa_eval.defense.contract import Defense, WholeModel
-from msa_eval.defense.micro_batches import is_out_of_memory, plain
+from msa_eval.defense.micro_batches import is_out_of_memory, unwrap
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.found.passing import Passing
 from msa_eval.surrogates.found.smoothed import Averaged, Estimated
@@ -48,18 +48,18 @@ class Attacked:
     """What a short attack did.
 
     Attributes:
-        margin: the highest hard margin of each sample ``(B,)``.
+        margin_loss: the highest hard margin of each sample ``(B,)``.
         agreement: the share of the points on which the surrogate and the target took the sample for right or wrong
             alike; 0 where the surrogate's values are the target's own, so that they can't but agree.
     """
 
-    margin: Tensor
+    margin_loss: Tensor
     agreement: float
 
     @property
     def broken(self) -> Tensor:
         """The samples that it broke ``(B,)``."""
-        return self.margin > 0
+        return self.margin_loss > 0
 
 
 @dataclass
@@ -118,7 +118,7 @@ def inner_models(defense: Defense, x: Tensor, stages: Sequence[Stage], *, seed: 
 
 def own_code(defense: Defense) -> Iterator[Candidate]:
     """The target's own code, the gradient passed through more or less of what blocks it."""
-    if not isinstance(plain(defense), WholeModel):
+    if not isinstance(unwrap(defense), WholeModel):
         how = f"the target's own decision, its gradient passed through {Passing().words}"
         yield Candidate(Surrogate("straight-through@decision", OwnCode(Passing())), how)
     for name, passing in VARIANTS.items():

@@ -15,8 +15,8 @@ NEIGHBOURS = 8
 """Images of a batch that are asked about among other companions."""
 
 
-class Companions:
-    """Clean batches, and the same images in other company.
+class RegroupedBatches:
+    """Clean batches, and the same images among other companions.
 
     Args:
         ask: the target's logits ``(B, k)`` for a batch of images.

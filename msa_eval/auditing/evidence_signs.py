@@ -67,7 +67,7 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
     broken: dict[str, Mask] = {str(run): wide[run].to_numpy(dtype=bool) & right.to_numpy() for run in wide.columns}
     kinds = {str(row["run"]): row for row in attacks.to_dict(orient="records")}
     free = [run for run in broken if kinds[run]["attack"] in GRADIENT_FREE]
-    # Attacks of others have a colon in their names; the signs are of our own runs.
+    # Attacks of other libraries have a colon in their names; the signs are of our own runs.
     white = [run for run in broken if kinds[run]["attack"] not in GRADIENT_FREE and ":" not in kinds[run]["attack"]]
     # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
     continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")

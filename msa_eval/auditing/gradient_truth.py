@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import Defense, decide
 from msa_eval.device import onto
 from msa_eval.randomness import seeded
@@ -113,16 +113,16 @@ class HardResponse:
         self._signs = [self._random_signs(self._generator(7 + i), one) for i in range(2 if interacting else 1)]
         self._points = [x, self._reached(climber)]
         self._directions = DIRECTIONS * max(1, min(4, round(ROWS / max(int(self._counted.sum()), 1))))
-        changes = [self.margin(step.forth) - self.margin(step.back) for step in self._steps()]
+        changes = [self.margin_loss(step.forth) - self.margin_loss(step.back) for step in self._steps()]
         self._changes = torch.stack(changes).view(2, 2, self._directions, 2, -1)
 
-    def margin(self, x: Tensor) -> Tensor:
+    def margin_loss(self, x: Tensor) -> Tensor:
         """The hard margin of each sample ``(B,)``: positive where it is wrong, by a hair where a tie makes it so."""
         total = torch.zeros_like(x[:, 0].flatten(1)[:, 0])
         for draw in range(self._draws):
             with seeded(self._seed + draw), torch.no_grad():
                 logits = decide(self._defense, self._defense.features(x))
-            value, wrong = margin(logits, self._y), logits.argmax(dim=1) != self._y
+            value, wrong = margin_loss(logits, self._y), logits.argmax(dim=1) != self._y
             total = total + torch.where(wrong, value.clamp_min(1e-20), value).nan_to_num(0.0, 0.0, 0.0)
         return total / self._draws
 
@@ -153,7 +153,7 @@ class HardResponse:
                 logits = surrogate.logits(self._defense, leaf if surrogate.on_images else self._defense.features(leaf))
                 if not logits.requires_grad:
                     continue
-                value = (margin(logits.float(), self._y) * signs.flatten()).sum()
+                value = (margin_loss(logits.float(), self._y) * signs.flatten()).sum()
                 (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
             total = total if found is None else total + found
         return (total * signs).nan_to_num(0.0, 0.0, 0.0)

@@ -13,10 +13,10 @@ from torch import Tensor
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin
+from msa_eval.attacks.losses import LOSSES, MIN_CLASSES, margin_loss
 from msa_eval.attacks.square import square
 from msa_eval.auditing import rules
-from msa_eval.auditing.companions import Companions
+from msa_eval.auditing.companions import RegroupedBatches
 from msa_eval.auditing.evidence_signs import gradient_free_only
 from msa_eval.auditing.inner_gradients import counting_gradients
 from msa_eval.auditing.rules import Mask
@@ -60,7 +60,7 @@ class _Attacked:
         return np.asarray((self.wrong == 1).cpu())
 
 
-class Subject:
+class Probes:
     """A target with the clean batches that it is measured on."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Subject:
             rules.randomness(self.chance, repeats=not moves),
             rules.state(repeated, after_use, other_generators=others),
             rules.batch_dependence(
-                Companions(self._ask, self.batches, self.ball, self.generator).changes(),
+                RegroupedBatches(self._ask, self.batches, self.ball, self.generator).changes(),
                 declared=self.batch_dependent,
                 noise=noise,
             ),
@@ -283,38 +283,38 @@ class Subject:
         ball = ball or self.ball
         wrong, losses = [], []
         for batch in self.batches:
-            trial = JudgedBatch(
+            attacked = JudgedBatch(
                 self.defense, surrogate, batch, ball, mixes_rows=self.batch_dependent, setting=self._setting()
             )
-            watched = _Watched(trial, batch.y)
+            watched = _Watched(attacked, batch.y)
             generator = self.generator(surrogate.name, loss, steps, one_step, ball, restart, batch.number)
             found = apgd(
                 watched, batch.x, batch.y, loss=self.losses[loss], ball=ball, steps=1 if one_step else steps,
                 start=batch.x if one_step else None, first_step=1.0 if one_step else 2.0,
-                generator=generator, draws=trial.eot,
+                generator=generator, draws=attacked.eot,
             )  # fmt: skip
-            wrong.append(self._judged(trial, found.x))
-            losses.append(watched.trace(trial.eot))
+            wrong.append(self._judged(attacked, found.x))
+            losses.append(watched.trace(attacked.eot))
         return _Attacked(torch.cat(wrong), torch.cat(losses, dim=1))
 
     def _square(self) -> _Attacked:
         wrong = []
         for batch in self.batches:
-            trial = JudgedBatch(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
+            attacked = JudgedBatch(self.defense, None, batch, self.ball, mixes_rows=self.batch_dependent)
             points = square(
-                trial, batch.x, batch.y, attacked=batch.correct, ball=self.ball, queries=QUERIES,
+                attacked, batch.x, batch.y, attacked=batch.correct, ball=self.ball, queries=QUERIES,
                 generator=self.generator("square", batch.number),
             )  # fmt: skip
-            wrong.append(self._judged(trial, points))
+            wrong.append(self._judged(attacked, points))
         return _Attacked(torch.cat(wrong), torch.zeros(0, self.n))
 
-    def _judged(self, trial: JudgedBatch, points: Tensor) -> Tensor:
+    def _judged(self, attacked: JudgedBatch, points: Tensor) -> Tensor:
         """The share of answers ``(B,)`` in which a run got a clean-right sample wrong.
 
         Of a target that answers at random only the final points count, asked again and again: over many points,
         chance alone would break some.
         """
-        outcome, batch = trial.finish(points), trial.batch
+        outcome, batch = attacked.finish(points), attacked.batch
         if not self.stochastic:
             return (outcome.any_broken & batch.correct).float()
         with torch.no_grad():
@@ -347,7 +347,7 @@ class Subject:
             drawn = [
                 torch.cat(
                     [
-                        margin(surrogate.logits(self.defense, b.x if surrogate.on_images else b.z).float(), b.y)
+                        margin_loss(surrogate.logits(self.defense, b.x if surrogate.on_images else b.z).float(), b.y)
                         for b in self.batches
                     ]
                 )
@@ -378,8 +378,8 @@ def _counts(runs: Mapping[str, _Attacked]) -> dict[str, int]:
 class _Watched:
     """A trial as a model, its loss noted at each call; a gradient that is not finite counts as none."""
 
-    def __init__(self, trial: JudgedBatch, y: Tensor) -> None:
-        self._trial, self._y = trial, y
+    def __init__(self, attacked: JudgedBatch, y: Tensor) -> None:
+        self._trial, self._y = attacked, y
         self._losses: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ class _Watched:
             x = x.view_as(x)  # a node whose gradient can be mended before the attack sees it
             x.register_hook(lambda gradient: torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
         logits = self._trial(x)
-        self._losses.append(margin(logits.detach().float(), self._y))
+        self._losses.append(margin_loss(logits.detach().float(), self._y))
         return logits
 
     def trace(self, draws: int) -> Tensor:

@@ -12,7 +12,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.auditing.rules import SAME, state_guard
 from msa_eval.auditing.sign import Sign, change
 from msa_eval.defense.contract import Defense, decide, modules_of
-from msa_eval.defense.micro_batches import plain
+from msa_eval.defense.micro_batches import unwrap
 from msa_eval.hashing import tensor_hash
 from msa_eval.randomness import seeded
 
@@ -49,7 +49,7 @@ class StateGuard:
         names = [name for name in {**self._before, **now} if self._before.get(name) != now.get(name)]
         for defense, before, after in zip(self._defenses, self._answers, self._ask(), strict=True):
             if not change(before, after).drift <= SAME:
-                names.append(f"the answer of {type(plain(defense)).__name__} to a clean batch")
+                names.append(f"the answer of {type(unwrap(defense)).__name__} to a clean batch")
         return tuple(names)
 
     def so_far(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class StateGuard:
         modules = [(defense, module) for defense in self._defenses for module in modules_of(defense)]
         state: dict[str, str] = {}
         for number, (defense, module) in enumerate(modules):
-            prefix = f"{type(plain(defense)).__name__} {number}: " if len(modules) > 1 else ""
+            prefix = f"{type(unwrap(defense)).__name__} {number}: " if len(modules) > 1 else ""
             state |= {prefix + name: value for name, value in _fingerprints(module).items()}
         return state
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.auditing.candidates import (
     BLIND,
     Attacked,
@@ -304,7 +304,7 @@ class _Search:
     def _greedy(self, worth: Sequence[Candidate], base: Attacked | None, best: float) -> list[Candidate]:
         """The best first, then whatever adds to those before it."""
         kept: list[Candidate] = []
-        reached = base.margin if base is not None else torch.full_like(self.x[:, 0].flatten(1)[:, 0], -torch.inf)
+        reached = base.margin_loss if base is not None else torch.full_like(self.x[:, 0].flatten(1)[:, 0], -torch.inf)
         left = list(worth)
         while left and len(kept) < KEPT:
             scored = [(self._gain(c, reached), c.truth.figure if c.truth else 0.0, c) for c in left]
@@ -321,7 +321,7 @@ class _Search:
             left.remove(candidate)
             kept.append(candidate)
             assert candidate.attacked is not None
-            reached = torch.maximum(reached, candidate.attacked.margin)
+            reached = torch.maximum(reached, candidate.attacked.margin_loss)
         return kept
 
     def _gain(self, candidate: Candidate, reached: Tensor) -> float:
@@ -330,7 +330,7 @@ class _Search:
         A sample or two may be chance, and so is a lead on little more than half.
         """
         assert candidate.attacked is not None
-        counted, found = self.counted, candidate.attacked.margin
+        counted, found = self.counted, candidate.attacked.margin_loss
         more = int(((found > 0) & (reached <= 0) & counted).sum())
         n = int(counted.sum())
         if more >= max(2, 0.04 * n):
@@ -348,7 +348,7 @@ class _Search:
         attacked = [self._attack(surrogate) for surrogate in ranked]
         if not attacked:
             return None
-        margins = torch.stack([one.margin for one in attacked]).amax(dim=0)
+        margins = torch.stack([one.margin_loss for one in attacked]).amax(dim=0)
         return Attacked(margins, max(one.agreement for one in attacked))
 
     def _agreement_of(self, existing: Sequence[Surrogate], truths: dict[str, Truth]) -> float:
@@ -369,15 +369,15 @@ class _Search:
             with seeded(self.seed):
                 given = points if surrogate.on_images else self.defense.features(points)
                 logits = surrogate.logits(self.defense, given).float()
-            hard = self.hard.margin(points.detach())
+            hard = self.hard.margin_loss(points.detach())
             highest = torch.maximum(highest, hard)
-            seen = margin(logits.detach(), self.y)
+            seen = margin_loss(logits.detach(), self.y)
             same.append(((seen > 0) == (hard > 0))[self.counted].float())
             differs.append((seen - hard).abs().max() > 1e-4 * hard.abs().max())
             return logits
 
         generator = torch.Generator().manual_seed(self.seed + 1)
-        apgd(model, self.x, self.y, loss=margin, ball=self.ball, steps=STEPS, generator=generator)
+        apgd(model, self.x, self.y, loss=margin_loss, ball=self.ball, steps=STEPS, generator=generator)
         return Attacked(highest, float(torch.cat(same).mean()) if bool(torch.stack(differs).any()) else 0.0)
 
 

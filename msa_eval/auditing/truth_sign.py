@@ -46,9 +46,9 @@ def gradient_truth(
     """
     best = max(figures.values(), default=0.0)
     name = max(figures, key=lambda one: figures[one], default="none")
-    told = failure or (signal < LEAST_SIGNAL and agreement >= AGREEMENT)
+    no_figure = failure or (signal < LEAST_SIGNAL and agreement >= AGREEMENT)
     limit = limit_of(interacting)
-    fired = best < limit and not told
+    fired = best < limit and not no_figure
     severity: Severity = "unreliable" if best < MISLEADING and signal >= LEAST_SIGNAL else "suspect"
     each = ", ".join(f"{one} {figure:.2f}" for one, figure in figures.items()) or "no surrogate"
     seen = f"the truest gradient ({name}) predicts the hard target's changes with {best:.2f} of 1 ({each})"

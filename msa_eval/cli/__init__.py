@@ -98,8 +98,8 @@ class _Group(click.Group):
         except (AttackError, OSError, MemoryError) as error:
             self._stop(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt as stop:
-            told = str(stop) or "interrupted; nothing was written, and no earlier results were changed"
-            self._stop(told, 143 if isinstance(stop, Terminated) else 130)
+            message = str(stop) or "interrupted; nothing was written, and no earlier results were changed"
+            self._stop(message, 143 if isinstance(stop, Terminated) else 130)
 
     @staticmethod
     def _stop(message: str, status: int) -> None:

@@ -47,8 +47,8 @@ def doctor(fix: bool) -> None:
 def _show(name: str, state: str, said: str) -> None:
     margin = " " * (WIDTH + 7)
     start = f"{state.upper() if state == 'fault' else state:<5}  {name:<{WIDTH}}"
-    told = textwrap.wrap(said, 96, break_long_words=False, break_on_hyphens=False)
-    click.echo("\n".join([start + told[0], *(margin + line for line in told[1:])]))
+    lines = textwrap.wrap(said, 96, break_long_words=False, break_on_hyphens=False)
+    click.echo("\n".join([start + lines[0], *(margin + line for line in lines[1:])]))
 
 
 def _run(commands: Iterable[tuple[str, ...]]) -> None:

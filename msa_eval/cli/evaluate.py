@@ -11,7 +11,7 @@ import click
 from msa_eval.cli import messages, options
 
 if TYPE_CHECKING:
-    from msa_eval.engine.executors import Engine
+    from msa_eval.engine.executors import Executor
 
 
 @click.command()
@@ -84,7 +84,7 @@ def run(
     save_adversarial: bool = False,
     no_gallery: bool = False,
     no_found_surrogates: bool = False,
-    engine: Engine | None = None,
+    engine: Executor | None = None,
     strict: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
@@ -129,5 +129,5 @@ def write_report(out: Path) -> None:
     try:
         click.echo(f"page in {write_page(out)}")
     except (Exception, KeyboardInterrupt) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        click.echo(f"Warning: no page was written ({told}); try again with 'msa-eval report {out}'", err=True)
+        described = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"Warning: no page was written ({described}); try again with 'msa-eval report {out}'", err=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from msa_eval.data import Samples, Split
-    from msa_eval.engine.executors import Engine
+    from msa_eval.engine.executors import Executor
     from msa_eval.targets.checkpoint import Checkpoint
     from msa_eval.targets.target import Target
 
@@ -272,7 +272,7 @@ def engine(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
-def _engine(engine: str, address: str | None, cpus: int | None, gpus: float | None) -> Engine | None:
+def _engine(engine: str, address: str | None, cpus: int | None, gpus: float | None) -> Executor | None:
     """The engine that was asked for; ``None`` is this process.
 
     Raises:

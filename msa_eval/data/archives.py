@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from msa_eval.data.samples import Samples, Split
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 DEFLATES = 1032
 """So many bytes can be packed into one, by zip's usual method."""
@@ -45,10 +45,10 @@ def read_npz(path: Path, split: Split) -> Samples:
             with np.load(path, allow_pickle=False) as archive, np.errstate(over="ignore"):
                 x, y = (archive[name] for name in names)
     except Exception as error:  # of zipfile, zlib and numpy, whose readers raise whatever their parsers do
-        raise ValueError(f"{path} is not a readable .npz file: {told(error)}") from error
+        raise ValueError(f"{path} is not a readable .npz file: {printable(error)}") from error
     if names is None:
         raise ValueError(_no_pair(held, path))
-    return Samples(x, y, path.name, notes=_said(names))
+    return Samples(x, y, path.name, notes=_note_on_names(names))
 
 
 def read_pt(path: Path, split: Split) -> Samples:
@@ -73,7 +73,7 @@ def read_pt(path: Path, split: Split) -> Samples:
     names = names_in([str(name) for name in held], split)
     if names is None:
         raise ValueError(_no_pair([str(name) for name in held], path))
-    return Samples(held[names[0]], held[names[1]], path.name, notes=_said(names))
+    return Samples(held[names[0]], held[names[1]], path.name, notes=_note_on_names(names))
 
 
 def names_in(held: Sequence[str], split: Split) -> tuple[str, str] | None:
@@ -91,14 +91,14 @@ def names_in(held: Sequence[str], split: Split) -> tuple[str, str] | None:
 def _no_pair(held: Sequence[str], path: Path) -> str:
     for names in ("x", "y"), ("images", "labels"):
         if names[0] in held:
-            return f"{path} holds {told(', '.join(held))} but no {names[1]}"
+            return f"{path} holds {printable(', '.join(held))} but no {names[1]}"
     return (
-        f"{path} holds {told(', '.join(held) or 'nothing')} but no x and no y (nor images and labels, x_test and "
+        f"{path} holds {printable(', '.join(held) or 'nothing')} but no x and no y (nor images and labels, x_test and "
         f"y_test, test_images and test_labels)"
     )
 
 
-def _said(names: tuple[str, str]) -> list[str]:
+def _note_on_names(names: tuple[str, str]) -> list[str]:
     return [] if names == ("x", "y") else [f"images are {names[0]}, labels {names[1]}"]
 
 

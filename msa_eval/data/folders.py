@@ -12,7 +12,7 @@ import torch
 
 from msa_eval.data.pixels import Preparation, is_colour, read_picture
 from msa_eval.data.samples import Decoder, Samples
-from msa_eval.untrusted import check_inside, told
+from msa_eval.untrusted import check_inside, printable
 
 SHOWN = 20
 """So many classes are listed in a note."""
@@ -37,7 +37,7 @@ def read_folder(path: Path, prepare: Preparation, classes: Path | None) -> Sampl
     if not files:
         raise ValueError(f"{path}: the class folders hold no images")
     labels = {folder.name: label for label, folder in enumerate(folders)}
-    names = [told(folder.name) for folder in folders]
+    names = [printable(folder.name) for folder in folders]
     if classes is not None:
         names, known = read_classes(classes)
         labels = {folder.name: _label(folder.name, known, classes) for folder in folders}
@@ -70,13 +70,13 @@ def read_classes(path: Path) -> tuple[list[str], Mapping[str, int]]:
         text = path.read_text(encoding="utf-8")
         named = _from_json(json.loads(text)) if path.suffix == ".json" else _from_lines(text)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no list of classes, one a line: {told(error)}") from error
+        raise ValueError(f"{path} is no list of classes, one a line: {printable(error)}") from error
     labels: dict[str, int] = {}
     for label, names in enumerate(named):
         for name in names:
             if labels.setdefault(name, label) != label and name == names[0]:
-                raise ValueError(f"{path} names the class {told(name)} twice, as {labels[name]} and as {label}")
-    return [told(names[0]) for names in named], labels
+                raise ValueError(f"{path} names the class {printable(name)} twice, as {labels[name]} and as {label}")
+    return [printable(names[0]) for names in named], labels
 
 
 def _from_lines(text: str) -> list[list[str]]:
@@ -103,12 +103,12 @@ def _label(folder: str, known: Mapping[str, int], source: Path) -> int:
     if folder in known:
         return known[folder]
     close = difflib.get_close_matches(folder, known, n=1)
-    hint = f" (did you mean {told(close[0])}?)" if close else ""
-    raise ValueError(f"the class folder {told(folder)} is not in {source}{hint}; its lines name the folders")
+    hint = f" (did you mean {printable(close[0])}?)" if close else ""
+    raise ValueError(f"the class folder {printable(folder)} is not in {source}{hint}; its lines name the folders")
 
 
 def _mapping(labels: Mapping[str, int]) -> str:
-    shown = [f"{told(name)} = {label}" for name, label in list(labels.items())[:SHOWN]]
+    shown = [f"{printable(name)} = {label}" for name, label in list(labels.items())[:SHOWN]]
     more = f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
     return f"labels by class folder: {', '.join(shown)}{more}"
 

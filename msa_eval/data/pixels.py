@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ def read_picture(file: Path, prepare: Preparation, *, colour: bool) -> Tensor:
             with Image.open(file, formats=FORMATS) as opened:
                 return pixels(opened, prepare, colour=colour)
     except Exception as error:  # of Pillow, whose readers raise whatever their parsers do
-        raise ValueError(f"{file} is not a readable image: {told(error)}") from error
+        raise ValueError(f"{file} is not a readable image: {printable(error)}") from error
 
 
 def is_colour(file: Path) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from msa_eval.defense.contract import Defense, WholeModel, modules_of
-from msa_eval.defense.micro_batches import InParts, in_parts, parts_of, passed_last, plain
+from msa_eval.defense.micro_batches import MicroBatched, in_parts, parts_of, passed_last, unwrap
 
 PROBED = 2
 
@@ -30,7 +30,7 @@ ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weights autocast would round; subclasses may do more with theirs, and stay as they are."""
 
 
-class Copied(InParts):
+class Copied(MicroBatched):
     """A copy that takes a batch in the same parts as the target: where memory is short for one, it is for both.
 
     Args:
@@ -44,7 +44,7 @@ class Copied(InParts):
         super().__init__(defense, parts_of(target), channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Copied, (self.whole, self._target, self._told)
+        return Copied, (self.whole, self._target, self._asked_channels_last)
 
     def passed(self, part: Tensor) -> Tensor:
         """Features of what fits; in a backward pass by parts there is no autocast around it."""
@@ -58,7 +58,7 @@ class Copied(InParts):
 
     @size.setter
     def size(self, size: int | None) -> None:
-        assert isinstance(self._target, InParts)
+        assert isinstance(self._target, MicroBatched)
         self._target.size = size
 
 
@@ -80,7 +80,7 @@ def bf16_copy(defense: Defense, x: Tensor) -> Defense | None:
     Returns:
         the copy, whose features alone are of use; ``None`` where it would gain nothing, or gives others.
     """
-    x, whole, last = x[:PROBED].detach(), plain(defense), passed_last(defense)
+    x, whole, last = x[:PROBED].detach(), unwrap(defense), passed_last(defense)
     if isinstance(whole, WholeModel) or not any(type(module) in ROUNDED for module in _modules(whole)):
         return None
     with torch.no_grad():

@@ -21,7 +21,7 @@ NEAR_TIE = 1e-4
 
 
 @dataclass(frozen=True)
-class Company:
+class Companions:
     """Images chosen to sit beside each of some rows.
 
     Attributes:
@@ -34,9 +34,9 @@ class Company:
     index: Tensor
     seats: Tensor
 
-    def seating(self, index: Tensor) -> Company:
+    def with_companions(self, index: Tensor) -> Companions:
         """The same rows among others of the pool."""
-        return Company(self.pool, index, self.seats)
+        return Companions(self.pool, index, self.seats)
 
 
 def own_companions(size: int) -> Tensor:
@@ -57,23 +57,23 @@ class OneAtATime:
 
     Args:
         defense: the target.
-        companions: features ``(B, ...)`` of a batch in which row i gives way, or the company of each row; ``None`` for
+        companions: features ``(B, ...)`` of a batch in which row i gives way, or each row's companions; ``None`` for
             batches of one.
     """
 
-    def __init__(self, defense: Defense, companions: Tensor | Company | None) -> None:
+    def __init__(self, defense: Defense, companions: Tensor | Companions | None) -> None:
         self._defense = defense
         self._companions = companions
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._defense, name)
 
-    def company_index(self) -> Tensor | None:
+    def companion_index(self) -> Tensor | None:
         """Who was chosen to sit beside each row ``(B, B - 1)``, where that is a choice."""
-        return self._companions.index if isinstance(self._companions, Company) else None
+        return self._companions.index if isinstance(self._companions, Companions) else None
 
-    def beside(self, companions: Tensor | Company) -> OneAtATime:
-        """The same target in other company."""
+    def beside(self, companions: Tensor | Companions) -> OneAtATime:
+        """The same target among other companions."""
         return OneAtATime(self._defense, companions)
 
     def features(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class AmongOthers:
 
 
 def decide_each(
-    defense: Defense, z: Tensor, companions: Tensor | Company | None, **settings: Any
+    defense: Defense, z: Tensor, companions: Tensor | Companions | None, **settings: Any
 ) -> Tensor:  # fmt: skip
     """Decide each row of ``z`` in a batch of its own.
 
@@ -136,7 +136,7 @@ def decide_each(
     closed_form = getattr(defense, "logits_one_at_a_time", None)
     if closed_form is None:
         return torch.stack([_decide_row(defense, z, companions, i, settings) for i in range(len(z))])
-    known = companions.pool[companions.index] if isinstance(companions, Company) else companions
+    known = companions.pool[companions.index] if isinstance(companions, Companions) else companions
     logits: Tensor = closed_form(z, known, **settings)
     if not torch.is_grad_enabled():
         top = logits.topk(2, dim=1).values
@@ -145,7 +145,7 @@ def decide_each(
     return logits
 
 
-def decide_offers(defense: Defense, z: Tensor, company: Company, offers: Tensor, *, place: int | None) -> Tensor:
+def decide_offers(defense: Defense, z: Tensor, companions: Companions, offers: Tensor, *, place: int | None) -> Tensor:
     """Decide each row in as many batches as there are offers for one place of its batch.
 
     A defence with a closed form has ``logits_with(z, staying, offered)``; any other is asked once a batch.
@@ -153,24 +153,24 @@ def decide_offers(defense: Defense, z: Tensor, company: Company, offers: Tensor,
     Args:
         defense: the target.
         z: features of the rows ``(n, ...)``.
-        company: who sits beside each.
+        companions: who sits beside each.
         offers: places in the pool ``(n, w)``.
-        place: which place of the company they are for; ``None`` for the row's own.
+        place: which place of the companions they are for; ``None`` for the row's own.
 
     Returns:
         logits ``(n, w, k)``, without a gradient.
     """
-    pool, index, n, width = company.pool, company.index, *offers.shape
+    pool, index, n, width = companions.pool, companions.index, *offers.shape
     closed_form = getattr(defense, "logits_with", None)
     with torch.no_grad():
         if closed_form is None:
-            index, seats = index.repeat_interleave(width, dim=0), company.seats.repeat_interleave(width)
+            index, seats = index.repeat_interleave(width, dim=0), companions.seats.repeat_interleave(width)
             if place is None:
                 rows = pool[offers.flatten()]
             else:
                 rows = z.repeat_interleave(width, dim=0)
                 index[:, place] = offers.flatten()
-            return decide_each(defense, rows, Company(pool, index, seats)).view(n, width, -1)
+            return decide_each(defense, rows, Companions(pool, index, seats)).view(n, width, -1)
         logits: Tensor
         if place is None:
             offered = pool[offers]
@@ -182,11 +182,11 @@ def decide_offers(defense: Defense, z: Tensor, company: Company, offers: Tensor,
 
 
 def _decide_row(
-    defense: Defense, z: Tensor, companions: Tensor | Company | None, i: int, settings: dict[str, Any]
+    defense: Defense, z: Tensor, companions: Tensor | Companions | None, i: int, settings: dict[str, Any]
 ) -> Tensor:
     if companions is None:
         return defense.logits(z[i : i + 1], **settings)[0]
-    if isinstance(companions, Company):
+    if isinstance(companions, Companions):
         beside, seat = companions.pool[companions.index[i]], int(companions.seats[i])
     else:
         beside, seat = torch.cat([companions[:i], companions[i + 1 :]]), i
@@ -219,19 +219,19 @@ class Context:
         """The kinds of `msa_eval.evidence.proof.Proof` that move no more than the attacker controls."""
         return ("rows",) if self.one_batch_per_sample else ("batch", "rows", "victims")
 
-    def view(self, defense: Defense, z: Tensor, company: Company | None = None) -> Defense:
+    def view(self, defense: Defense, z: Tensor, companions: Companions | None = None) -> Defense:
         """A batch-dependent target as the attacker meets it; to any other target all contexts are one.
 
         Args:
             defense: the target.
             z: its features of the clean batch ``(B, ...)``.
-            company: who sits beside each row, where that is chosen; the clean batch itself by default.
+            companions: who sits beside each row, where that is chosen; the clean batch itself by default.
         """
         if not self.one_batch_per_sample:
             return defense
         if not self.has_companions:
             return OneAtATime(defense, None)
-        return OneAtATime(defense, z if company is None else company)
+        return OneAtATime(defense, z if companions is None else companions)
 
 
 JOINT = Context(

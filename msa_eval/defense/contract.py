@@ -74,13 +74,13 @@ class WholeModel:
     @property
     def surrogates(self) -> dict[str, Any]:
         """The model's own, which are given the model."""
-        return {name: self._of_the_model(own) for name, own in brought_by(self.model).items()}
+        return {name: self._of_the_model(own) for name, own in own_surrogates(self.model).items()}
 
     def _of_the_model(self, own: Any) -> Any:
         return (lambda _, x: own(self.model, x)) if callable(own) and not isinstance(own, nn.Module) else own
 
 
-def brought_by(target: object) -> Mapping[str, Any]:
+def own_surrogates(target: object) -> Mapping[str, Any]:
     """The surrogates that a defence or a model brings.
 
     Raises:

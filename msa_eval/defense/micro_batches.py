@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in TOLD_BY)
 
 
-class InParts:
+class MicroBatched:
     """A defence whose trunk takes a batch in parts, where the whole does not fit into memory.
 
     The features of the parts are joined before anything is decided, so the batch that the decision sees never changes.
@@ -50,19 +50,19 @@ class InParts:
         if size is not None and size < 1:
             raise ValueError(f"expected parts of at least 1 image, but got {size}")
         self.whole, self.size = defense, size
-        self.channels_last = self._told = channels_last
+        self.channels_last = self._asked_channels_last = channels_last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
     def __reduce__(self) -> tuple[Any, ...]:  # else unpickling would ask for attributes before there are any
-        return InParts, (self.whole, self.size, self._told)
+        return MicroBatched, (self.whole, self.size, self._asked_channels_last)
 
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
         if self.channels_last is None:
-            self.channels_last = fitting(self, len(x), lambda: takes_channels_last(self.whole, x))
-        return fitting(self, len(x), lambda: self._features(x))
+            self.channels_last = retry_in_smaller_parts(self, len(x), lambda: takes_channels_last(self.whole, x))
+        return retry_in_smaller_parts(self, len(x), lambda: self._features(x))
 
     @property
     def logits(self) -> Callable[..., Tensor]:
@@ -100,7 +100,7 @@ class _Joined(torch.autograd.Function):
     """The features of a batch, its parts passed one after another, and again for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, trunk: InParts) -> Tensor:
+    def forward(ctx: Any, x: Tensor, trunk: MicroBatched) -> Tensor:
         ctx.save_for_backward(x)
         ctx.trunk = trunk
         return trunk._features(x)
@@ -108,12 +108,12 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        trunk: InParts = ctx.trunk
-        found = fitting(trunk, len(x), lambda: _gradient(trunk, x, gradients[0]))
+        trunk: MicroBatched = ctx.trunk
+        found = retry_in_smaller_parts(trunk, len(x), lambda: _gradient(trunk, x, gradients[0]))
         return (None if found.numel() < x.numel() else found), None
 
 
-def _gradient(trunk: InParts, x: Tensor, gradient: Tensor) -> Tensor:
+def _gradient(trunk: MicroBatched, x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of images ``(B, C, H, W)`` from that of their features; empty where none leads to them."""
     found = []
     for part, above in zip(x.split(trunk.size or len(x)), gradient.split(trunk.size or len(x)), strict=True):
@@ -135,7 +135,7 @@ def in_parts(defense: Defense, size: int | None = None) -> Defense:
     Raises:
         ValueError: when a size of parts is asked of such a model.
     """
-    if isinstance(defense, InParts):
+    if isinstance(defense, MicroBatched):
         return defense
     if isinstance(defense, WholeModel):
         if size is not None:
@@ -144,10 +144,10 @@ def in_parts(defense: Defense, size: int | None = None) -> Defense:
                 "use smaller batches"
             )
         return defense
-    return InParts(defense, size)
+    return MicroBatched(defense, size)
 
 
-def fitting(defense: Defense, count: int, make: Callable[[], T]) -> T:
+def retry_in_smaller_parts(defense: Defense, count: int, make: Callable[[], T]) -> T:
     """What ``make`` makes of a batch of so many images; where memory is short, again with a trunk in smaller parts.
 
     Raises:
@@ -157,23 +157,23 @@ def fitting(defense: Defense, count: int, make: Callable[[], T]) -> T:
         try:
             return make()
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) and isinstance(defense, InParts) and defense.shrink(count)):
+            if not (is_out_of_memory(error) and isinstance(defense, MicroBatched) and defense.shrink(count)):
                 raise
         gc.collect()  # what the pass that failed still holds
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def plain(defense: Defense) -> Defense:
+def unwrap(defense: Defense) -> Defense:
     """The defence itself."""
-    return defense.whole if isinstance(defense, InParts) else defense
+    return defense.whole if isinstance(defense, MicroBatched) else defense
 
 
 def parts_of(defense: Defense) -> int | None:
     """The largest part that a trunk takes at a time; ``None`` where it takes whole batches."""
-    return defense.size if isinstance(defense, InParts) else None
+    return defense.size if isinstance(defense, MicroBatched) else None
 
 
 def passed_last(defense: Defense) -> bool:
     """Whether a trunk's images are passed with their channels last in memory."""
-    return isinstance(defense, InParts) and bool(defense.channels_last)
+    return isinstance(defense, MicroBatched) and bool(defense.channels_last)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_eval.defense.contract import Defense, WholeModel, brought_by, check_evaluating
+from msa_eval.defense.contract import Defense, WholeModel, check_evaluating, own_surrogates
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.randomness import seeded
 
@@ -129,7 +129,7 @@ def _whole(target: Any, why: str) -> WholeModel:
     Raises:
         ValueError: when it brings surrogates, which are functions of features.
     """
-    if brought_by(target):
+    if own_surrogates(target):
         raise ValueError(
             f"{type(target).__name__}: {why}. So the whole model counts, but its surrogates take features; let "
             f"logits(features(x)) be the model, or give WholeModel(model) with surrogates of images"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msa_eval.defense.bf16 import bf16_copy, bf16_features
 from msa_eval.defense.contract import Defense, WholeModel
-from msa_eval.defense.micro_batches import plain
+from msa_eval.defense.micro_batches import unwrap
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -32,7 +32,7 @@ FEW, HOPELESS = 2, 3.0
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchPrecision:
     """How a search passes its points.
 
     Attributes:
@@ -57,7 +57,7 @@ class Search:
             return defense.features(x)
         return bf16_features(self.trunk or defense, x)
 
-    def of(self, defense: Defense, x: Tensor) -> Search:
+    def of(self, defense: Defense, x: Tensor) -> SearchPrecision:
         """The same for one target, with a copy of its trunk where that is of use, tried on some images.
 
         Raises:
@@ -68,10 +68,10 @@ class Search:
         try:
             return dataclasses.replace(self, trunk=bf16_copy(defense, x))
         except FAILS as error:
-            return Search(_unless_asked(self.asked, error))
+            return SearchPrecision(_unless_asked(self.asked, error))
 
 
-EXACT = Search()
+EXACT = SearchPrecision()
 """Points are passed as the target is."""
 
 FAILS = (RuntimeError, TypeError, ValueError)
@@ -85,7 +85,7 @@ def _unless_asked(asked: str, error: Exception) -> str:
     return asked
 
 
-def choose(asked: str, defense: Defense, x: Tensor) -> Search:
+def choose(asked: str, defense: Defense, x: Tensor) -> SearchPrecision:
     """Choose how to pass points; for ``auto`` by trying on a few images, in turns.
 
     A target without a trunk, whose passes are its verdicts, is passed in float32 always.
@@ -100,9 +100,9 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
     """
     if asked not in PRECISIONS:
         raise ValueError(f"unknown precision {asked!r}; choose one of {', '.join(PRECISIONS)}")
-    if asked == "fp32" or isinstance(plain(defense), WholeModel):
-        return Search(asked)
-    rough = Search(asked, rough=True)
+    if asked == "fp32" or isinstance(unwrap(defense), WholeModel):
+        return SearchPrecision(asked)
+    rough = SearchPrecision(asked, rough=True)
     try:
         before, after = _pair(rough, defense, x[:FEW])
         if asked == "bf16":
@@ -110,22 +110,22 @@ def choose(asked: str, defense: Defense, x: Tensor) -> Search:
         if after > before:  # the first pass may have had kernels to load
             before, after = _pair(rough, defense, x[:FEW])
         if after > HOPELESS * before:
-            return Search(asked, gain=before / after)
+            return SearchPrecision(asked, gain=before / after)
         rough = rough.of(defense, x)
         pairs = [_pair(rough, defense, x[:PROBED])]
         while pairs[-1][1] < pairs[-1][0] and len(pairs) <= ROUNDS:
             pairs.append(_pair(rough, defense, x[:PROBED]))
         gain = statistics.median(first / second for first, second in pairs[1:] or pairs)
     except FAILS as error:
-        return Search(_unless_asked(asked, error))
-    return Search(asked, rough=gain >= WORTH, gain=gain)
+        return SearchPrecision(_unless_asked(asked, error))
+    return SearchPrecision(asked, rough=gain >= WORTH, gain=gain)
 
 
-def _pair(rough: Search, defense: Defense, x: Tensor) -> tuple[float, float]:
-    return _seconds(Search(), defense, x), _seconds(rough, defense, x)
+def _pair(rough: SearchPrecision, defense: Defense, x: Tensor) -> tuple[float, float]:
+    return _seconds(SearchPrecision(), defense, x), _seconds(rough, defense, x)
 
 
-def _seconds(search: Search, defense: Defense, x: Tensor) -> float:
+def _seconds(search: SearchPrecision, defense: Defense, x: Tensor) -> float:
     """How long a pass forth and back takes.
 
     Raises:

@@ -13,9 +13,9 @@ import pandas as pd
 from msa_eval._version import __version__
 from msa_eval.auditing.audit import Sign, signs_from, verdict_of
 from msa_eval.auditing.rules import without_advice
-from msa_eval.defense.micro_batches import plain
+from msa_eval.defense.micro_batches import unwrap
 from msa_eval.engine.messages import Failure
-from msa_eval.engine.target_plan import Entrant
+from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.evidence.provenance import defense_hash
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
@@ -29,10 +29,10 @@ def incomplete(results: Results, failures: Sequence[Failure]) -> Results:
         return results
     verdicts = dict(results.run.get("verdicts", {}))
     for target in dict.fromkeys(failure.target for failure in failures):
-        told = tuple(f"{failure.text}." for failure in failures if failure.target == target)
+        sentences = tuple(f"{failure.text}." for failure in failures if failure.target == target)
         verdicts[target] = {
             "verdict": INCOMPLETE,
-            "reasons": told + tuple(verdicts.get(target, {}).get("reasons", ())),
+            "reasons": sentences + tuple(verdicts.get(target, {}).get("reasons", ())),
         }
     for target in results.summary["target"].unique():
         verdicts.setdefault(target, {"verdict": str(results.run["verdict"]), "reasons": ()})
@@ -83,16 +83,16 @@ def taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dic
     return taken
 
 
-def identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict[str, Any]:
+def identity(protocol: Protocol, plans: Sequence[TargetPlan], seed: int) -> dict[str, Any]:
     """What the results depend on, and a key made of it."""
-    clean = entrants[0].clean
-    if len({entrant.clean.num_classes for entrant in entrants}) > 1:
+    clean = plans[0].clean
+    if len({plan.clean.num_classes for plan in plans}) > 1:
         raise ValueError(
             "defense and fc must have the same classes, but have "
-            + " and ".join(str(entrant.clean.num_classes) for entrant in entrants)
+            + " and ".join(str(plan.clean.num_classes) for plan in plans)
         )
-    samples, chosen, seats = clean.samples, clean.chosen, clean.seats
-    plan = hashlib.sha256(b"".join(bytes_of(chosen[seat]) + b"|" for seat in seats)).hexdigest()
+    samples, chosen, batch_plan = clean.samples, clean.chosen, clean.batch_plan
+    plan = hashlib.sha256(b"".join(bytes_of(chosen[indices]) + b"|" for indices in batch_plan)).hexdigest()
     decisive = {
         "schema_version": SCHEMA_VERSION,
         "seed": seed,
@@ -106,21 +106,21 @@ def identity(protocol: Protocol, entrants: Sequence[Entrant], seed: int) -> dict
         },
         "data": {"name": samples.name, "sha256": samples.digest(), "n": len(chosen), **samples.about()},
         "targets": {
-            entrant.name: {
-                "type": type(plain(entrant.defense)).__name__,
-                "sha256": defense_hash(entrant.defense),
-                "num_classes": entrant.clean.num_classes,
-                "runs": list(dict.fromkeys(run.name for runs in entrant.runs.values() for run in runs)),
-                "not_applicable": list(entrant.offers.missing),
-                "clean_sha256": entrant.clean.digest(),
-                "surrogates_sha256": entrant.offers.sha256,
+            plan.name: {
+                "type": type(unwrap(plan.defense)).__name__,
+                "sha256": defense_hash(plan.defense),
+                "num_classes": plan.clean.num_classes,
+                "runs": list(dict.fromkeys(run.name for runs in plan.runs.values() for run in runs)),
+                "not_applicable": list(plan.surrogates.missing),
+                "clean_sha256": plan.clean.digest(),
+                "surrogates_sha256": plan.surrogates.sha256,
             }
-            for entrant in entrants
+            for plan in plans
         },
-        "batches": {"sha256": plan, "count": len(seats)},
+        "batches": {"sha256": plan, "count": len(batch_plan)},
         "msa_eval": __version__,
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    dependent = {entrant.name: entrant.clean.batch_dependent for entrant in entrants}
-    draws = {entrant.name: entrant.clean.draws for entrant in entrants}
+    dependent = {plan.name: plan.clean.batch_dependent for plan in plans}
+    draws = {plan.name: plan.clean.draws for plan in plans}
     return {"key": key} | decisive | {"batch_dependent": dependent, "draws": draws}

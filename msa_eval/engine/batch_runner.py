@@ -19,14 +19,14 @@ from msa_eval.auditing.sign import NO_ANSWER, change
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import WholeModel, decide
-from msa_eval.defense.micro_batches import fitting, plain
+from msa_eval.defense.micro_batches import retry_in_smaller_parts, unwrap
 from msa_eval.defense.precision import EXACT
-from msa_eval.engine.messages import Failure, Job, Made, Searched, Step
+from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made, RunResult
 from msa_eval.engine.schedule import OWN, Run
-from msa_eval.engine.target_plan import Entrant
+from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
 from msa_eval.evidence.proof import Proof
-from msa_eval.judging.batch_history import History
+from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.clean_batches import CleanBatches, Pool
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome, Trace
@@ -34,17 +34,17 @@ from msa_eval.randomness import seeded
 
 
 @dataclass(frozen=True)
-class Series:
+class BatchRunner:
     """A target in one context. It only makes runs: any process that is given it makes the same of a batch.
 
     Attributes:
-        entrant: the target.
+        plan: the target.
         context: what the attacker controls.
         clean: the batches, with the target's verdicts in that context.
-        pool: clean images to choose company from, where the attacker chooses.
+        pool: clean images to choose companions from, where the attacker chooses.
     """
 
-    entrant: Entrant
+    plan: TargetPlan
     context: str
     clean: CleanBatches
     pool: Pool | None
@@ -52,14 +52,14 @@ class Series:
     @property
     def runs(self) -> Sequence[Run]:
         """The runs, in the order they are made."""
-        return self.entrant.runs[self.context]
+        return self.plan.runs[self.context]
 
     @property
     def title(self) -> str:
         """The target and the context."""
-        return f"{self.entrant.name} {self.context}"
+        return f"{self.plan.name} {self.context}"
 
-    def search(self, job: Job, guard: StateGuard | None = None) -> Iterator[Made]:
+    def search(self, job: BatchJob, guard: StateGuard | None = None) -> Iterator[Made]:
         """Make every run on a batch that is not made yet; a run may go on from what earlier ones found.
 
         A run that fails leaves nothing to the later ones.
@@ -69,7 +69,7 @@ class Series:
             guard: over the target, where it is to be noted what changed in it.
         """
         batch = self.clean.batch(job.number)
-        history = History(batch, None if self.pool is None else self.clean.own_company(batch, self.pool))
+        history = BatchHistory(batch, None if self.pool is None else self.clean.own_companions_of(batch, self.pool))
         outcomes, seconds = [], []
         for place, run in enumerate(self.runs):
             step, started = job.held.get(place), time.perf_counter()
@@ -78,7 +78,7 @@ class Series:
                     step = self._made(run, batch, history, job)
                 except AttackError as error:
                     yield Failure.of(
-                        self.entrant.name, run.name, error.__cause__ or error,
+                        self.plan.name, run.name, error.__cause__ or error,
                         context=self.context, batch=batch.number,
                     )  # fmt: skip
                     outcomes.append(Outcome.failed(batch))
@@ -90,7 +90,7 @@ class Series:
             history.taken_back = history.taken_back | step.taken_back
             outcomes.append(step.outcome)
             seconds.append(step.seconds)
-        yield Searched(
+        yield BatchResult(
             tuple(outcomes),
             tuple(seconds),
             history.committed,
@@ -100,11 +100,11 @@ class Series:
             self._drift(batch, history),
         )
 
-    def _drift(self, batch: Batch, history: History) -> float:
+    def _drift(self, batch: Batch, history: BatchHistory) -> float:
         """How much the answers to the points found change in another order and in halves, if they should not at all."""
         if self.clean.batch_dependent or self.clean.draws > 1 or len(batch.y) < 2:
             return 0.0
-        defense, x = self.entrant.defense, history.best.x
+        defense, x = self.plan.defense, history.best.x
         try:
             with seeded(0), torch.no_grad():
                 together = decide(defense, defense.features(x))
@@ -113,96 +113,98 @@ class Series:
             return NO_ANSWER.drift
         return change(together, torch.cat(parts).flip(0)).drift
 
-    def _made(self, run: Run, batch: Batch, history: History, job: Job) -> Step:
+    def _made(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
         if job.lost is not None:
             raise AttackError(job.lost)
         started = time.perf_counter()
         step = self._attempt(run, batch, history, keep=job.keep)
         return dataclasses.replace(step, seconds=time.perf_counter() - started)
 
-    def _proofs(self, batch: Batch, history: History) -> list[Proof]:
-        own = self.clean.chosen[self.clean.seats[batch.number]]
+    def _proofs(self, batch: Batch, history: BatchHistory) -> list[Proof]:
+        own = self.clean.chosen[self.clean.batch_plan[batch.number]]
         return history.proofs(
-            self.entrant.name, self.context, batch.number, rows_interact=self.clean.batch_dependent,
+            self.plan.name, self.context, batch.number, rows_interact=self.clean.batch_dependent,
             pool=own if self.pool is None else torch.cat([own, self.pool.indices]),
         )  # fmt: skip
 
-    def _attempt(self, run: Run, batch: Batch, history: History, *, keep: bool) -> Step:
+    def _attempt(self, run: Run, batch: Batch, history: BatchHistory, *, keep: bool) -> RunResult:
         """Make one run on one batch; where memory is short, again and again with a trunk that takes smaller parts.
 
         Raises:
             AttackError: when it fails.
         """
         try:
-            return fitting(self.entrant.defense, len(batch.x), lambda: self._step(run, batch, history, keep=keep))
+            return retry_in_smaller_parts(
+                self.plan.defense, len(batch.x), lambda: self._step(run, batch, history, keep=keep)
+            )
         except Exception as error:
-            raise AttackError(f"{self.entrant.name}, run {run.name}, batch {batch.number}: {error}") from error
+            raise AttackError(f"{self.plan.name}, run {run.name}, batch {batch.number}: {error}") from error
 
-    def _step(self, run: Run, batch: Batch, history: History, *, keep: bool) -> Step:
+    def _step(self, run: Run, batch: Batch, history: BatchHistory, *, keep: bool) -> RunResult:
         clean, context = self.clean, self.context
         together = not CONTEXTS[context].one_batch_per_sample
-        target = clean.view(context, batch, history.company)
+        target = clean.view(context, batch, history.companions)
         setting = run.setting(target, history, victim=self._victim(batch))
         keep = (keep or clean.draws > 1) and together and clean.batch_dependent
         mixed = together and any(o.label in ("pursuit", "recombination") for o in self.runs)
         trail = mixed and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
-        # Attacks of others are shown the target's own features; without a trunk a search has no others. Mixtures are
+        # External attacks are shown the target's own features; without a trunk a search has no others. Mixtures are
         # decided by the features of their points, and rounded ones decide other mixtures.
-        whole = isinstance(plain(self.entrant.defense), WholeModel)
-        search = EXACT if run.loss == OWN or whole or mixed else self.entrant.search
+        whole = isinstance(unwrap(self.plan.defense), WholeModel)
+        search = EXACT if run.loss == OWN or whole or mixed else self.plan.search
         setting = dataclasses.replace(
             setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
         )  # fmt: skip
-        trial = JudgedBatch(
-            target, run.surrogate, batch, self.entrant.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
+        judged = JudgedBatch(
+            target, run.surrogate, batch, self.plan.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
-        generator = run.generator(self.entrant.seed, self.entrant.name, context, batch.number)
+        generator = run.generator(self.plan.seed, self.plan.name, context, batch.number)
         attack = run.attack or self._choice(run, batch, history)
         # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
         with seeded(generator.initial_seed()):
-            points = attack(trial, generator) if bool(trial.counted.any()) else trial.start.x
-            outcome, trace = trial.finish(points), trial.trace()
+            points = attack(judged, generator) if bool(judged.counted.any()) else judged.start.x
+            outcome, trace = judged.finish(points), judged.trace()
             if clean.draws > 1:
                 return self._upheld(outcome, trace, batch, history)
-        return Step(outcome, trace, (), torch.zeros_like(history.taken_back))
+        return RunResult(outcome, trace, (), torch.zeros_like(history.taken_back))
 
-    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: History) -> Step:
+    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: BatchHistory) -> RunResult:
         """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
 
         What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
         find a better batch. No second batch of the same run is tried, for each is one more chance to pass by luck. A
         sample that a proof has broken needs no other, so what later runs say of it stays as it is.
         """
-        run = History(batch, history.company)
+        run = BatchHistory(batch, history.companions)
         run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace)
         taken, upheld = torch.zeros_like(history.taken_back), []
         for proof in self._proofs(batch, run):
-            holds = self.entrant.replay.clearly_breaks(proof).cpu()
+            holds = self.plan.replay.clearly_breaks(proof).cpu()
             taken[proof.positions[~holds].to(taken.device)] = True
             if bool(holds.any()):
                 upheld.append(proof.only(holds))
-        return Step(outcome.taking_back(taken, batch.correct), trace, tuple(upheld), taken)
+        return RunResult(outcome.taking_back(taken, batch.correct), trace, tuple(upheld), taken)
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
-        budget = self.entrant.protocol.apgd
+        budget = self.plan.protocol.apgd
         if budget is None or budget.victim is None:
             return None
-        return (self.clean.chosen[self.clean.seats[batch.number]] == budget.victim).to(batch.y.device)
+        return (self.clean.chosen[self.clean.batch_plan[batch.number]] == budget.victim).to(batch.y.device)
 
-    def _choice(self, run: Run, batch: Batch, history: History) -> Attack:
+    def _choice(self, run: Run, batch: Batch, history: BatchHistory) -> Attack:
         """An attack that chooses from what is cached."""
         if self.pool is None:
-            budget = self.entrant.protocol.recombination
+            budget = self.plan.protocol.recombination
             assert budget is not None
             passes = budget.passes if run.surrogate is not None else 0
             return PursuitAttack(history.points, budget.sweeps, passes, budget.classes)
-        assert history.company is not None
-        own = self.clean.chosen[self.clean.seats[batch.number]].to(batch.y.device)
-        choice = self.entrant.protocol.composition
+        assert history.companions is not None
+        own = self.clean.chosen[self.clean.batch_plan[batch.number]].to(batch.y.device)
+        choice = self.plan.protocol.composition
         identity = torch.cat([own, self.pool.indices.to(own.device)])
         classes = torch.cat([batch.logits.argmax(dim=1), self.pool.classes])
         composition = CompositionAttack(
-            history.company, identity, classes, own, choice.trials, choice.search == "greedy"
+            history.companions, identity, classes, own, choice.trials, choice.search == "greedy"
         )
         return functools.partial(composition.pursue, turn=run.restart) if run.label == "pursuit" else composition

@@ -17,19 +17,19 @@ from msa_eval.auditing.audit import Sign, StateGuard
 from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.defense.contract import Defense, brought_by, left_training, without_weight_gradients
+from msa_eval.defense.contract import Defense, left_training, own_surrogates, without_weight_gradients
 from msa_eval.defense.micro_batches import parts_of, passed_last
-from msa_eval.defense.precision import Search, choose
+from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.device import check_device
 from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
 from msa_eval.engine.audit_step import probe_target
-from msa_eval.engine.batch_runner import Series
-from msa_eval.engine.collector import Evaluated, Ledger
-from msa_eval.engine.executors import Engine, engine_of
+from msa_eval.engine.batch_runner import BatchRunner
+from msa_eval.engine.collector import Collector, Evaluated
+from msa_eval.engine.executors import Executor, executor_of
 from msa_eval.engine.output import pictures, save, write_results
-from msa_eval.engine.resume import Units, opened
-from msa_eval.engine.state import Work
-from msa_eval.engine.target_plan import Entrant
+from msa_eval.engine.resume import ResumeStore, opened
+from msa_eval.engine.state import EvaluationState
+from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
 from msa_eval.evidence.folder import UNFINISHED
 from msa_eval.evidence.provenance import environment, place
@@ -37,12 +37,12 @@ from msa_eval.evidence.results import Results
 from msa_eval.evidence.tables import tabulate
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
-from msa_eval.numerics import exact
+from msa_eval.numerics import full_precision
 from msa_eval.progress import Notify, Progress, silent, ticking, warn
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
-from msa_eval.surrogates.registry import Own
+from msa_eval.surrogates.registry import SurrogateLike
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets, why_whole
 
@@ -54,7 +54,7 @@ def evaluate(
     *,
     protocol: str | Path | Protocol = "msa",
     fc: object = None,
-    surrogates: Mapping[str, Own] | None = None,
+    surrogates: Mapping[str, SurrogateLike] | None = None,
     found_surrogates: bool = True,
     seed: int = 0,
     device: str = "cpu",
@@ -66,7 +66,7 @@ def evaluate(
     micro_batch: int | None = None,
     precision: str = "auto",
     deterministic: bool = False,
-    engine: str | Engine = "local",
+    engine: str | Executor = "local",
     progress: Progress = silent,
     notify: Notify = warn,
 ) -> Results:
@@ -131,8 +131,8 @@ def evaluate(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
-        exact(deterministic=deterministic),
-        engine_of(engine, device) as maker,
+        full_precision(deterministic=deterministic),
+        executor_of(engine, device) as maker,
     ):
         targets = make_targets(target, fc, samples, device, micro_batch=micro_batch)
         for name, why in why_whole(targets).items():
@@ -140,7 +140,7 @@ def evaluate(
         for name, one in targets.items():
             if left := left_training(one):
                 notify(f"parts of the {name} are in training mode: {', '.join(left[:5])}")
-        brought = {} if protocol.apgd is None else brought_by(targets["defense"])
+        brought = {} if protocol.apgd is None else own_surrogates(targets["defense"])
         return _evaluate(
             targets,
             samples,
@@ -169,7 +169,7 @@ def _evaluate(
     *,
     protocol: Protocol,
     named: Mapping[str, Any] | None,
-    own: Mapping[str, Own],
+    own: Mapping[str, SurrogateLike],
     find: bool,
     seed: int,
     device: str,
@@ -180,171 +180,176 @@ def _evaluate(
     micro_batch: int | None,
     precision: str,
     deterministic: bool,
-    engine: Engine,
+    engine: Executor,
     progress: Progress,
     notify: Notify,
 ) -> Results:
     started = time.perf_counter()
     chosen = select(samples.y, protocol)
-    seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    batch_plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
-        chosen, seats = batch_of(protocol.apgd.victim, chosen, seats)
+        chosen, batch_plan = batch_of(protocol.apgd.victim, chosen, batch_plan)
     samples = samples.decoded(chosen, progress=progress).leveled(protocol.ball.levels, chosen)
     if samples.levels is not None:
         notify(f"the images are none of {samples.levels} levels: they are rounded to these first, and evaluated so")
     with without_weight_gradients(*targets.values()):
-        entrants = [
-            Entrant.enter(
+        plans = [
+            TargetPlan.enter(
                 name,
                 model,
                 CleanBatches(
-                    model, samples, chosen, seats, device=device, stochastic=protocol.stochastic, ball=protocol.ball,
-                    progress=progress,
+                    model, samples, chosen, batch_plan, device=device, stochastic=protocol.stochastic,
+                    ball=protocol.ball, progress=progress,
                 ),
                 protocol=protocol, own=own, seed=seed, find=find,
             )
             for name, model in targets.items()
         ]  # fmt: skip
-        about = identity(protocol, entrants, seed) | ({} if named is None else {"target": dict(named)})
+        about = identity(protocol, plans, seed) | ({} if named is None else {"target": dict(named)})
         options = {
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
             "deterministic": deterministic,
         }  # fmt: skip
-        search = _search(precision, entrants[0], progress)
-        entrants = [dataclasses.replace(entrant, search=_fitted(search, entrant)) for entrant in entrants]
+        search = _search(precision, plans[0], progress)
+        plans = [dataclasses.replace(plan, search=_fitted(search, plan)) for plan in plans]
         where = environment(device) | {"search": search.about(), "deterministic": deterministic}
         here = place(device) | {"search": where["search"]["precision"]}
         with opened(
             out, about, options=options, where=here, force=force, device=device, notify=notify, started=started
-        ) as units:
-            work = Work(progress, units, keep)
+        ) as store:
+            evaluation = EvaluationState(progress, store, keep)
             try:
-                return _carried_out(entrants, about | where, work, engine, out=out, show=show, force=force)
+                return _carried_out(plans, about | where, evaluation, engine, out=out, show=show, force=force)
             except KeyboardInterrupt as stop:
-                raise type(stop)(_stopped(entrants, work, out, force=force)) from None
+                raise type(stop)(_stopped(plans, evaluation, out, force=force)) from None
 
 
-def _search(precision: str, entrant: Entrant, progress: Progress) -> Search:
+def _search(precision: str, plan: TargetPlan, progress: Progress) -> SearchPrecision:
     """How points are passed, by trial on the first batch's images."""
     with seeded(0), ticking(progress, 1, "trial of precisions"):
-        return choose(precision, entrant.defense, next(iter(entrant.clean)).x)
+        return choose(precision, plan.defense, next(iter(plan.clean)).x)
 
 
-def _fitted(search: Search, entrant: Entrant) -> Search:
+def _fitted(search: SearchPrecision, plan: TargetPlan) -> SearchPrecision:
     with seeded(0):
-        return search.of(entrant.defense, next(iter(entrant.clean)).x)
+        return search.of(plan.defense, next(iter(plan.clean)).x)
 
 
 def _carried_out(
-    entrants: Sequence[Entrant],
+    plans: Sequence[TargetPlan],
     about: Mapping[str, Any],
-    work: Work,
-    engine: Engine,
+    evaluation: EvaluationState,
+    engine: Executor,
     *,
     out: Path | None,
     show: bool,
     force: bool,
 ) -> Results:
     """Make all runs that are not made yet, judge the targets, and write the results."""
-    if finished := _finished(entrants, work.units):
-        work.units.notify(f"going on in {out}: {finished} of {_due(entrants)} runs on a batch are finished")
+    if finished := _finished(plans, evaluation.store):
+        evaluation.store.notify(f"going on in {out}: {finished} of {_due(plans)} runs on a batch are finished")
     signs: dict[str, list[Sign]] = {}
-    ledgers: dict[str, list[Ledger]] = {}
-    for entrant in entrants:
-        guard = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
-        signs[entrant.name] = probe_target(entrant, work) if entrant.protocol.audited else []
-        first, *others = _series(entrant)
-        shown = Ledger(first, work, guard, show=show and entrant.name == "defense")
-        ledgers[entrant.name] = [shown, *(Ledger(series, work, guard) for series in others)]
-    engine.make([ledger for each in ledgers.values() for ledger in each], work)
+    collectors: dict[str, list[Collector]] = {}
+    for plan in plans:
+        guard = StateGuard(plan.defense, batch=next(iter(plan.clean)), seed=plan.seed)
+        signs[plan.name] = probe_target(plan, evaluation) if plan.protocol.audited else []
+        first, *others = _runners(plan)
+        shown = Collector(first, evaluation, guard, show=show and plan.name == "defense")
+        collectors[plan.name] = [shown, *(Collector(runner, evaluation, guard) for runner in others)]
+    engine.make([collector for each in collectors.values() for collector in each], evaluation)
     done: list[Evaluated] = []
-    for entrant in entrants:
-        done += _evaluated(entrant, ledgers[entrant.name])
-        _check_any(entrant, work)
-        if not entrant.clean.batch_dependent:
-            signs[entrant.name].append(batch_dependence_found(max(one.drift for one in ledgers[entrant.name])))
+    for plan in plans:
+        done += _evaluated(plan, collectors[plan.name])
+        _check_any(plan, evaluation)
+        if not plan.clean.batch_dependent:
+            signs[plan.name].append(batch_dependence_found(max(one.drift for one in collectors[plan.name])))
         try:
-            signs[entrant.name].append(ledgers[entrant.name][0].guard.sign())
+            signs[plan.name].append(collectors[plan.name][0].guard.sign())
         except Exception as error:
-            work.fail(entrant.name, "the state guard", error)
+            evaluation.fail(plan.name, "the state guard", error)
     records = [one.record for one in done]
-    parts = {entrant.name: size for entrant in entrants if (size := parts_of(entrant.defense)) is not None}
-    last = [entrant.name for entrant in entrants if passed_last(entrant.defense)]
-    copied = [entrant.name for entrant in entrants if entrant.search.trunk is not None]
+    parts = {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None}
+    last = [plan.name for plan in plans if passed_last(plan.defense)]
+    copied = [plan.name for plan in plans if plan.search.trunk is not None]
     rounds = about["search"]["precision"] == "bf16"
-    exact = [entrant.name for entrant in entrants if rounds and not entrant.search.rough]
-    more: dict[str, Any] = {"micro_batch": parts, "channels_last": last, "bf16_copy": copied, "fp32_search": exact}
-    more["whole"] = why_whole({entrant.name: entrant.defense for entrant in entrants})
-    more["begun_elsewhere"] = work.units.environments
-    found = {entrant.name: entrant.finding.about() for entrant in entrants if entrant.finding is not None}
+    full_precision = [plan.name for plan in plans if rounds and not plan.search.rough]
+    more: dict[str, Any] = {
+        "micro_batch": parts,
+        "channels_last": last,
+        "bf16_copy": copied,
+        "fp32_search": full_precision,
+    }
+    more["whole"] = why_whole({plan.name: plan.defense for plan in plans})
+    more["begun_elsewhere"] = evaluation.store.environments
+    found = {plan.name: plan.finding.about() for plan in plans if plan.finding is not None}
     more["found_surrogates"] = {name: tried for name, tried in found.items() if tried}
     run = {**about, "taken_back": taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})
-    if any(signs.values()) and entrants[0].protocol.audited:
+    if any(signs.values()) and plans[0].protocol.audited:
         results = judged(results, signs)
-    results = incomplete(results, work.failures)
-    results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(work.units.seconds, 3)})
+    results = incomplete(results, evaluation.failures)
+    results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(evaluation.store.seconds, 3)})
     if out is None:
         return results
     write = functools.partial(
-        write_results, results=results, force=force, entrants=entrants,
-        proofs=[proof for one in done for proof in one.proofs] if work.keep else None,
-        pictures=pictures([shown for one in done for shown in one.exhibits]), progress=work.progress,
+        write_results, results=results, force=force, plans=plans,
+        proofs=[proof for one in done for proof in one.proofs] if evaluation.keep else None,
+        pictures=pictures([shown for one in done for shown in one.exhibits]), progress=evaluation.progress,
     )  # fmt: skip
     results = save(write, out)
-    if not work.failures:
-        work.units.finish()
+    if not evaluation.failures:
+        evaluation.store.finish()
     return results
 
 
-def _series(entrant: Entrant) -> list[Series]:
+def _runners(plan: TargetPlan) -> list[BatchRunner]:
     """A target in every context in which runs are made."""
     found = []
-    for context in entrant.searched:
-        composed = CONTEXTS[context].chooses_companions and entrant.clean.batch_dependent
-        clean = entrant.clean.seen_in(context)
-        found.append(Series(entrant, context, clean, clean.pool(entrant.protocol.composition) if composed else None))
+    for context in plan.searched:
+        composed = CONTEXTS[context].chooses_companions and plan.clean.batch_dependent
+        clean = plan.clean.seen_in(context)
+        found.append(BatchRunner(plan, context, clean, clean.pool(plan.protocol.composition) if composed else None))
     return found
 
 
-def _evaluated(entrant: Entrant, ledgers: Sequence[Ledger]) -> list[Evaluated]:
+def _evaluated(plan: TargetPlan, collectors: Sequence[Collector]) -> list[Evaluated]:
     """What was made of each series of a target; one that ignores its companions answers the same in all contexts."""
-    found = [ledger.evaluated() for ledger in ledgers]
-    others = entrant.protocol.contexts[len(found) :]
+    found = [collector.evaluated() for collector in collectors]
+    others = plan.protocol.contexts[len(found) :]
     return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], []) for one in others]
 
 
-def _due(entrants: Sequence[Entrant]) -> int:
+def _due(plans: Sequence[TargetPlan]) -> int:
     """How many runs on a batch there are to make."""
-    return sum(len(entrant.runs[context]) * len(entrant.clean) for entrant in entrants for context in entrant.searched)
+    return sum(len(plan.runs[context]) * len(plan.clean) for plan in plans for context in plan.searched)
 
 
-def _finished(entrants: Sequence[Entrant], units: Units) -> int:
+def _finished(plans: Sequence[TargetPlan], store: ResumeStore) -> int:
     """How many of them are made, as far as their units tell."""
-    names = units.names()
-    series = {f"{one.name}-{context}": len(runs) for one in entrants for context, runs in one.runs.items()}
-    return sum(1 if "." in name else series.get(name.rpartition("-")[0], 0) for name in names)
+    names = store.names()
+    runner = {f"{one.name}-{context}": len(runs) for one in plans for context, runs in one.runs.items()}
+    return sum(1 if "." in name else runner.get(name.rpartition("-")[0], 0) for name in names)
 
 
-def _stopped(entrants: Sequence[Entrant], work: Work, out: Path | None, *, force: bool) -> str:
+def _stopped(plans: Sequence[TargetPlan], evaluation: EvaluationState, out: Path | None, *, force: bool) -> str:
     """What to say when a user stops an evaluation."""
-    finished = _finished(entrants, work.units)
+    finished = _finished(plans, evaluation.store)
     if out is None or not finished:
         return ""
     how = "the same call without force=True" if force else "the same call"
     return (
-        f"interrupted after {finished} of {_due(entrants)} runs on a batch; they are kept in {out / UNFINISHED}, and "
+        f"interrupted after {finished} of {_due(plans)} runs on a batch; they are kept in {out / UNFINISHED}, and "
         f"{how} goes on from there; no earlier results were changed"
     )
 
 
-def _check_any(entrant: Entrant, work: Work) -> None:
+def _check_any(plan: TargetPlan, evaluation: EvaluationState) -> None:
     """Check that something was found out about a target.
 
     Raises:
         AttackError: when every run failed.
     """
-    failed = [one for one in work.failures if one.target == entrant.name and one.batch is not None]
-    if len(failed) == _due([entrant]):
+    failed = [one for one in evaluation.failures if one.target == plan.name and one.batch is not None]
+    if len(failed) == _due([plan]):
         raise AttackError(f"{failed[0].target}, run {failed[0].run}, batch {failed[0].batch}: {failed[0].error}")

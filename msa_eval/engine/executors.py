@@ -7,15 +7,15 @@ from types import TracebackType
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
-from msa_eval.engine.collector import Ledger
-from msa_eval.engine.state import Work
+from msa_eval.engine.collector import Collector
+from msa_eval.engine.state import EvaluationState
 from msa_eval.progress import ticking
 
 ENGINES = ("local", "ray")
 
 
 @runtime_checkable
-class Engine(Interface):
+class Executor(Interface):
     """Makes the runs of an evaluation, which it is entered and left with."""
 
     def check(self, device: str) -> None:
@@ -26,7 +26,7 @@ class Engine(Interface):
         """
         ...
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Executor:
         """Get ready, before anything is computed."""
         ...
 
@@ -34,49 +34,49 @@ class Engine(Interface):
         """Leave."""
         ...
 
-    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+    def make(self, collectors: Sequence[Collector], evaluation: EvaluationState) -> None:
         """Make every job of the ledgers, and give them what came of it: of each batch in order, the batches in any."""
         ...
 
 
-class Local:
+class LocalExecutor:
     """Makes them in this process, one after another."""
 
     def check(self, device: str) -> None:
         """Any will do that `msa_eval.device` lets pass."""
 
-    def __enter__(self) -> Local:
+    def __enter__(self) -> LocalExecutor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         pass
 
-    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+    def make(self, collectors: Sequence[Collector], evaluation: EvaluationState) -> None:
         """Make them, with a progress bar for each target in each context."""
-        for ledger in ledgers:
-            guard = ledger.guard if work.units.folder is not None else None
-            with ticking(work.progress, ledger.total, ledger.series.title) as tick:
-                for job in ledger.jobs(tick):
-                    for made in ledger.series.search(job, guard):
-                        ledger.take(job.number, made, tick)
+        for collector in collectors:
+            guard = collector.guard if evaluation.store.folder is not None else None
+            with ticking(evaluation.progress, collector.total, collector.runner.title) as tick:
+                for job in collector.jobs(tick):
+                    for made in collector.runner.search(job, guard):
+                        collector.take(job.number, made, tick)
 
 
-def engine_of(engine: str | Engine, device: str) -> Engine:
+def executor_of(engine: str | Executor, device: str) -> Executor:
     """The engine of a name, or one that was given.
 
     Raises:
         ValueError: when there is none of that name, or it can't compute on the device.
 
-    >>> type(engine_of("local", "cpu")).__name__
-    'Local'
+    >>> type(executor_of("local", "cpu")).__name__
+    'LocalExecutor'
     """
     if engine == "local":
-        engine = Local()
+        engine = LocalExecutor()
     elif engine == "ray":
         from msa_eval.engine.ray_executor import RayEngine
 
         engine = RayEngine()
-    if not isinstance(engine, Engine):
+    if not isinstance(engine, Executor):
         raise ValueError(f"there is no engine {engine!r}; expected {' or '.join(ENGINES)}, or an engine")
     engine.check(device)
     return engine

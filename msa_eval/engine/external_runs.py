@@ -1,4 +1,4 @@
-"""Attacks of others as runs of a protocol."""
+"""Attacks of other libraries as runs of a protocol."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.external.adapter import Peer
-from msa_eval.attacks.external.attack import PeerAttack
+from msa_eval.attacks.external.adapter import LibraryAttack
+from msa_eval.attacks.external.attack import ExternalAttack
 from msa_eval.attacks.external.libraries import find
 from msa_eval.defense.contract import Defense
 from msa_eval.engine.schedule import OWN, Run
-from msa_eval.judging.usable_surrogates import offer
-from msa_eval.protocols.schema import ApgdBudget, PeerSpec
-from msa_eval.surrogates.registry import Own, Surrogate
+from msa_eval.judging.usable_surrogates import select_surrogates
+from msa_eval.protocols.schema import ApgdBudget, ExternalSpec
+from msa_eval.surrogates.registry import Surrogate, SurrogateLike
 
 TARGET = "target"
-"""Among a peer's surrogates, the hard target itself."""
+"""Among an external attack's surrogates, the hard target itself."""
 
 
-def peer_runs(
-    peers: Sequence[PeerSpec],
+def external_runs(
+    peers: Sequence[ExternalSpec],
     ball: Ball,
     defense: Defense,
     batch: Batch,
     *,
     num_classes: int,
-    own: Mapping[str, Own] | None = None,
+    own: Mapping[str, SurrogateLike] | None = None,
 ) -> list[Run]:
     """The runs of a protocol's peers: each through each of its surrogates, as often as it is restarted.
 
@@ -38,7 +38,7 @@ def peer_runs(
         defense: the target.
         batch: a clean batch to try surrogates on.
         num_classes: k.
-        own: surrogates of the caller's own, for the peers that name them.
+        own: surrogates of the caller's own, for the external attacks that name them.
 
     Raises:
         ValueError: when there is no such attack, option or surrogate, a library is not installed, or a gradient is
@@ -47,28 +47,28 @@ def peer_runs(
     runs: list[Run] = []
     again: dict[tuple[str, str], int] = {}
     for spec in peers:
-        peer = find(spec.name, ball, spec.options)
-        if spec.restarts > 1 and not peer.starts:
+        library_attack = find(spec.name, ball, spec.options)
+        if spec.restarts > 1 and not library_attack.starts:
             raise ValueError(f"{spec.name} starts at the clean images and draws nothing; leave its restarts out")
         if num_classes < 4 and spec.name == "autoattack:apgd-t":
             raise ValueError(f"{spec.name} needs at least 4 classes, but the model has {num_classes}; leave it out")
-        for surrogate in _attacked(spec, peer, defense, batch, own or {}):
+        for surrogate in _attacked(spec, library_attack, defense, batch, own or {}):
             name = TARGET if surrogate is None else surrogate.name
             first = again.get((spec.name, name), 0)
             again[spec.name, name] = first + spec.restarts
             runs += [
-                Run(surrogate, PeerAttack(peer, turn), spec.name, OWN, turn)
+                Run(surrogate, ExternalAttack(library_attack, turn), spec.name, OWN, turn)
                 for turn in range(first, first + spec.restarts)
             ]
     return runs
 
 
 def _attacked(
-    spec: PeerSpec, peer: Peer, defense: Defense, batch: Batch, own: Mapping[str, Own]
+    spec: ExternalSpec, library_attack: LibraryAttack, defense: Defense, batch: Batch, own: Mapping[str, SurrogateLike]
 ) -> list[Surrogate | None]:
-    """What a peer is run on; ``None`` is the hard target."""
-    names = spec.surrogates or ((TARGET,) if peer.gradient_free else ApgdBudget().surrogates)
-    if TARGET in names and not peer.gradient_free:
+    """What an external attack is run on; ``None`` is the hard target."""
+    names = spec.surrogates or ((TARGET,) if library_attack.gradient_free else ApgdBudget().surrogates)
+    if TARGET in names and not library_attack.gradient_free:
         raise ValueError(
             f"{spec.name} follows gradients, and the hard target has none to give; name surrogates for it, such as ste"
         )
@@ -77,5 +77,5 @@ def _attacked(
     if others:
         mine = {name: own[name] for name in others if name in own}
         budget = ApgdBudget(surrogates=others)
-        found += offer(budget, defense, batch, own=mine).of(budget)
+        found += select_surrogates(budget, defense, batch, own=mine).of(budget)
     return found

@@ -50,14 +50,14 @@ def _hold(path: Path, notify: Notify) -> FileIO:
             raise ValueError(f"{path} can't be written: {error.strerror}; choose another folder") from error
         opened.seek(0)
         holder = _holder(opened.read())
-        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        owner = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         if not _take(opened, holder):
             opened.close()
-            raise ValueError(f"{path.parent} is in use by {told}; wait until it ends, or choose another folder")
+            raise ValueError(f"{path.parent} is in use by {owner}; wait until it ends, or choose another folder")
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(opened.fileno()), path.stat()):  # else its last holder just took it away
                 if holder:
-                    notify(f"took over the lock of {told}, which has ended")
+                    notify(f"took over the lock of {owner}, which has ended")
                 return opened
         opened.close()
 

@@ -12,7 +12,7 @@ from msa_eval.judging.outcomes import Outcome, Trace
 
 
 @dataclass(frozen=True)
-class Step:
+class RunResult:
     """A run on a batch, made: what it did, and what it leaves in the batch's history.
 
     Attributes:
@@ -55,7 +55,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Searched:
+class BatchResult:
     """A batch, all runs made.
 
     Attributes:
@@ -65,7 +65,7 @@ class Searched:
         taken_back: how many samples were called broken, and did not stay so.
         proofs: an adversarial batch for every broken sample, where these were asked for.
         changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
-        drift: of a target taken to ignore companions: how much its answers to the points found change in other company,
+        drift: of a target taken to ignore companions: how much its answers to the points found change in other batches,
             as a share of the logits' range.
     """
 
@@ -78,12 +78,12 @@ class Searched:
     drift: float = 0.0
 
 
-Made = Step | Failure | Searched
+Made = RunResult | Failure | BatchResult
 """What comes of a batch: each run that is made or fails, in their order, and at the end the whole."""
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """A batch on which runs are to be made.
 
     Attributes:
@@ -95,5 +95,5 @@ class Job:
 
     number: int
     keep: bool
-    held: Mapping[int, Step]
+    held: Mapping[int, RunResult]
     lost: str | None = None

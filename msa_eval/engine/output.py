@@ -12,7 +12,7 @@ import pandas as pd
 
 from msa_eval.auditing.audit import Sign
 from msa_eval.auditing.rules import unconfirmed_breaks
-from msa_eval.engine.target_plan import Entrant
+from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.evidence import archive, gallery
 from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE
 from msa_eval.evidence.gallery import Exhibit
@@ -78,7 +78,7 @@ def write_results(
     *,
     results: Results,
     force: bool,
-    entrants: Sequence[Entrant],
+    plans: Sequence[TargetPlan],
     proofs: Sequence[Proof] | None,
     pictures: bytes | None,
     progress: Progress,
@@ -87,11 +87,11 @@ def write_results(
     if proofs is None:
         results.save(out, force=force, gallery=pictures)
         return results
-    replays = {entrant.name: entrant.replay for entrant in entrants}
+    replays = {plan.name: plan.replay for plan in plans}
     path = out / NEW_ARCHIVE
     try:
         written = archive.write(
-            path, progress(proofs, "writing proofs"), next(iter(replays.values())).images, entrants[0].protocol.ball,
+            path, progress(proofs, "writing proofs"), next(iter(replays.values())).images, plans[0].protocol.ball,
             confirm=lambda proof: replays[proof.target].breaks(proof),
             exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip

@@ -28,14 +28,14 @@ import torch
 from msa_eval._version import __version__
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.data import Samples
-from msa_eval.defense.micro_batches import InParts, parts_of
-from msa_eval.engine.batch_runner import Series
-from msa_eval.engine.collector import Ledger, Tick
-from msa_eval.engine.messages import Job, Searched
+from msa_eval.defense.micro_batches import MicroBatched, parts_of
+from msa_eval.engine.batch_runner import BatchRunner
+from msa_eval.engine.collector import Collector, Tick
+from msa_eval.engine.messages import BatchJob, BatchResult
 from msa_eval.engine.serialization import pack, unpack
-from msa_eval.engine.state import Work
+from msa_eval.engine.state import EvaluationState
 from msa_eval.evidence.provenance import place
-from msa_eval.numerics import exact
+from msa_eval.numerics import full_precision
 from msa_eval.progress import ticking
 
 INSTALL = "pip install 'msa-eval[ray]'"
@@ -52,8 +52,8 @@ class _Flight:
     """A job on its way."""
 
     place: int
-    ledger: Ledger
-    job: Job
+    collector: Collector
+    job: BatchJob
 
 
 class RayEngine:
@@ -108,7 +108,7 @@ class RayEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._leave.close()
 
-    def make(self, ledgers: Sequence[Ledger], work: Work) -> None:
+    def make(self, collectors: Sequence[Collector], evaluation: EvaluationState) -> None:
         """Make every job that is due, with one progress bar; a job whose worker is lost is given to another.
 
         Raises:
@@ -116,30 +116,32 @@ class RayEngine:
         """
         import ray
 
-        series = _put(ray, [ledger.series for ledger in ledgers])
+        runner = _put(ray, [collector.runner for collector in collectors])
         flying: dict[Any, _Flight] = {}
         lost: dict[tuple[int, int], int] = {}
-        with ticking(work.progress, sum(ledger.total for ledger in ledgers), "runs on a batch") as tick:
-            due = (_Flight(at, ledger, job) for at, ledger in enumerate(ledgers) for job in ledger.jobs(tick))
+        with ticking(evaluation.progress, sum(collector.total for collector in collectors), "runs on a batch") as tick:
+            due = (
+                _Flight(at, collector, job) for at, collector in enumerate(collectors) for job in collector.jobs(tick)
+            )
             try:
                 while True:
                     while len(flying) < AHEAD * self._room(ray) and (flight := next(due, None)) is not None:
-                        flying[self._start(ray, series, flight)] = flight
+                        flying[self._start(ray, runner, flight)] = flight
                     if not flying:
                         return
                     ready: Any = ray.wait(list(flying), num_returns=1)[0]
                     for stream in ready:
                         flight = flying[stream]
                         try:
-                            over = self._take(ray.get(next(stream)), flight, work, tick)
+                            over = self._take(ray.get(next(stream)), flight, evaluation, tick)
                         except ray.exceptions.RayTaskError as error:
-                            raise _told(error) from error
+                            raise _original_error(error) from error
                         except (ray.exceptions.RayError, StopIteration) as error:
                             del flying[stream]
                             key = flight.place, flight.job.number
                             lost[key] = lost.get(key, 0) + 1
-                            if (again := self._again(flight, error, lost[key], work, tick)) is not None:
-                                flying[self._start(ray, series, again)] = again
+                            if (again := self._again(flight, error, lost[key], evaluation, tick)) is not None:
+                                flying[self._start(ray, runner, again)] = again
                             continue
                         if over:
                             del flying[stream]
@@ -147,17 +149,17 @@ class RayEngine:
                 for stream in flying:
                     ray.cancel(stream, force=True)
 
-    def _start(self, ray: ModuleType, series: Any, flight: _Flight) -> Any:
+    def _start(self, ray: ModuleType, runner: Any, flight: _Flight) -> Any:
         task = ray.remote(_search).options(
             num_cpus=self.cpus, num_gpus=self._gpus, max_retries=0, num_returns="streaming", name="msa-eval"
         )
         held = {at: b"".join(pack(step)) for at, step in flight.job.held.items()}
         deterministic = torch.are_deterministic_algorithms_enabled()
         return task.remote(
-            [series], flight.place, flight.job.number, flight.job.keep, held, self._device, self.cpus, deterministic
+            [runner], flight.place, flight.job.number, flight.job.keep, held, self._device, self.cpus, deterministic
         )
 
-    def _take(self, message: Any, flight: _Flight, work: Work, tick: Tick) -> bool:
+    def _take(self, message: Any, flight: _Flight, evaluation: EvaluationState, tick: Tick) -> bool:
         """Note what a worker sent; whether that was the last of its batch."""
         if isinstance(message, dict):
             if message["packages"]["msa-eval"] != (own := __version__):
@@ -165,29 +167,32 @@ class RayEngine:
                     f"a worker has msa-eval {message['packages']['msa-eval']}, but {own} runs here; install the same "
                     f"release on every node"
                 )
-            work.units.made_at(message, place(self._device))
+            evaluation.store.made_at(message, place(self._device))
             return False
         size, content = message
         made = unpack(content, device=self._device)
-        defense = flight.ledger.series.entrant.defense
-        if isinstance(defense, InParts):
+        defense = flight.collector.runner.plan.defense
+        if isinstance(defense, MicroBatched):
             defense.keep_to(size)
-        flight.ledger.take(flight.job.number, made, tick)
-        return isinstance(made, Searched)
+        flight.collector.take(flight.job.number, made, tick)
+        return isinstance(made, BatchResult)
 
-    def _again(self, flight: _Flight, error: Exception, count: int, work: Work, tick: Tick) -> _Flight | None:
+    def _again(
+        self, flight: _Flight, error: Exception, count: int, evaluation: EvaluationState, tick: Tick
+    ) -> _Flight | None:
         """What is left of a job whose worker was lost; nothing where that happened too often, and its runs failed."""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        told = f"a worker was lost ({type(error).__name__}: {reason})"
-        job = flight.ledger.job(flight.job.number)
+        reason_lost = f"a worker was lost ({type(error).__name__}: {reason})"
+        job = flight.collector.job(flight.job.number)
         if count <= self._retries:
-            work.units.notify(
-                f"{told}: what it had not finished of batch {job.number}, {flight.ledger.series.title}, is made again"
+            evaluation.store.notify(
+                f"{reason_lost}: what it had not finished of batch {job.number}, {flight.collector.runner.title}, "
+                f"is made again"
             )
-            return _Flight(flight.place, flight.ledger, job)
-        given_up = Job(job.number, job.keep, job.held, lost=f"{told}, for the {count}th time")
-        for made in flight.ledger.series.search(given_up):
-            flight.ledger.take(job.number, made, tick)
+            return _Flight(flight.place, flight.collector, job)
+        given_up = BatchJob(job.number, job.keep, job.held, lost=f"{reason_lost}, for the {count}th time")
+        for made in flight.collector.runner.search(given_up):
+            flight.collector.take(job.number, made, tick)
         return None
 
     def _room(self, ray: ModuleType) -> int:
@@ -257,7 +262,7 @@ def _nodes(ray: ModuleType) -> list[dict[str, float]]:
     return [node.get("Resources", {}) for node in ray.nodes() if node["Alive"]]
 
 
-def _put(ray: ModuleType, series: list[Series]) -> Any:
+def _put(ray: ModuleType, runner: list[BatchRunner]) -> Any:
     """Put targets and data into the object store: code of the user's own by value, images for workers to share.
 
     Raises:
@@ -270,7 +275,7 @@ def _put(ray: ModuleType, series: list[Series]) -> Any:
         ray.util.register_serializer(Samples, serializer=_flat, deserializer=_shared)
         stack.callback(ray.util.deregister_serializer, Samples)
         try:
-            return ray.put(series)
+            return ray.put(runner)
         except (TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the target can't be sent to workers, for it can't be pickled: {reason}") from error
@@ -305,7 +310,7 @@ def _shared(flat: _Flat) -> Samples:
     return Samples.of_parts(parts, *flat[1:])
 
 
-def _told(error: Any) -> BaseException:
+def _original_error(error: Any) -> BaseException:
     """What a task raised, as the caller would have met it here."""
     cause: BaseException = error.cause
     if isinstance(cause, ValueError | MemoryError | OSError):
@@ -313,7 +318,7 @@ def _told(error: Any) -> BaseException:
     return RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}")
 
 
-_HELD: dict[str, Sequence[Series]] = {}
+_HELD: dict[str, Sequence[BatchRunner]] = {}
 _GUARDS: dict[str, StateGuard] = {}
 """In a worker, what it was sent last, and the guards over the targets since then."""
 
@@ -331,14 +336,14 @@ def _search(
     """In a worker: make the runs on a batch, and send where, and each when it is made, with the size of parts."""
     torch.set_num_threads(threads)
     yield place(device)
-    with exact(deterministic=deterministic):
+    with full_precision(deterministic=deterministic):
         one, guard = _received(sent[0], at)
-        job = Job(number, keep, {step: unpack(content, device=device) for step, content in held.items()})
+        job = BatchJob(number, keep, {step: unpack(content, device=device) for step, content in held.items()})
         for made in one.search(job, guard):
-            yield parts_of(one.entrant.defense), b"".join(pack(made))
+            yield parts_of(one.plan.defense), b"".join(pack(made))
 
 
-def _received(sent: Any, at: int) -> tuple[Series, StateGuard]:
+def _received(sent: Any, at: int) -> tuple[BatchRunner, StateGuard]:
     """The series, and the guard over its target since it came here; fetched once in a process.
 
     Raises:
@@ -357,7 +362,7 @@ def _received(sent: Any, at: int) -> tuple[Series, StateGuard]:
                 f"a worker can't load the target ({reason}); install what it needs on every node"
             ) from error
     one = _HELD[sent.hex()][at]
-    entrant = one.entrant
-    if entrant.name not in _GUARDS:
-        _GUARDS[entrant.name] = StateGuard(entrant.defense, batch=next(iter(entrant.clean)), seed=entrant.seed)
-    return one, _GUARDS[entrant.name]
+    plan = one.plan
+    if plan.name not in _GUARDS:
+        _GUARDS[plan.name] = StateGuard(plan.defense, batch=next(iter(plan.clean)), seed=plan.seed)
+    return one, _GUARDS[plan.name]

@@ -33,7 +33,7 @@ T = TypeVar("T")
 ABOUT = "evaluation.json"
 
 
-class Units:
+class ResumeStore:
     """The finished units of one evaluation; without a folder, nothing is kept.
 
     Args:
@@ -60,7 +60,7 @@ class Units:
         self._started, self._before = time.perf_counter() if started is None else started, 0.0
         self.environments: list[Mapping[str, Any]] = []
         self._held = self.names()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @property
     def seconds(self) -> float:
@@ -95,7 +95,7 @@ class Units:
             self._miss(name)
             return None
         except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-            self._told.add(name.partition(".")[0])
+            self._reported.add(name.partition(".")[0])
             self.notify(f"{path} is damaged ({error}): that unit is computed again")
             return None
         self._before = max(self._before, seconds)
@@ -103,17 +103,17 @@ class Units:
 
     def _miss(self, name: str) -> None:
         """Tell of a unit that is not there, once a batch, where later ones of its series are."""
-        batch, series = name.partition(".")[0], name.rpartition("-")[0]
-        later = [held for held in self._held if held.rpartition("-")[0] == series and held > name]
-        if batch not in self._told and any("." in name or not held.startswith(f"{batch}.") for held in later):
-            self._told.add(batch)
+        batch, runner = name.partition(".")[0], name.rpartition("-")[0]
+        later = [held for held in self._held if held.rpartition("-")[0] == runner and held > name]
+        if batch not in self._reported and any("." in name or not held.startswith(f"{batch}.") for held in later):
+            self._reported.add(batch)
             self.notify(f"unit {name} is not there, though later ones are; what is missing is computed again")
 
     def write(self, name: str, value: Any) -> None:
         """Keep a finished unit.
 
         Args:
-            name: ``series-number`` for a batch, ``series-number.number`` for a run on it.
+            name: ``runner-number`` for a batch, ``runner-number.number`` for a run on it.
             value: as `pack` takes it.
 
         Raises:
@@ -164,7 +164,7 @@ def opened(
     device: str,
     notify: Notify,
     started: float | None = None,
-) -> Iterator[Units]:
+) -> Iterator[ResumeStore]:
     """The units of an evaluation in a results folder, which no other process works in meanwhile.
 
     Args:
@@ -181,7 +181,7 @@ def opened(
         ValueError: when the folder holds another evaluation or other files, is in use, or can't be written.
     """
     if out is None:
-        yield Units(notify=notify, started=started)
+        yield ResumeStore(notify=notify, started=started)
         return
     claim_folder(out, about, force=force)
     with locked(out, notify):
@@ -189,16 +189,16 @@ def opened(
             notify(f"what {out} held is kept in {moved}")
         claim_folder(out, about, force=force)  # another process may have finished meanwhile
         stated = {**about, "options": dict(options), "where": [dict(where)]}
-        units = Units(*_begun(out / UNFINISHED, stated), device=device, notify=notify, started=started)
-        units.environments = stated["where"][1:]
-        if units.environments:
-            told = differences({"where": units.environments[0]}, {"where": dict(where)})
-            notify(f"it was begun elsewhere ({told}), so it may differ by rounding from one made in one place")
+        store = ResumeStore(*_begun(out / UNFINISHED, stated), device=device, notify=notify, started=started)
+        store.environments = stated["where"][1:]
+        if store.environments:
+            places = differences({"where": store.environments[0]}, {"where": dict(where)})
+            notify(f"it was begun elsewhere ({places}), so it may differ by rounding from one made in one place")
         try:
-            yield units
+            yield store
         finally:
-            if not units.names():
-                units.finish()
+            if not store.names():
+                store.finish()
 
 
 def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import Attack
-from msa_eval.attacks.borderline import OvertimeAttack
+from msa_eval.attacks.borderline import BorderlineAttack
 from msa_eval.attacks.companions import RANKS
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import JOINT, AmongOthers, Context, OneAtATime
 from msa_eval.defense.contract import Defense
-from msa_eval.judging.batch_history import History
+from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.search_state import Setting
-from msa_eval.judging.usable_surrogates import Offers
+from msa_eval.judging.usable_surrogates import UsableSurrogates
 from msa_eval.protocols.schema import ApgdBudget, Protocol, RunSpec, SpsaBudget, SquareBudget
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 
 COMPOSED_EVERY, COMPOSED_FIRST, COMPOSED_ROUNDS = 3, 6, 3
-"""In ``composed`` company is chosen anew after so many runs; so many are made before the pursuits, so often towards
+"""In ``composed`` companions are chosen anew after so many runs; so many are made before the pursuits, so often towards
 every class, that take the place of the others."""
 
 
 OWN = "own"
-"""The loss of an attack of others."""
+"""The loss of an attack of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
         surrogate: what is attacked; ``None`` is the hard target itself.
         attack: the search; ``None`` is one among what the batch's history holds.
         label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``,
-            ``overtime``, or that of an attack of others.
+            ``overtime``, or that of an attack of other libraries.
         loss: the loss's name, or `OWN`.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -85,7 +85,7 @@ class Run:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(seed)
 
-    def setting(self, defense: Defense, history: History, *, victim: Tensor | None = None) -> Setting:
+    def setting(self, defense: Defense, history: BatchHistory, *, victim: Tensor | None = None) -> Setting:
         """How this run meets a batch.
 
         Args:
@@ -94,13 +94,13 @@ class Run:
             victim: where given, the one sample ``(B,)`` whose companions are moved.
         """
         still = history.best if self.chained else history.clean
-        counted = history.standing if self.chained else None
+        counted = history.unbroken if self.chained else None
         view: OneAtATime | AmongOthers | None = None
         if self.moves == "image":
             view = OneAtATime(defense, still.z)
         elif self.moves == "companions":
             view = AmongOthers(defense, still.z)
-            counted = victim if victim is not None else history.standing if self.chained else history.correct
+            counted = victim if victim is not None else history.unbroken if self.chained else history.correct
         if self.passes is not None and history.passes >= self.passes * len(history.broken):
             counted = torch.zeros_like(history.broken)
         start = still if self.chained else None
@@ -112,7 +112,7 @@ class Run:
 
 def plan_runs(
     protocol: Protocol,
-    offers: Offers,
+    surrogates: UsableSurrogates,
     *,
     num_classes: int,
     context: Context = JOINT,
@@ -124,7 +124,7 @@ def plan_runs(
 
     Args:
         protocol: names losses and budgets.
-        offers: the surrogates the target has.
+        surrogates: the surrogates the target has.
         num_classes: k, which some losses need to be high enough.
         context: what the attacker controls.
         batch_dependent: whether the target looks at companions.
@@ -139,33 +139,38 @@ def plan_runs(
     together = batch_dependent and not context.one_batch_per_sample
     if not together or not caches or (budget is not None and budget.victim is not None):
         mixing = None
-    if budget is not None and not offers.usable:
+    if budget is not None and not surrogates.usable:
         return _query_runs(protocol, more=_passes_of(budget))
     if budget is not None:
         _check_losses(budget, num_classes)
         budget = budget if mixing is None else mixing.gathering(budget)
-        runs += _apgd_runs(budget, offers, num_classes, apart=not context.one_batch_per_sample)
+        runs += _apgd_runs(budget, surrogates, num_classes, apart=not context.one_batch_per_sample)
     if mixing is not None:
-        label, surrogate = ("pursuit", offers.pursued) if mixing.passes and offers.among else ("recombination", None)
+        label, surrogate = (
+            ("pursuit", surrogates.pursued) if mixing.passes and surrogates.among else ("recombination", None)
+        )
         runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
     if budget is not None and budget.overtime and not together and not (context.chooses_companions and batch_dependent):
-        runs += _overtime_runs(budget, offers, num_classes)
+        runs += _borderline_runs(budget, surrogates, num_classes)
     if context.chooses_companions and batch_dependent:
-        runs = _composed_runs(runs, offers, num_classes, pursued=exchanges and budget is not None)
+        runs = _composed_runs(runs, surrogates, num_classes, pursued=exchanges and budget is not None)
     return runs + _query_runs(protocol)
 
 
-def _overtime_runs(budget: ApgdBudget, offers: Offers, num_classes: int) -> list[Run]:
+def _borderline_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_classes: int) -> list[Run]:
     """The last passes, in equal parts: along the decision's own gradient, then along the FC head's, a smoother one."""
     targeted = MALT if any(run.loss == MALT for run in budget.runs) else TARGETED
     loss = targeted if num_classes >= MIN_CLASSES[targeted] else "margin"
-    searched = [offers.exact, *(s for s in offers.usable if s.name == "fc-oracle" and s is not offers.exact)]
-    attack = OvertimeAttack(budget.overtime // len(searched), budget.steps)
+    searched = [
+        surrogates.exact,
+        *(s for s in surrogates.usable if s.name == "fc-oracle" and s is not surrogates.exact),
+    ]
+    attack = BorderlineAttack(budget.overtime // len(searched), budget.steps)
     return [Run(surrogate, attack, "overtime", loss, 0, chained=True) for surrogate in searched]
 
 
-def _composed_runs(runs: list[Run], offers: Offers, num_classes: int, *, pursued: bool) -> list[Run]:
-    """Runs with the choice of company before them, between them and after them.
+def _composed_runs(runs: list[Run], surrogates: UsableSurrogates, num_classes: int, *, pursued: bool) -> list[Run]:
+    """Runs with the choice of companions before them, between them and after them.
 
     Where that is cheap, most of them give way to pursuits in which it goes along with the steps, class by class.
     """
@@ -175,7 +180,7 @@ def _composed_runs(runs: list[Run], offers: Offers, num_classes: int, *, pursued
     found = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
     if pursued:
         turns = range(COMPOSED_ROUNDS * min(num_classes - 1, RANKS))
-        found += [Run(offers.exact, None, "pursuit", "margin", turn, chained=True) for turn in turns]
+        found += [Run(surrogates.exact, None, "pursuit", "margin", turn, chained=True) for turn in turns]
     return found
 
 
@@ -188,23 +193,23 @@ def _check_losses(budget: ApgdBudget, num_classes: int) -> None:
             )
 
 
-def _apgd_runs(budget: ApgdBudget, offers: Offers, num_classes: int, *, apart: bool) -> list[Run]:
+def _apgd_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_classes: int, *, apart: bool) -> list[Run]:
     """The white-box runs; ``apart`` where images of one batch may be moved apart from each other."""
-    has: dict[str, Surrogate | Ensemble] = {surrogate.name: surrogate for surrogate in offers.of(budget)}
-    if offers.together is not None:
-        has = {offers.together.name: offers.together}
+    has: dict[str, Surrogate | Ensemble] = {surrogate.name: surrogate for surrogate in surrogates.of(budget)}
+    if surrogates.together is not None:
+        has = {surrogates.together.name: surrogates.together}
     chained = budget.combine == "cascade"
     targeted = MALT if any(run.loss == MALT for run in budget.runs) else TARGETED
     runs: list[Run] = []
     seen: dict[tuple[str, str, str], int] = {}
-    taking_turns = budget.runs and offers.turns and set(offers.turns) <= set(has)
-    turns = itertools.cycle(offers.turns) if taking_turns else itertools.repeat("")
-    for wanted in _wanted(budget, list(has), num_classes, own=offers.own):
+    taking_turns = budget.runs and surrogates.turns and set(surrogates.turns) <= set(has)
+    turns = itertools.cycle(surrogates.turns) if taking_turns else itertools.repeat("")
+    for wanted in _wanted(budget, list(has), num_classes, own=surrogates.own):
         name = next(turns) or wanted.surrogate
         name = name if name in has else next(iter(has))
-        moves = wanted.moves if apart and offers.among else "batch"
-        if moves == "companions" and name not in offers.among:
-            name = offers.among[0]
+        moves = wanted.moves if apart and surrogates.among else "batch"
+        if moves == "companions" and name not in surrogates.among:
+            name = surrogates.among[0]
         loss = wanted.loss
         if budget.runs:
             loss = targeted if wanted.moves == "companions" != moves else loss

@@ -15,15 +15,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from msa_eval.attacks.batch import Point
+from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.auditing.sign import Sign
-from msa_eval.engine.messages import Failure, Searched, Step
+from msa_eval.engine.messages import BatchResult, Failure, RunResult
 from msa_eval.evidence.proof import Proof
-from msa_eval.judging.outcomes import Finding, Outcome, Trace
+from msa_eval.judging.outcomes import BreakingBatch, Outcome, Trace
 
 RECORDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Failure, Fault, Finding, Outcome, Point, Proof, Searched, Sign, Step, Trace)
+    kind.__name__: kind
+    for kind in (Failure, Fault, BreakingBatch, Outcome, AdversarialBatch, Proof, BatchResult, Sign, RunResult, Trace)
 }
 """The dataclasses that may be packed, by name."""
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from msa_eval.engine.messages import Failure
-from msa_eval.engine.resume import Units
+from msa_eval.engine.resume import ResumeStore
 from msa_eval.progress import Progress
 
 
 @dataclass
-class Work:
+class EvaluationState:
     """An evaluation under way.
 
     Attributes:
         progress: shows how far each context has come.
-        units: what is finished, and is not made again.
+        store: what is finished, and is not made again.
         keep: whether to keep an adversarial batch for every broken sample.
         failures: what failed so far.
     """
 
     progress: Progress
-    units: Units
+    store: ResumeStore
     keep: bool = False
     failures: list[Failure] = field(default_factory=list)
 

@@ -10,30 +10,30 @@ from dataclasses import dataclass
 from msa_eval.auditing.surrogate_search import Finding, SurrogateSearch
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
-from msa_eval.defense.micro_batches import fitting
-from msa_eval.defense.precision import EXACT, Search
-from msa_eval.engine.external_runs import peer_runs
+from msa_eval.defense.micro_batches import retry_in_smaller_parts
+from msa_eval.defense.precision import EXACT, SearchPrecision
+from msa_eval.engine.external_runs import external_runs
 from msa_eval.engine.schedule import Run, plan_runs
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.replay import Replay
-from msa_eval.judging.usable_surrogates import Offers, offer
+from msa_eval.judging.usable_surrogates import UsableSurrogates, select_surrogates
 from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
-from msa_eval.surrogates.registry import Own
+from msa_eval.surrogates.registry import SurrogateLike
 
 
 @dataclass(frozen=True)
-class Entrant:
+class TargetPlan:
     """A target ready for its runs."""
 
     name: str
     defense: Defense
     clean: CleanBatches
     runs: Mapping[str, Sequence[Run]]
-    offers: Offers
+    surrogates: UsableSurrogates
     protocol: Protocol
     seed: int
-    search: Search = EXACT
+    search: SearchPrecision = EXACT
     finding: Finding | None = None
 
     @classmethod
@@ -44,10 +44,10 @@ class Entrant:
         clean: CleanBatches,
         *,
         protocol: Protocol,
-        own: Mapping[str, Own],
+        own: Mapping[str, SurrogateLike],
         seed: int,
         find: bool = True,
-    ) -> Entrant:
+    ) -> TargetPlan:
         """Plan the runs of a target; the caller's own surrogates are the defence's.
 
         Args:
@@ -59,21 +59,22 @@ class Entrant:
             seed: of everything drawn.
             find: whether to look for surrogates where the target's own gradients are not true.
         """
-        offers, finding = Offers((), (), ""), None
+        surrogates, finding = UsableSurrogates((), (), ""), None
         if protocol.apgd is not None:
             search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find)
             look = functools.partial(
-                offer, protocol.apgd, defense, batch := next(iter(clean)), own=own, use_own=name == "defense",
+                select_surrogates, protocol.apgd, defense, batch := next(iter(clean)), own=own,
+                use_own=name == "defense",
                 batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
                 find=search.more,
             )  # fmt: skip
             with seeded(seed):
-                offers = fitting(defense, len(batch.x), look)
+                surrogates = retry_in_smaller_parts(defense, len(batch.x), look)
             finding = search.finding
-        companions = clean.batch_dependent and max(map(len, clean.seats)) > 1
+        companions = clean.batch_dependent and max(map(len, clean.batch_plan)) > 1
         runs = {
             context: plan_runs(
-                protocol, offers, num_classes=clean.num_classes, context=CONTEXTS[context],
+                protocol, surrogates, num_classes=clean.num_classes, context=CONTEXTS[context],
                 batch_dependent=companions, caches=not isinstance(defense, WholeModel),
                 exchanges=hasattr(defense, "logits_with"),
             )
@@ -82,7 +83,7 @@ class Entrant:
         if protocol.peers:
             # After all others, so that they change nothing in our own runs.
             with seeded(seed):
-                more = peer_runs(
+                more = external_runs(
                     protocol.peers, protocol.ball, defense, next(iter(clean)), num_classes=clean.num_classes,
                     own=own if name == "defense" else {},
                 )  # fmt: skip
@@ -94,13 +95,13 @@ class Entrant:
                 f"passes of a batch as the batch has images (up to {protocol.batch_size})",
                 stacklevel=2,
             )
-        return cls(name, defense, clean, runs, offers, protocol, seed, finding=finding)
+        return cls(name, defense, clean, runs, surrogates, protocol, seed, finding=finding)
 
     @functools.cached_property
     def replay(self) -> Replay:
         """The target as it answers for proofs."""
         clean = self.clean
-        batches = [clean.chosen[seat] for seat in clean.seats]
+        batches = [clean.chosen[indices] for indices in clean.batch_plan]
         return Replay(
             self.defense, clean.samples, batches, device=clean.device, draws=clean.draws,
             batch_dependent=clean.batch_dependent,

@@ -36,7 +36,7 @@ from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Broken, Proof
 from msa_eval.hashing import file_hash
 from msa_eval.targets.weights import write_safetensors
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 FORMAT = "msa-eval-adversarial"
 
@@ -168,9 +168,9 @@ class Archive:
                 self._entries = _entries(opened.metadata() or {})
                 _check_tensors(opened, self._entries)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file ({told(error)})") from error
+            raise ValueError(f"{self.path} is not a readable safetensors file ({printable(error)})") from error
         except ValueError as error:
-            raise ValueError(f"{self.path}: {told(error)}") from error
+            raise ValueError(f"{self.path}: {printable(error)}") from error
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -191,7 +191,7 @@ class Archive:
             proof = _checked(Proof(**entry, **parts), clean)
             return _recode(proof, clean, functools.partial(_decode, ball=self._ball))
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{self.path}: proof {i}: {told(error)}") from error
+            raise ValueError(f"{self.path}: proof {i}: {printable(error)}") from error
 
 
 def _settle(

@@ -53,10 +53,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "the seed (0, now 1) and the data ('a', now 'b')"
     """
     found = list(_different(before, now))
-    told, more = found[:SHOWN], len(found) - SHOWN
+    shown, more = found[:SHOWN], len(found) - SHOWN
     if more > 0:
-        told.append(f"{more} more")
-    return " and ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
+        shown.append(f"{more} more")
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if shown[1:] else shown)
 
 
 def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_eval.evidence.diff import differences
-from msa_eval.untrusted import check_inside, told
+from msa_eval.untrusted import check_inside, printable
 
 TABLES = ("summary", "attacks", "samples", "outcomes", "batches")
 
@@ -33,7 +33,7 @@ PAGE = "report.html"
 
 
 CROSSCHECK = "crosscheck.csv"
-"""What attacks of others broke of it (see `msa_eval.studies.crosscheck`); made later, so it has no hash either."""
+"""What external attacks broke of it (see `msa_eval.studies.crosscheck`); made later, so it has no hash either."""
 
 
 FIGURES = "figures"
@@ -63,11 +63,11 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
         raise ValueError(f"{folder} is a file; choose a folder for the results")
     run = read_run(folder)
     if not force and run is not None and run.get("key") != about["key"]:
-        told = differences(run, about)
+        differing = differences(run, about)
         raise ValueError(
             f"{folder} holds the results of another evaluation ({run.get('protocol', {}).get('name')}, seed "
-            f"{run.get('seed')}){f', which differs in {told}' if told else ''}; choose another folder, or start anew "
-            f"with force=True"
+            f"{run.get('seed')}){f', which differs in {differing}' if differing else ''}; choose another folder, or "
+            f"start anew with force=True"
         )
     try:
         # What an interrupted evaluation left behind, perhaps as it wrote its results.
@@ -119,7 +119,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable: {told(error)}") from error
+        raise ValueError(f"{path} is not readable: {printable(error)}") from error
     if not isinstance(run, dict):
         raise ValueError(f"{path} is not the run.json of an evaluation")
     return run

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from msa_eval.evidence.folder import GALLERY
 from msa_eval.hashing import file_hash
-from msa_eval.untrusted import check_inside, told
+from msa_eval.untrusted import check_inside, printable
 
 LIMIT = 12
 """So many samples are shown at most."""
@@ -100,7 +100,7 @@ def read(path: str | Path) -> list[Exhibit]:
         with safe_open(path, framework="np") as opened:
             return _exhibits(opened)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not a readable gallery: {told(error)}") from error
+        raise ValueError(f"{path.name} is not a readable gallery: {printable(error)}") from error
 
 
 def _exhibits(opened: Any) -> list[Exhibit]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msa_eval.defense.contract import Defense, modules_of
-from msa_eval.defense.micro_batches import plain
+from msa_eval.defense.micro_batches import unwrap
 from msa_eval.hashing import weights_hash
 
 PACKAGES = ("msa-eval", "torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
@@ -25,7 +25,7 @@ def defense_hash(defense: Defense) -> str:
 
     The weights alone decide where there is one module, so a wrapper or a moved file changes nothing.
     """
-    parts = [weights_hash(module) for module in modules_of(defense)] or [type(plain(defense)).__qualname__]
+    parts = [weights_hash(module) for module in modules_of(defense)] or [type(unwrap(defense)).__qualname__]
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -54,7 +54,7 @@ class TargetRecord:
         batch: the batch each sits in.
         position: its place there.
         clean_prediction: the target's answer on the clean batch.
-        clean_margin: its logit lead there.
+        clean_margin: its logit margin there.
         committed: in ``joint``, right on the one adversarial batch that leaves the fewest of its batch right.
         runs: in the order they were made.
         taken_back: how many samples of a stochastic target were called broken, but no break was upheld.

@@ -18,7 +18,7 @@ from msa_eval.evidence import schema as fields
 from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, FIGURES, GALLERY, PAGE, TABLES, claim_folder, read_run
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.files import write_all
-from msa_eval.untrusted import check_inside, told
+from msa_eval.untrusted import check_inside, printable
 
 SCHEMA_VERSION = 1
 
@@ -196,7 +196,7 @@ def load_table(path: Path, name: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable table: {told(error)}") from error
+        raise ValueError(f"{path} is no readable table: {printable(error)}") from error
     fields.check_table(str(path), name, table)
     for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 _PROTOCOL_TEXT = {
     "attack?": {"apgd?": {"combine?": str}, "*": object},
@@ -74,14 +74,14 @@ def check_run(name: str, run: Any) -> None:
     try:
         protocol = tomllib.loads(run["protocol"]["text"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: the field protocol.text is no TOML: {told(error)}") from error
+        raise ValueError(f"{name}: the field protocol.text is no TOML: {printable(error)}") from error
     _check_field(name, "protocol.text", protocol, _PROTOCOL_TEXT)
 
 
 def _check_field(name: str, field: str, value: Any, kind: Any) -> None:
     if not _is(value, kind):
-        shown = f"the field {told(field)}" if field else "the file"
-        raise ValueError(f"{name}: {shown} must hold {_told(kind)}, but holds {_value(value)}")
+        shown = f"the field {printable(field)}" if field else "the file"
+        raise ValueError(f"{name}: {shown} must hold {_describe_kind(kind)}, but holds {_value(value)}")
     for alternative in kind if isinstance(kind, tuple) else (kind,):
         if isinstance(alternative, dict) and isinstance(value, dict):
             _check_fields(name, field, value, alternative)
@@ -94,7 +94,7 @@ def _check_fields(name: str, field: str, value: Mapping[str, Any], kinds: Mappin
     inside = f"{field}." if field else ""
     for key in kinds:
         if key != "*" and not key.endswith("?") and key not in value:
-            raise ValueError(f"{name}: the field {told(inside + key)} is missing")
+            raise ValueError(f"{name}: the field {printable(inside + key)} is missing")
     known = {key.rstrip("?"): kind for key, kind in kinds.items() if key != "*"}
     for key, part in value.items():
         _check_field(name, f"{inside}{key}", part, known.get(key, kinds.get("*", object)))
@@ -132,12 +132,12 @@ def _check_texts(name: str, run: Mapping[str, Any]) -> None:
         inside = f"{field}." if field else ""
         if isinstance(value, dict):
             if any(map(_is_cut, value)):
-                raise ValueError(f"{name}: the name of a field in {told(field or 'it')} is no valid text")
+                raise ValueError(f"{name}: the name of a field in {printable(field or 'it')} is no valid text")
             ahead += [(f"{inside}{key}", part) for key, part in value.items()]
         elif isinstance(value, list):
             ahead += [(f"{field}[{place}]", part) for place, part in enumerate(value)]
         elif isinstance(value, str) and _is_cut(value):
-            raise ValueError(f"{name}: the field {told(field)} is no valid text")
+            raise ValueError(f"{name}: the field {printable(field)} is no valid text")
 
 
 def _is_cut(text: str) -> bool:
@@ -145,9 +145,9 @@ def _is_cut(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _told(kind: Any) -> str:
+def _describe_kind(kind: Any) -> str:
     if isinstance(kind, tuple):
-        return " or ".join(map(_told, kind))
+        return " or ".join(map(_describe_kind, kind))
     return "fields" if isinstance(kind, dict) else "a list" if isinstance(kind, list) else _WORDS[kind]
 
 

@@ -43,11 +43,11 @@ def _summary(record: TargetRecord) -> pd.DataFrame:
 
 def _attacks(record: TargetRecord) -> pd.DataFrame:
     rows = []
-    standing = record.correct
-    told = any(run.notes is not None for run in record.runs)
+    unbroken = record.correct
+    with_notes = any(run.notes is not None for run in record.runs)
     for run in record.runs:
-        newly = standing & run.any_broken
-        standing = standing & ~run.any_broken
+        newly = unbroken & run.any_broken
+        unbroken = unbroken & ~run.any_broken
         shares = {
             "surrogate_accuracy": float((~run.surrogate_fooled).mean()),
             "final": float((record.correct & ~run.final_broken).mean()),
@@ -69,7 +69,7 @@ def _attacks(record: TargetRecord) -> pd.DataFrame:
                 "decisions": run.decisions,
                 "seconds": round(run.seconds, 3),
             }
-            | ({"notes": "; ".join(run.notes or ())} if told else {})
+            | ({"notes": "; ".join(run.notes or ())} if with_notes else {})
         )
     return pd.DataFrame(rows)
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import Batch, Point, capacity
-from msa_eval.attacks.losses import margin
-from msa_eval.defense.contexts import CONTEXTS, Company, own_companions
+from msa_eval.attacks.batch import AdversarialBatch, Batch, capacity
+from msa_eval.attacks.losses import margin_loss
+from msa_eval.defense.contexts import CONTEXTS, Companions, own_companions
 from msa_eval.evidence.proof import Proof, cover
-from msa_eval.judging.outcomes import Finding, Outcome, Trace
+from msa_eval.judging.outcomes import BreakingBatch, Outcome, Trace
 
 POINTS = 144
 """So many points of each image are kept at most, the latest."""
 
 
-class History:
+class BatchHistory:
     """The record of one batch over all runs.
 
     Args:
         batch: the clean batch.
-        company: who sits beside each image at first, where the attacker chooses.
+        companions: who sits beside each image at first, where the attacker chooses.
 
     Attributes:
         correct: the samples right on the clean batch ``(B,)``.
         clean: the clean batch as points.
-        best: each sample's own point of the lowest lead, at first its clean image.
+        best: each sample's own point of the lowest margin, at first its clean image.
         broken: the samples some run broke ``(B,)``.
         committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
-        company: who sits beside each image, where the attacker chooses.
+        companions: who sits beside each image, where the attacker chooses.
         points: where the runs ended, and each sample's best, for recombination.
         findings: adversarial batches that together break all samples broken, where these are kept.
         passes: images passed through the trunk for it.
@@ -37,33 +37,33 @@ class History:
         ranking: the classes of each sample, nearest first ``(B, k)``, once a run ranked them.
     """
 
-    def __init__(self, batch: Batch, company: Company | None = None) -> None:
+    def __init__(self, batch: Batch, companions: Companions | None = None) -> None:
         self.correct = batch.correct
-        self._lead = -margin(batch.logits, batch.y)
-        self.best = self.clean = Point(batch.x, batch.z)
+        self._margin = -margin_loss(batch.logits, batch.y)
+        self.best = self.clean = AdversarialBatch(batch.x, batch.z)
         self.broken = torch.zeros_like(batch.correct)
         self.committed = batch.correct
-        self.company = company
+        self.companions = companions
         self.points = [self.clean]
-        self.findings: list[Finding] = []
+        self.findings: list[BreakingBatch] = []
         self.passes = 0
         self.upheld: list[Proof] = []
         self.taken_back = torch.zeros_like(batch.correct)
         self.ranking: Tensor | None = None
 
     @property
-    def standing(self) -> Tensor:
+    def unbroken(self) -> Tensor:
         """The samples that are right on the clean batch and that nothing has broken ``(B,)``."""
         return self.correct & ~self.broken
 
     def add(self, outcome: Outcome, trace: Trace) -> None:
         """Enter what a run did, and what it leaves."""
-        lower = trace.best_lead < self._lead
+        lower = trace.best_margin < self._margin
         self.best = self.best.with_rows(lower, trace.best)
-        self._lead = torch.minimum(self._lead, trace.best_lead)
-        if self.company is not None and trace.company is not None:
-            index = torch.where(lower.unsqueeze(1), trace.company, self.company.index)
-            self.company = self.company.seating(index)
+        self._margin = torch.minimum(self._margin, trace.best_margin)
+        if self.companions is not None and trace.companions is not None:
+            index = torch.where(lower.unsqueeze(1), trace.companions, self.companions.index)
+            self.companions = self.companions.with_companions(index)
         self.broken = self.broken | outcome.any_broken
         self.passes += outcome.forwards
         if int(outcome.committed.sum()) < int(self.committed.sum()):
@@ -83,7 +83,7 @@ class History:
             context: what the attacker controls.
             number: of the batch.
             rows_interact: whether the target looks at companions.
-            pool: indices into the data set of the images that company is chosen from ``(P,)``.
+            pool: indices into the data set of the images that companions are chosen from ``(P,)``.
         """
         if self.upheld:
             return self.upheld
@@ -96,17 +96,17 @@ class History:
             return [_proof(finding, mask, target, context, number) for mask, finding in covered]
         companions = None
         if CONTEXTS[context].chooses_companions:
-            companions = pool[self.seating().cpu()][positions]
+            companions = pool[self.with_companions().cpu()][positions]
         return [Proof(target, context, number, "rows", positions, self.best.x[broken].cpu(), companions=companions)]
 
-    def seating(self) -> Tensor:
+    def with_companions(self) -> Tensor:
         """Who sits beside each image ``(B, B - 1)``, as places in the pool: at first the batch itself."""
-        if self.company is not None:
-            return self.company.index
+        if self.companions is not None:
+            return self.companions.index
         return own_companions(len(self.broken)).to(self.broken.device)
 
 
-def _proof(finding: Finding, mask: Tensor, target: str, context: str, number: int) -> Proof:
+def _proof(finding: BreakingBatch, mask: Tensor, target: str, context: str, number: int) -> Proof:
     own = None if finding.own is None else finding.own[mask].cpu()
     kind = "batch" if own is None else "victims"
     return Proof(target, context, number, kind, mask.nonzero().flatten().cpu(), finding.x.cpu(), own=own)

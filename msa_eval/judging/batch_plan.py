@@ -68,13 +68,13 @@ def plan_batches(count: int, *, size: int, seed: int) -> list[Tensor]:
     return list(order.tensor_split(-(-count // size)))
 
 
-def batch_of(victim: int, chosen: Tensor, seats: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def batch_of(victim: int, chosen: Tensor, batch_plan: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Keep the one batch in which a sample sits.
 
     Args:
         victim: its index in the data set.
         chosen: the indices evaluated ``(N,)``.
-        seats: places in 0..N-1, a tensor a batch.
+        batch_plan: places in 0..N-1, a tensor a batch.
 
     Returns:
         the indices of that batch, ascending, and the places in these of the one batch.
@@ -85,8 +85,8 @@ def batch_of(victim: int, chosen: Tensor, seats: list[Tensor]) -> tuple[Tensor, 
     >>> batch_of(7, torch.tensor([5, 7, 9]), [torch.tensor([2, 1]), torch.tensor([0])])
     (tensor([7, 9]), [tensor([1, 0])])
     """
-    for seat in seats:
-        if bool((chosen[seat] == victim).any()):
-            kept = chosen[seat].sort().values
-            return kept, [torch.searchsorted(kept, chosen[seat])]
+    for batch_model in batch_plan:
+        if bool((chosen[batch_model] == victim).any()):
+            kept = chosen[batch_model].sort().values
+            return kept, [torch.searchsorted(kept, chosen[batch_model])]
     raise ValueError(f"the victim, sample {victim}, is not among the {len(chosen)} samples of the protocol")

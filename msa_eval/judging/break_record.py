@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.batch import Batch, Placed, Point
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.device import asynchronous
-from msa_eval.judging.deferred import Later
-from msa_eval.judging.outcomes import Finding
+from msa_eval.judging.deferred import Deferred
+from msa_eval.judging.outcomes import BreakingBatch
 
 
-class Record:
+class BreakRecord:
     """Verdicts on the batches that a run showed the hard target.
 
     Args:
@@ -22,31 +22,31 @@ class Record:
         later: for what depends on the verdicts' values.
         known: the samples broken before ``(B,)``, of which no finding is due.
         keep: whether findings are kept.
-        company: who sits beside each clean image ``(B, B - 1)``, where that is a choice.
+        companions: who sits beside each clean image ``(B, B - 1)``, where that is a choice.
 
     Attributes:
         broken: the samples broken so far ``(B,)``.
         first: by which iterate, -1 where by none ``(B,)``.
-        lead: the lowest lead of each label over all batches shown, the clean one's included ``(B,)``.
-        best: each sample's own point of the lowest lead, as the search sees it.
-        best_lead: that lead ``(B,)``.
-        company: who sat beside it.
+        margin: the lowest margin of each label over all batches shown, the clean one's included ``(B,)``.
+        best: each sample's own point of the lowest margin, as the search sees it.
+        best_margin: that margin ``(B,)``.
+        companions: who sat beside it.
         committed: right on the one batch shown that leaves the fewest right ``(B,)``.
         findings: adversarial batches that together break all that are broken and not known, where these are kept.
     """
 
     def __init__(
-        self, batch: Batch, ball: Ball, later: Later, *, known: Tensor | None, keep: bool, company: Tensor | None
+        self, batch: Batch, ball: Ball, later: Deferred, *, known: Tensor | None, keep: bool, companions: Tensor | None
     ) -> None:
         self._batch, self._ball, self._later, self._known, self._keep = batch, ball, later, known, keep
         self._answer: tuple[Tensor, Tensor, Tensor] | None = None
         self.broken = torch.zeros_like(batch.y, dtype=torch.bool)
         self.first = torch.full_like(batch.y, -1)
-        self.lead = self.best_lead = self._read(batch.logits)[1]
-        self.best, self._owned = Point(batch.x, batch.z), False
-        self.company = company
+        self.margin = self.best_margin = self._read(batch.logits)[1]
+        self.best, self._owned = AdversarialBatch(batch.x, batch.z), False
+        self.companions = companions
         self.committed, self._left = batch.correct, batch.correct.sum()
-        self.findings: list[Finding] = []
+        self.findings: list[BreakingBatch] = []
         self._total = torch.zeros((), dtype=torch.float64, device=batch.y.device)
         self._far = self._low = self._high = torch.zeros((), device=batch.y.device)
 
@@ -82,7 +82,13 @@ class Record:
         return self._ball.beyond(self._far, self._low, self._high)
 
     def enter(
-        self, iterate: int, point: Point | Placed, logits: Tensor, company: Tensor | None, *, claims: bool = True
+        self,
+        iterate: int,
+        point: AdversarialBatch | PartialBatch,
+        logits: Tensor,
+        companions: Tensor | None,
+        *,
+        claims: bool = True,
     ) -> None:
         """Enter the verdict on a batch.
 
@@ -90,12 +96,12 @@ class Record:
             iterate: its number.
             point: the batch.
             logits: the hard target's ``(B, k)``.
-            company: who sat beside each row ``(B, B - 1)``, where that is a choice.
-            claims: whether it may add to the record, as `claims` tells; if not, only leads are lowered by it.
+            companions: who sat beside each row ``(B, B - 1)``, where that is a choice.
+            claims: whether it may add to the record, as `claims` tells; if not, only margins are lowered by it.
         """
-        wrong, lead = self._read(logits)
+        wrong, margin = self._read(logits)
         self._enter(iterate, logits, point if claims else None, None)
-        self._prefer(point, lead, lead < self.best_lead, company)
+        self._prefer(point, margin, margin < self.best_margin, companions)
         if not claims:
             return
         right = ~wrong & self._batch.correct
@@ -103,7 +109,7 @@ class Record:
         self.committed = torch.where(left < self._left, right, self.committed)
         self._left = torch.minimum(left, self._left)
 
-    def enter_apart(self, iterate: int, point: Point, logits: Tensor, companions: Tensor) -> None:
+    def enter_apart(self, iterate: int, point: AdversarialBatch, logits: Tensor, companions: Tensor) -> None:
         """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once.
 
         Args:
@@ -112,52 +118,59 @@ class Record:
             logits: the hard target's, row i on the i-th ``(B, k)``.
             companions: what the i-th has in all rows but i ``(B, C, H, W)``.
         """
-        lead = self._read(logits)[1]
-        self._enter(iterate, logits, Point(companions, point.z), point.x)
-        self._prefer(point, lead, lead < self.best_lead, None)
+        margin = self._read(logits)[1]
+        self._enter(iterate, logits, AdversarialBatch(companions, point.z), point.x)
+        self._prefer(point, margin, margin < self.best_margin, None)
 
-    def enter_companions(self, iterate: int, point: Point, logits: Tensor, own: Tensor) -> None:
+    def enter_companions(self, iterate: int, point: AdversarialBatch, logits: Tensor, own: Tensor) -> None:
         """The same where it is the companions that moved, to ``point``, and the rows of their own that stay."""
         self._enter(iterate, logits, point, own)
 
-    def prefer(self, point: Point | Placed, logits: Tensor, company: Tensor | None = None) -> None:
+    def prefer(self, point: AdversarialBatch | PartialBatch, logits: Tensor, companions: Tensor | None = None) -> None:
         """Keep each sample's point of the lowest lead by logits that are no verdict: one that seems broken is not."""
-        lead = self._read(logits)[1]
-        self._prefer(point, lead, (lead < self.best_lead) & (lead > 0), company)
+        margin = self._read(logits)[1]
+        self._prefer(point, margin, (margin < self.best_margin) & (margin > 0), companions)
 
     def _read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples logits ``(B, k)`` get wrong, and by how much their labels lead ``(B,)``."""
         if self._answer is None or self._answer[0] is not logits:
-            self._answer = logits, logits.argmax(dim=1) != self._batch.y, -margin(logits, self._batch.y)
+            self._answer = logits, logits.argmax(dim=1) != self._batch.y, -margin_loss(logits, self._batch.y)
         return self._answer[1:]
 
-    def _enter(self, iterate: int, logits: Tensor, shown: Point | Placed | None, own: Tensor | None) -> None:
+    def _enter(
+        self, iterate: int, logits: Tensor, shown: AdversarialBatch | PartialBatch | None, own: Tensor | None
+    ) -> None:
         """Note which samples are broken for the first time, and by what, if by anything."""
-        wrong, lead = self._read(logits)
+        wrong, margin = self._read(logits)
         if self._keep and shown is not None:
             known = self.broken if self._known is None else self.broken | self._known
             breaks = wrong & self._batch.correct
-            self._later.when((breaks & ~known).any(), lambda: self._find(Finding(breaks, shown.x, own)))
+            self._later.when((breaks & ~known).any(), lambda: self._find(BreakingBatch(breaks, shown.x, own)))
         self.first = torch.where(wrong & ~self.broken, iterate, self.first)
         self.broken = self.broken | wrong
-        self.lead = torch.minimum(self.lead, lead)
+        self.margin = torch.minimum(self.margin, margin)
         self.watch(logits)
 
-    def _find(self, finding: Finding) -> None:
+    def _find(self, finding: BreakingBatch) -> None:
         """Keep a finding, and drop those it makes needless."""
         self.findings = [old for old in self.findings if bool((old.breaks & ~finding.breaks).any())]
         self.findings.append(finding)
 
-    def _prefer(self, point: Point | Placed, lead: Tensor, lower: Tensor, company: Tensor | None) -> None:
-        """Keep each sample's own point of the lowest lead; of a broken one, only a point that was seen to break it."""
-        self.best_lead = torch.where(lower, lead, self.best_lead)
+    def _prefer(
+        self, point: AdversarialBatch | PartialBatch, margin: Tensor, lower: Tensor, companions: Tensor | None
+    ) -> None:
+        """Keep each sample's own point of the lowest margin; of a broken one, only a point seen to break it."""
+        self.best_margin = torch.where(lower, margin, self.best_margin)
         if asynchronous(lower):  # cheaper than to know whether there is any
-            self.best = self.best.with_rows(lower, Point(point.x, point.z, point.rounded))
+            self.best = self.best.with_rows(lower, AdversarialBatch(point.x, point.z, point.rounded))
         elif bool(lower.any()):
             if not self._owned:
-                self.best, self._owned = Point(self.best.x.clone(), self.best.z.clone(), self.best.rounded), True
+                self.best, self._owned = (
+                    AdversarialBatch(self.best.x.clone(), self.best.z.clone(), self.best.rounded),
+                    True,
+                )
             self.best = self.best.take(lower, point)
         else:
             return
-        if company is not None and self.company is not None:
-            self.company = torch.where(lower.unsqueeze(1), company, self.company)
+        if companions is not None and self.companions is not None:
+            self.companions = torch.where(lower.unsqueeze(1), companions, self.companions)

@@ -14,9 +14,9 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
 from msa_eval.defense.checks import check_trunk
-from msa_eval.defense.contexts import CONTEXTS, Company, own_companions
+from msa_eval.defense.contexts import CONTEXTS, Companions, own_companions
 from msa_eval.defense.contract import Defense, WholeModel, decide, describe
-from msa_eval.defense.micro_batches import plain
+from msa_eval.defense.micro_batches import unwrap
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
 from msa_eval.judging.dependence import looks_at_its_batch
@@ -27,7 +27,7 @@ from msa_eval.randomness import seeded
 
 
 class Pool(NamedTuple):
-    """Clean images to choose company from.
+    """Clean images to choose companions from.
 
     Attributes:
         z: their features ``(P, ...)``.
@@ -50,7 +50,7 @@ class CleanBatches:
         defense: the target, on the device.
         samples: the whole data set.
         chosen: the indices evaluated ``(N,)``.
-        seats: places in 0..N-1, a tensor a batch.
+        batch_plan: places in 0..N-1, a tensor a batch.
         device: where to compute.
         stochastic: how often a target that answers at random is asked.
         ball: the perturbation set, in which points are asked about too, to find out whether the decision looks at the
@@ -73,14 +73,14 @@ class CleanBatches:
         defense: Defense,
         samples: Samples,
         chosen: Tensor,
-        seats: Sequence[Tensor],
+        batch_plan: Sequence[Tensor],
         *,
         device: str,
         stochastic: StochasticBudget | None = None,
         ball: Ball | None = None,
         progress: Progress = silent,
     ) -> None:
-        self.samples, self.chosen, self.seats = samples, chosen, seats
+        self.samples, self.chosen, self.batch_plan = samples, chosen, batch_plan
         self._defense, self.device = defense, device
         self._features: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
@@ -90,7 +90,7 @@ class CleanBatches:
             if self.stochastic:
                 budget = stochastic or StochasticBudget()
                 self.draws, self.eot = budget.draws, budget.eot
-            for number in progress(range(len(seats)), "clean pass"):
+            for number in progress(range(len(batch_plan)), "clean pass"):
                 self._answer(number)
         self.num_classes = self._logits[0].shape[1]
         highest = int(samples.y[chosen].max())
@@ -108,7 +108,7 @@ class CleanBatches:
         return self._defense
 
     def __len__(self) -> int:
-        return len(self.seats)
+        return len(self.batch_plan)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(number) for number in range(len(self)))
@@ -117,7 +117,7 @@ class CleanBatches:
         """One of them."""
         x = self._images(number)
         z = self._features[number] if number in self._features else self._trunk(x)
-        y = self.samples.y[self.chosen[self.seats[number]]].to(self.device)
+        y = self.samples.y[self.chosen[self.batch_plan[number]]].to(self.device)
         return Batch(number, x, y, z, self._logits[number])
 
     def seen_in(self, context: str) -> CleanBatches:
@@ -132,26 +132,26 @@ class CleanBatches:
             }
         return seen
 
-    def view(self, context: str, batch: Batch, company: Company | None = None) -> Defense:
+    def view(self, context: str, batch: Batch, companions: Companions | None = None) -> Defense:
         """The target as an attacker in a context meets it."""
         if not self.batch_dependent:
             return self._defense
-        return CONTEXTS[context].view(self._defense, batch.z, company)
+        return CONTEXTS[context].view(self._defense, batch.z, companions)
 
     def pool(self, budget: CompositionBudget) -> Pool:
-        """Images to choose company from, drawn from all that are evaluated."""
+        """Images to choose companions from, drawn from all that are evaluated."""
         generator = torch.Generator().manual_seed(len(self.chosen))
         drawn = torch.randperm(len(self.chosen), generator=generator)[: budget.pool]
         wanted = torch.zeros(len(self.chosen), dtype=torch.bool).index_fill(0, drawn, True)
-        parts = [(batch, self.seats[batch.number], wanted[self.seats[batch.number]]) for batch in self]
+        parts = [(batch, self.batch_plan[batch.number], wanted[self.batch_plan[batch.number]]) for batch in self]
         features = torch.cat([batch.z[keep.to(batch.z.device)] for batch, _, keep in parts])
         classes = torch.cat([batch.logits.argmax(dim=1)[keep.to(batch.z.device)] for batch, _, keep in parts])
-        return Pool(features, self.chosen[torch.cat([seat[keep] for _, seat, keep in parts])], classes)
+        return Pool(features, self.chosen[torch.cat([batch_model[keep] for _, batch_model, keep in parts])], classes)
 
-    def own_company(self, batch: Batch, pool: Pool) -> Company:
+    def own_companions_of(self, batch: Batch, pool: Pool) -> Companions:
         """Every image of a batch among its own companions; the pool follows the batch itself."""
         index = own_companions(len(batch.x)).to(batch.z.device)
-        return Company(torch.cat([batch.z, pool.z]), index, torch.arange(len(index), device=index.device))
+        return Companions(torch.cat([batch.z, pool.z]), index, torch.arange(len(index), device=index.device))
 
     def digest(self) -> str:
         """SHA-256 of all verdicts: it tells apart what weights alone do not."""
@@ -180,11 +180,11 @@ class CleanBatches:
         return _differ(*logits)
 
     def _decide(self, number: int, view: Defense, z: Tensor) -> Tensor:
-        y = self.samples.y[self.chosen[self.seats[number]]].to(z.device)
+        y = self.samples.y[self.chosen[self.batch_plan[number]]].to(z.device)
         return decide_by_majority(view, z, y, draws=self.draws)
 
     def _images(self, number: int) -> Tensor:
-        return onto(self.samples.images(self.chosen[self.seats[number]]), self.device)
+        return onto(self.samples.images(self.chosen[self.batch_plan[number]]), self.device)
 
     def _trunk(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -203,7 +203,7 @@ class CleanBatches:
             raise ValueError(f"the model can't take a float32 batch of images of shape {shape}: {error}") from error
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"the model's logits on clean batch {number} are not finite")
-        if z[0].numel() <= x[0].numel() and not isinstance(plain(self._defense), WholeModel):
+        if z[0].numel() <= x[0].numel() and not isinstance(unwrap(self._defense), WholeModel):
             self._features[number] = z
         self._logits[number] = logits
 

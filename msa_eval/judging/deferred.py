@@ -19,7 +19,7 @@ class _Waiting:
     otherwise: Callable[[], None] | None
 
 
-class Later:
+class Deferred:
     """Does what a flag decides: on a CPU at once, on a GPU a step late.
 
     A loop that reads a value of each step lets a GPU run empty at each. So the flag sets out for the host, and what it

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.checks import check_trunk, looks_batch_dependent
 from msa_eval.defense.contract import Defense, WholeModel, decide
-from msa_eval.defense.micro_batches import is_out_of_memory, plain
+from msa_eval.defense.micro_batches import is_out_of_memory, unwrap
 
 STEPS, ROWS = 2, 16
 """So many steps are made, on so many images, towards points such as an attack visits."""
@@ -38,7 +38,7 @@ def looks_at_its_batch(
         ValueError: when the features of points in the ball depend on companions.
     """
     declared: bool | None = getattr(defense, "batch_dependent", True)
-    asked = declared is False or (declared is None and isinstance(plain(defense), WholeModel))
+    asked = declared is False or (declared is None and isinstance(unwrap(defense), WholeModel))
     if not asked or stochastic:
         return declared is not False
     if len(x) < 2:
@@ -46,7 +46,7 @@ def looks_at_its_batch(
     found = any(looks_batch_dependent(defense, z, answer) for z, answer in _answers(defense, x, logits, ball))
     if found and declared is False:
         warnings.warn(
-            f"{type(plain(defense)).__name__} says batch_dependent = False, but its answers depend on companions, on "
+            f"{type(unwrap(defense)).__name__} says batch_dependent = False, but its answers depend on companions, on "
             f"clean images or in the ball, so it is evaluated as a target that looks at its batch",
             stacklevel=2,
         )
@@ -78,7 +78,7 @@ def _attacked(defense: Defense, x: Tensor, start: Tensor, y: Tensor, ball: Ball)
         leaf = points.detach().requires_grad_()
         try:
             with torch.enable_grad():
-                loss = margin(defense.logits(defense.features(leaf)).float(), y).sum()
+                loss = margin_loss(defense.logits(defense.features(leaf)).float(), y).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         except (RuntimeError, IndexError) as error:
             if is_out_of_memory(error):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import Batch, Placed, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
-from msa_eval.judging.break_record import Record
-from msa_eval.judging.deferred import Later
+from msa_eval.judging.break_record import BreakRecord
+from msa_eval.judging.deferred import Deferred
 from msa_eval.judging.majority import CONFIRM, CONFIRM_SIGMAS, decide_by_majority
 from msa_eval.judging.passes import Passes
 from msa_eval.judging.search_state import Answered, SearchState, Setting
@@ -44,9 +44,9 @@ class Judge:
         setting: Setting,
         state: SearchState,
         passes: Passes,
-        record: Record,
-        later: Later,
-        judged: Callable[[Point], None],
+        record: BreakRecord,
+        later: Deferred,
+        judged: Callable[[AdversarialBatch], None],
     ) -> None:
         self._surrogate, self.batch, self.setting, self.state = surrogate, batch, setting, state
         self._passes, self._record, self._later, self._judged = passes, record, later, judged
@@ -66,7 +66,9 @@ class Judge:
             logits = torch.where(claimed.unsqueeze(1), again, logits)
         return logits
 
-    def believed(self, point: Point | Placed, rows: Tensor, *, confirmed: bool, copied: bool = False) -> Answered:
+    def believed(
+        self, point: AdversarialBatch | PartialBatch, rows: Tensor, *, confirmed: bool, copied: bool = False
+    ) -> Answered:
         """Decide a batch put together from cached features; what it claims is confirmed by a pass of the whole.
 
         Args:
@@ -86,10 +88,10 @@ class Judge:
         if claimed or not self.state.rough:
             self.enter(point, logits, claims=claimed or confirmed)
         else:
-            self._record.prefer(point, logits, company_of(self.state.target))
+            self._record.prefer(point, logits, companions_of(self.state.target))
         return Answered(point, logits)
 
-    def iterate(self, point: Point, logits: Tensor) -> None:
+    def iterate(self, point: AdversarialBatch, logits: Tensor) -> None:
         """Judge an iterate of a gradient attack in its batch and, where rows are seen apart, each in its own.
 
         Args:
@@ -113,7 +115,7 @@ class Judge:
             self.enter_apart(point, self.decide(state.view, point.z))
         self._judged(point)
 
-    def rough(self, point: Point) -> None:
+    def rough(self, point: AdversarialBatch) -> None:
         """Judge a batch by features of the search's own: what it seems to break counts once it was passed again."""
         state = self.state
         logits = self.decide(state.target, point.z)
@@ -128,10 +130,10 @@ class Judge:
             go_on(exact)
 
         def prefer() -> None:
-            self._record.prefer(point, logits, company_of(state.target))
+            self._record.prefer(point, logits, companions_of(state.target))
             go_on(point)
 
-        def go_on(point: Point) -> None:
+        def go_on(point: AdversarialBatch) -> None:
             if view is None:
                 self._judged(point)
             else:
@@ -140,13 +142,13 @@ class Judge:
         self._later.when(self._record.claims(logits), confirm, prefer)
 
     def enter(
-        self, point: Point | Placed, logits: Tensor, *, iterate: int | None = None, claims: bool = True
+        self, point: AdversarialBatch | PartialBatch, logits: Tensor, *, iterate: int | None = None, claims: bool = True
     ) -> None:  # fmt: skip
         """Enter the verdict on a batch, by default the latest iterate."""
         number = self.state.iterate if iterate is None else iterate
-        self._record.enter(number, point, logits, company_of(self.state.target), claims=claims)
+        self._record.enter(number, point, logits, companions_of(self.state.target), claims=claims)
 
-    def enter_apart(self, point: Point, logits: Tensor, *, iterate: int | None = None) -> None:
+    def enter_apart(self, point: AdversarialBatch, logits: Tensor, *, iterate: int | None = None) -> None:
         """Enter the verdicts on batches that differ in one row."""
         number = self.state.iterate if iterate is None else iterate
         if self.state.among_others:
@@ -160,7 +162,7 @@ class Judge:
         logits[rows] = self.decide(self.state.target, z[rows], rows)
         return logits
 
-    def _moved(self, point: Point, moving: Tensor) -> None:
+    def _moved(self, point: AdversarialBatch, moving: Tensor) -> None:
         """Judge a batch of which only some rows moved: the features of the others are kept from before."""
         state = self.state
         iterate = state.iterate
@@ -180,7 +182,7 @@ class Judge:
 
         self._later.when(self._record.claims(verdict), confirm, enter)
 
-    def _rough_apart(self, point: Point, view: OneAtATime | AmongOthers, iterate: int) -> None:
+    def _rough_apart(self, point: AdversarialBatch, view: OneAtATime | AmongOthers, iterate: int) -> None:
         """As `rough`, on batches that differ in one row."""
         state = self.state
         logits = self.decide(view, point.z)
@@ -197,21 +199,21 @@ class Judge:
 
         self._later.when(self._record.newly_broken(logits).any(), confirm, prefer)
 
-    def _rough_each(self, point: Point, logits: Tensor) -> None:
+    def _rough_each(self, point: AdversarialBatch, logits: Tensor) -> None:
         """As `rough`, where rows are decided apart: only what seems broken is passed again."""
         iterate, rounded = self.state.iterate, point.marked()
-        # What stays where it was is not passed again for it: in the same company it can't have come to seem broken.
+        # What stays where it was is not passed again: among the same companions it can't have come to seem broken.
         claimed = self.state.passed & rounded & (logits.argmax(dim=1) != self.batch.y)
         seen = torch.where(claimed.unsqueeze(1), self.batch.logits, logits)
-        self._record.prefer(point, seen, company_of(self.state.target))
+        self._record.prefer(point, seen, companions_of(self.state.target))
 
         def confirm() -> None:
             rows = claimed.nonzero().flatten()
             with torch.no_grad():
                 z = point.z.index_copy(0, rows, self._passes.features(point.x[rows]).to(point.z))
-            enter(Point(point.x, z, rounded & ~claimed), self.decide(self.state.target, z))
+            enter(AdversarialBatch(point.x, z, rounded & ~claimed), self.decide(self.state.target, z))
 
-        def enter(point: Point, logits: Tensor) -> None:
+        def enter(point: AdversarialBatch, logits: Tensor) -> None:
             verdict = torch.where(point.marked().unsqueeze(1), self.batch.logits, logits)
             self.enter(point, verdict, iterate=iterate)
             self._judged(point)
@@ -219,6 +221,6 @@ class Judge:
         self._later.when(claimed.any(), confirm, lambda: enter(point, logits))
 
 
-def company_of(target: Defense) -> Tensor | None:
+def companions_of(target: Defense) -> Tensor | None:
     """Who sits beside each image ``(B, B - 1)``, where that is a choice."""
-    return target.company_index() if isinstance(target, OneAtATime) else None
+    return target.companion_index() if isinstance(target, OneAtATime) else None

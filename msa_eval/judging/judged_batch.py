@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, per_image
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.attacks.grid import Grid
-from msa_eval.defense.contexts import NEAR_TIE, Company, OneAtATime
+from msa_eval.defense.contexts import NEAR_TIE, Companions, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.device import asynchronous
 from msa_eval.errors import AttackError
-from msa_eval.judging.break_record import Record
-from msa_eval.judging.deferred import Later
-from msa_eval.judging.judge import Judge, company_of
+from msa_eval.judging.break_record import BreakRecord
+from msa_eval.judging.deferred import Deferred
+from msa_eval.judging.judge import Judge, companions_of
 from msa_eval.judging.outcomes import Outcome, Trace
 from msa_eval.judging.passes import Passes
 from msa_eval.judging.search_state import Answered, SearchState, Setting
@@ -60,9 +60,9 @@ class JudgedBatch:
         self._setting, self._surrogate = setting, surrogate
         self._grid = None if ball.levels is None else Grid(ball, batch.x)
         self._calls = 0
-        self._later = Later()
-        self._record = Record(
-            batch, ball, self._later, known=setting.known, keep=setting.keep, company=company_of(defense)
+        self._later = Deferred()
+        self._record = BreakRecord(
+            batch, ball, self._later, known=setting.known, keep=setting.keep, companions=companions_of(defense)
         )
         self._state = state = SearchState(defense, surrogate, batch, setting, mixes_rows=mixes_rows)
         self._passes = Passes(surrogate, batch, state, self._record, setting.search)
@@ -70,8 +70,8 @@ class JudgedBatch:
             surrogate, batch, setting, state, self._passes, self._record, self._later, self._stop_early
         )  # fmt: skip
         self._scale = batch.logits.abs().amax(dim=1)
-        self._final = Point(batch.x, batch.z)
-        self._trail: list[Point] = []
+        self._final = AdversarialBatch(batch.x, batch.z)
+        self._trail: list[AdversarialBatch] = []
         self._held: Tensor | None = None
         if not state.rough and state.start.rounded is not None:
             # Another run searched in bfloat16, and this one doesn't.
@@ -84,7 +84,7 @@ class JudgedBatch:
         state.kept = self._proposed = Answered(state.start, kept)
 
     @property
-    def start(self) -> Point:
+    def start(self) -> AdversarialBatch:
         """The points that later steps may start from, and that samples not searched for stay at."""
         return self._state.start
 
@@ -125,11 +125,11 @@ class JudgedBatch:
         return self._passes.forwards
 
     @property
-    def lead(self) -> Tensor:
-        """The lowest lead of each label so far ``(B,)``, the clean batch's included, as the search sees it."""
+    def margin(self) -> Tensor:
+        """The lowest margin of each label so far ``(B,)``, the clean batch's included, as the search sees it."""
         self._later.finish()
         seen = self._record
-        return torch.minimum(seen.lead, seen.best_lead) if self._state.rough else seen.lead
+        return torch.minimum(seen.margin, seen.best_margin) if self._state.rough else seen.margin
 
     @property
     def ensemble(self) -> bool:
@@ -195,7 +195,7 @@ class JudgedBatch:
         self._calls += 1
         if self._calls % self.eot == 0:
             self._state.iterate += 1
-            self.latest = Point(x.detach(), z.detach(), self._passes.rounded())
+            self.latest = AdversarialBatch(x.detach(), z.detach(), self._passes.rounded())
             if self._setting.trail:
                 self._trail.append(self.latest)
             self._judge.iterate(self.latest, logits.detach())
@@ -218,7 +218,7 @@ class JudgedBatch:
         if self._grid is not None:
             x = torch.where(per_image(kept, x), self._grid.round(x), x)
         z, logits = self._passes.of_batch(x)
-        point = Point(x.detach(), z.detach())
+        point = AdversarialBatch(x.detach(), z.detach())
         if self._state.apart:
             kept = kept & rows
         whole = bool(kept.all())
@@ -247,7 +247,7 @@ class JudgedBatch:
         """Logits ``(B, k)`` of the kept batch with new points ``(n, C, H, W)`` in some rows (a mask ``(B,)``)."""
         self._later.settle()
         kept, index = self._state.kept.point, rows.nonzero().flatten()
-        assert isinstance(kept, Point)
+        assert isinstance(kept, AdversarialBatch)
         points = self._held_to(points, index)
         with torch.no_grad():
             z = self._passes.trunk(points)
@@ -265,7 +265,7 @@ class JudgedBatch:
         kept = state.kept.point
         if self._held is None or asynchronous(rows):  # where things are done late, what they look at must not change
             self._held = kept.x.clone()
-        mixed = Point(self._held, kept.z.clone(), kept.rounded).take(rows, self._proposed.point)
+        mixed = AdversarialBatch(self._held, kept.z.clone(), kept.rounded).take(rows, self._proposed.point)
         if state.mixes_rows:
             state.kept = self._judge.believed(mixed, torch.ones_like(rows), confirmed=False, copied=True)
         else:
@@ -275,11 +275,11 @@ class JudgedBatch:
         self._proposed = state.kept
         return state.kept.logits
 
-    def regroup(self, company: Company) -> Tensor:
-        """Logits ``(B, k)`` of the start, each row in other clean company; for the context ``composed``."""
+    def regroup(self, companions: Companions) -> Tensor:
+        """Logits ``(B, k)`` of the start, each row among other clean companions; for the context ``composed``."""
         assert isinstance(self.target, OneAtATime)
         self._later.finish()
-        self._state.in_company(self.target.beside(company))
+        self._state.among_companions(self.target.beside(companions))
         self._state.iterate += 1
         if self._state.rough:
             self._judge.rough(self.start)
@@ -296,7 +296,7 @@ class JudgedBatch:
         with torch.no_grad():
             z = self._passes.features(x)
         self._state.iterate += 1
-        self._judge.enter(Point(x, z), self._judge.decide(self.target, z))
+        self._judge.enter(AdversarialBatch(x, z), self._judge.decide(self.target, z))
 
     def finish(self, x: Tensor) -> Outcome:
         """Judge the batch of final points by a fresh pass, and report.
@@ -314,7 +314,7 @@ class JudgedBatch:
             fooled = (logits.mean(dim=0) if logits.ndim == 3 else logits).argmax(dim=1) != self.batch.y
         hard = self._judge.decide(self.target, z)
         self._state.iterate += 1
-        self._final = Point(x, z)
+        self._final = AdversarialBatch(x, z)
         self._judge.enter(self._final, hard)
         self._later.finish()
         record = self._record
@@ -330,7 +330,7 @@ class JudgedBatch:
             final_broken=hard.argmax(dim=1) != self.batch.y,
             any_broken=record.broken,
             first_iterate=record.first,
-            min_margin=record.lead,
+            min_margin=record.margin,
             perturbation=self.ball.size(x - self.batch.x),
             committed=record.committed,
             forwards=self._passes.forwards,
@@ -343,15 +343,21 @@ class JudgedBatch:
         """What later runs may go on from, once the run is finished."""
         seen = self._record
         return Trace(
-            self._final, seen.best, seen.best_lead, seen.company, tuple(seen.findings), tuple(self._trail), self.ranking
+            self._final,
+            seen.best,
+            seen.best_margin,
+            seen.companions,
+            tuple(seen.findings),
+            tuple(self._trail),
+            self.ranking,
         )
 
-    def _stop_early(self, point: Point) -> None:
+    def _stop_early(self, point: AdversarialBatch) -> None:
         """Search no more for what is broken by more than rounding: it stays where it is."""
         if not self.stops_early:
             return
         state, seen = self._state, self._record
-        done = state.counted & seen.broken & (seen.best_lead < -NEAR_TIE * self._scale)
+        done = state.counted & seen.broken & (seen.best_margin < -NEAR_TIE * self._scale)
 
         def leave() -> None:
             state.start = state.start.with_rows(done, point)

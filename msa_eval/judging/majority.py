@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import Defense, decide
 
 CONFIRM, CONFIRM_SIGMAS = 11, 2.0
@@ -61,7 +61,7 @@ def decide_by_majority(defense: Defense, z: Tensor, y: Tensor, *, draws: int, si
 
 
 def telling_draw(drawn: Tensor, y: Tensor, *, sigmas: float = 0.0) -> Tensor:
-    """Of several answers, each sample's own that tells of the majority: by default, that of its label's median lead.
+    """Of several answers, each sample's own that tells of the majority: by default, that of its label's median margin.
 
     Args:
         drawn: logits ``(r, B, k)``, r an odd number.
@@ -74,9 +74,9 @@ def telling_draw(drawn: Tensor, y: Tensor, *, sigmas: float = 0.0) -> Tensor:
     >>> telling_draw(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([0]))
     tensor([[1., 0.]])
     """
-    leads = torch.stack([-margin(answer, y) for answer in drawn])
-    # Sorted by lead, and at equal leads the wrong ones first, so that the telling one tells the majority even in a tie.
+    margins = torch.stack([-margin_loss(answer, y) for answer in drawn])
+    # Sorted by margin, and at equal margins the wrong ones first: so the telling one tells the majority even in a tie.
     right = drawn.argmax(dim=2) == y
     by_right = right.long().argsort(dim=0, stable=True)
-    order = by_right.gather(0, leads.gather(0, by_right).argsort(dim=0, stable=True))
+    order = by_right.gather(0, margins.gather(0, by_right).argsort(dim=0, stable=True))
     return drawn[order[clear_majority(len(drawn), sigmas) - 1], torch.arange(len(y), device=y.device)]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.external.faults import Fault
 
 
 @dataclass(frozen=True)
-class Finding:
+class BreakingBatch:
     """An adversarial batch that was judged, or several that differ in one row.
 
     Attributes:
@@ -33,20 +33,20 @@ class Trace:
 
     Attributes:
         final: the final points.
-        best: each sample's own point of the lowest lead.
-        best_lead: that lead ``(B,)``.
-        company: who sat beside it ``(B, B - 1)``, where the attacker chooses.
+        best: each sample's own point of the lowest margin.
+        best_margin: that margin ``(B,)``.
+        companions: who sat beside it ``(B, B - 1)``, where the attacker chooses.
         findings: adversarial batches that break samples not broken before, where these are kept.
         trail: the points of every iterate, where these are kept.
         ranking: the classes of each sample, nearest first ``(B, k)``, where a run ranked them.
     """
 
-    final: Point
-    best: Point
-    best_lead: Tensor
-    company: Tensor | None
-    findings: tuple[Finding, ...]
-    trail: tuple[Point, ...]
+    final: AdversarialBatch
+    best: AdversarialBatch
+    best_margin: Tensor
+    companions: Tensor | None
+    findings: tuple[BreakingBatch, ...]
+    trail: tuple[AdversarialBatch, ...]
     ranking: Tensor | None = None
 
 
@@ -59,13 +59,13 @@ class Outcome:
         final_broken: the hard target is wrong on the final batch.
         any_broken: it is wrong on some batch it was shown.
         first_iterate: the first of these, counted from 0; -1 where there is none.
-        min_margin: the lowest logit lead of the label over all batches shown.
+        min_margin: the lowest logit margin of the label over all batches shown.
         perturbation: norm of the final perturbation.
         committed: right on the one shown batch that leaves the fewest right.
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
-        faults: of an attack of others, what it did and should not have.
+        faults: of an attack of other libraries, what it did and should not have.
     """
 
     surrogate_fooled: Tensor

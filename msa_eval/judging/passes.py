@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import Batch, Placed, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
 from msa_eval.defense.contract import decide
-from msa_eval.defense.precision import Search
+from msa_eval.defense.precision import SearchPrecision
 from msa_eval.errors import AttackError
-from msa_eval.judging.break_record import Record
+from msa_eval.judging.break_record import BreakRecord
 from msa_eval.judging.search_state import SearchState
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
@@ -31,7 +31,12 @@ class Passes:
     """
 
     def __init__(
-        self, surrogate: Surrogate | Ensemble | None, batch: Batch, state: SearchState, record: Record, search: Search
+        self,
+        surrogate: Surrogate | Ensemble | None,
+        batch: Batch,
+        state: SearchState,
+        record: BreakRecord,
+        search: SearchPrecision,
     ) -> None:
         self._surrogate, self._batch, self._state, self._record, self._search = surrogate, batch, state, record, search
         self.forwards = self.backwards = 0
@@ -41,7 +46,7 @@ class Passes:
         self.forwards += len(x)
         return self._state.target.features(x)
 
-    def exact(self, point: Point | Placed, *, copied: bool = False) -> Point:
+    def exact(self, point: AdversarialBatch | PartialBatch, *, copied: bool = False) -> AdversarialBatch:
         """The same points with the target's own features.
 
         Args:
@@ -50,7 +55,7 @@ class Passes:
         """
         x = point.x.clone() if copied else point.x
         with torch.no_grad():
-            return Point(x, self.features(x))
+            return AdversarialBatch(x, self.features(x))
 
     def final_features(self, x: Tensor, *, whole: bool) -> Tensor:
         """Features of the final points; what stopped early, in a batch decided row by row, was passed already.

@@ -82,7 +82,7 @@ class Replay:
     def logits(self, proof: Proof) -> Tensor:
         """The target's answer to the rows that a proof is about ``(n, k)``, each in its batch.
 
-        Of a stochastic target it is the draw of the median lead, so that it tells the majority.
+        Of a stochastic target it is the draw of the median margin, so that it tells the majority.
 
         Raises:
             ValueError: when the companions of a composed batch are not others of the data set.

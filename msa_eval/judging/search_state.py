@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import Batch, Placed, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
-from msa_eval.defense.precision import EXACT, Search
+from msa_eval.defense.precision import EXACT, SearchPrecision
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 
@@ -21,7 +21,7 @@ class Setting:
 
     Attributes:
         start: the points that later steps may start from, and that samples not searched for stay at.
-        counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only keep them company.
+        counted: the samples searched for ``(B,)``, which the attack's loss counts; the rest only are their companions.
             Without it all are, but where rows are decided apart only those that are right on the clean batch.
         stays: whether the rest stay where they are also where rows are decided together, and so cost no pass.
         early_stop: whether a sample stays where it broke from there on; for rows decided apart, or with ``stays``.
@@ -36,7 +36,7 @@ class Setting:
         ranking: the classes of each sample, nearest first ``(B, k)``, where an earlier run ranked them.
     """
 
-    start: Point | None = None
+    start: AdversarialBatch | None = None
     counted: Tensor | None = None
     stays: bool = False
     early_stop: bool = False
@@ -46,7 +46,7 @@ class Setting:
     eot: int = 1
     keep: bool = False
     trail: bool = False
-    search: Search = EXACT
+    search: SearchPrecision = EXACT
     ranking: Tensor | None = None
 
 
@@ -54,7 +54,7 @@ class Setting:
 class Answered:
     """A batch of points and the target's logits."""
 
-    point: Point | Placed
+    point: AdversarialBatch | PartialBatch
     logits: Tensor
 
 
@@ -69,7 +69,7 @@ class SearchState:
         mixes_rows: whether the target's decision may look at the whole batch.
 
     Attributes:
-        target: the hard target, in the company that the attacker chose last.
+        target: the hard target, among the companions that the attacker chose last.
         view: in ``joint``, the target seen one row at a time, judged beside the batch.
         attacked: what the surrogate stands for: the view, or the target.
         apart: whether rows are decided apart from each other.
@@ -109,7 +109,7 @@ class SearchState:
         self.rows = self.counted.nonzero().flatten()
         self.moving = self.rows if self.stays and len(self.rows) < len(batch.y) else None
         self.passed = self.counted
-        self.start = setting.start or Point(batch.x, batch.z)
+        self.start = setting.start or AdversarialBatch(batch.x, batch.z)
         self.kept = Answered(self.start, batch.logits)
         self.iterate = -1
 
@@ -124,6 +124,6 @@ class SearchState:
         self.rows = counted.nonzero().flatten()
         self.moving = self.rows if self.stays else None
 
-    def in_company(self, target: Defense) -> None:
+    def among_companions(self, target: Defense) -> None:
         """Go on with the target among other companions."""
         self.target = self.attacked = target

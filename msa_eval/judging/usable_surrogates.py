@@ -17,11 +17,11 @@ from msa_eval.hashing import bytes_of
 from msa_eval.protocols.schema import ApgdBudget, RecombinationBudget
 from msa_eval.surrogates.builtin import STE
 from msa_eval.surrogates.ensemble import Ensemble, ensemble
-from msa_eval.surrogates.registry import Own, Surrogate, get
+from msa_eval.surrogates.registry import Surrogate, SurrogateLike, get
 
 
 @dataclass(frozen=True)
-class Offers:
+class UsableSurrogates:
     """Which surrogates of a protocol a target has.
 
     Attributes:
@@ -85,17 +85,17 @@ Find = Callable[[Sequence[Surrogate]], More]
 """Looks for more surrogates, given those that there are, each with a gradient."""
 
 
-def offer(
+def select_surrogates(
     budget: ApgdBudget,
     defense: Defense,
     batch: Batch,
     *,
-    own: Mapping[str, Own],
+    own: Mapping[str, SurrogateLike],
     use_own: bool = True,
     batch_dependent: bool = True,
     recombination: RecombinationBudget | None = None,
     find: Find | None = None,
-) -> Offers:
+) -> UsableSurrogates:
     """Find the surrogates of a protocol that a defence can offer.
 
     A surrogate is offered when the defence has what it needs and a gradient reaches the images: a decision through a
@@ -130,7 +130,7 @@ def offer(
         answers[surrogate.name] = answer_with_gradient(surrogate, defense, batch)
     usable = [*(s for s in more.surrogates if answers[s.name] is not None), *usable]
     if not usable and more.looked:
-        return Offers((), [s.name for s in known], "")
+        return UsableSurrogates((), [s.name for s in known], "")
     if not usable:
         raise ValueError(
             "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
@@ -141,24 +141,24 @@ def offer(
         answer = answers[surrogate.name]
         assert answer is not None
         digest.update(bytes_of(answer.float()))
-    offers = Offers(
+    surrogates = UsableSurrogates(
         usable,
         [s.name for s in known if s not in usable],
         digest.hexdigest(),
         own=[s.name for s in usable if s.name in own],
         turns=more.turns,
     )
-    if budget.combine in ("mean", "alternate") and len(attacked := offers.of(budget)) > 1:
-        offers = replace(offers, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
+    if budget.combine in ("mean", "alternate") and len(attacked := surrogates.of(budget)) > 1:
+        surrogates = replace(surrogates, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
     moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
     if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
         view = AmongOthers(defense, batch.z)
         among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
-        offers = replace(offers, among=[s.name for s in among])
+        surrogates = replace(surrogates, among=[s.name for s in among])
         if among:
             pursued = among[0] if len(among) == 1 else ensemble("pursued", among, defense, batch.x, batch.z)
-            offers = replace(offers, pursued=pursued)
-    return offers
+            surrogates = replace(surrogates, pursued=pursued)
+    return surrogates
 
 
 def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:

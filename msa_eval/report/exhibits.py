@@ -47,17 +47,17 @@ def exhibits(
         others: evaluations by name of which each exhibit says what became of the sample there.
 
     Returns:
-        ``exhibits``, what is ``told`` of them all, and their data as ``csv``; without exhibits ``told`` says why.
+        ``exhibits``, a ``sentence`` on them all, and their data as ``csv``; without exhibits ``sentence`` says why.
     """
     if isinstance(pictures, str):
-        return {"exhibits": [], "told": pictures}
+        return {"exhibits": [], "sentence": pictures}
     shown, table = [], []
     distances = _distances(results.run, pictures)
     for one in pictures[:limit]:
         rows = frames.pick(results.samples, one.target, one.context)
         rows = rows[rows["index"] == one.index]
         if rows.empty:
-            return {"exhibits": [], "told": f"There are no pictures: {GALLERY} is not of these results."}
+            return {"exhibits": [], "sentence": f"There are no pictures: {GALLERY} is not of these results."}
         exhibit = _exhibit(one, rows.iloc[0], distances=distances)
         exhibit["elsewhere"] = [(name, _fate(other, one)) for name, other in (others or {}).items()]
         shown.append(exhibit)
@@ -66,13 +66,13 @@ def exhibits(
              "unit": exhibit["unit"], "class": row["class"], "clean": row["clean"], "adversarial": row["adversarial"]}
             for row in exhibit["rows"]
         ]  # fmt: skip
-    told = (
+    described = (
         f"{len(shown)} of the broken samples of the first batches, spread over classes and runs: the original, one "
         "adversarial image that breaks it in its adversarial batch, and their difference, scaled up (grey: no change). "
         + ("Distances are to the prototypes of each batch: the smallest decides." if distances
            else "The largest logit decides.")
     )  # fmt: skip
-    return {"exhibits": shown, "told": told, "csv": csv_link(pd.DataFrame(table))}
+    return {"exhibits": shown, "sentence": described, "csv": csv_link(pd.DataFrame(table))}
 
 
 def _fate(results: Results, one: gallery.Exhibit) -> str:

@@ -123,12 +123,12 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         pick(table, target, context) for table in (results.samples, results.attacks, results.outcomes)
     )
     eot = _answers_a_gradient(results, target)
-    standing = samples.set_index("index")["clean_correct"].astype(bool)
-    n, spent, left = len(standing), 0.0, int(standing.sum())
+    unbroken = samples.set_index("index")["clean_correct"].astype(bool)
+    n, spent, left = len(unbroken), 0.0, int(unbroken.sum())
     rows = [(0.0, left / n)]
     for run in attacks.to_dict(orient="records"):
-        of_run = outcomes[outcomes["run"] == run["run"]].set_index("index").loc[standing.index]
-        broken = standing & of_run["any_broken"].astype(bool)
+        of_run = outcomes[outcomes["run"] == run["run"]].set_index("index").loc[unbroken.index]
+        broken = unbroken & of_run["any_broken"].astype(bool)
         cost = run["forwards"] / n
         iterates = of_run["first_iterate"].dropna()
         length = max(float(iterates.max()) if len(iterates) else 0.0, 1.0) + 1
@@ -136,7 +136,7 @@ def spending(results: Results, *, target: str = "defense", context: str = "joint
         for iterate, count in of_run.loc[broken, "first_iterate"].value_counts().sort_index().items():
             left -= int(count)
             rows.append((spent + cost * min((float(iterate) + 1) / length, 1.0), left / n))
-        standing, spent, left = standing & ~broken, spent + cost, int((standing & ~broken).sum())
+        unbroken, spent, left = unbroken & ~broken, spent + cost, int((unbroken & ~broken).sum())
         rows.append((spent, left / n))
     return pd.DataFrame(rows, columns=["passes", "worst_case"])
 

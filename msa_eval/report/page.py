@@ -165,12 +165,12 @@ def _audit(named: Mapping[str, Results]) -> dict[str, Any]:
         for row in results.audit.to_dict(orient="records"):
             cells = found.setdefault((row["target"], row["sign"]), [None] * len(named))
             cells[place] = {str(key): value for key, value in row.items()}
-    told = [
+    described = [
         f"{': '.join(filter(None, (name, str(int(results.audit['fired'].sum())))))} of {len(results.audit)} signs fired"
         for name, results in named.items() if len(results.audit)
     ]  # fmt: skip
     rows = [{"target": target, "sign": sign, "cells": cells} for (target, sign), cells in found.items()]
-    return {"rows": rows, "told": ", ".join(told)}
+    return {"rows": rows, "sentence": ", ".join(described)}
 
 
 def render(template: str, **values: Any) -> str:
@@ -221,7 +221,9 @@ def describe(results: Results) -> str:
 def _peers(results: Results) -> list[dict[str, Any]]:
     """What attacks of others did and should not have, a row a run."""
     rows = frames.notes(results)[["target", "context", "run", "notes"]].to_dict(orient="records")
-    return [{str(key): value for key, value in row.items()} | {"told": str(row["notes"]).split("; ")} for row in rows]
+    return [
+        {str(key): value for key, value in row.items()} | {"sentence": str(row["notes"]).split("; ")} for row in rows
+    ]
 
 
 def _kind(run: Mapping[str, Any]) -> str:
@@ -234,14 +236,14 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
         verdict, reasons = str(results.run.get("verdict", "not audited")), []
     else:
         verdict, reasons = about["verdict"], list(about["reasons"])
-    told = VERDICTS.get(verdict, "Nobody looked for signs that these numbers should not be believed.")
+    described = VERDICTS.get(verdict, "Nobody looked for signs that these numbers should not be believed.")
     if len(results.audit):
         fired = results.audit[(results.audit["target"] == target) & results.audit["fired"].astype(bool)]
         told_by = [f"{row['reason']} ({row['severity']})" for row in fired.to_dict(orient="records")] or reasons
         failed = reasons if verdict == "incomplete" else []
         reasons = [reason for reason in failed if not any(one.startswith(reason) for one in told_by)] + told_by
-    return {"verdict": verdict, "told": f"{NAMES[target].capitalize()}: {told}" if target == "defense" else
-            f"{NAMES[target]}: {told}", "reasons": reasons}  # fmt: skip
+    return {"verdict": verdict, "sentence": f"{NAMES[target].capitalize()}: {described}" if target == "defense" else
+            f"{NAMES[target]}: {described}", "reasons": reasons}  # fmt: skip
 
 
 def _numbers(results: Results, context: str, metric: str) -> tuple[str, str, list[tuple[str, pd.Series]], str]:
@@ -268,7 +270,7 @@ def _headlines(results: Results, targets: Sequence[str]) -> list[dict[str, Any]]
 def _headline_told(results: Results, targets: Sequence[str]) -> str:
     context = frames.contexts_of(results)[0]
 
-    def told(target: str) -> str:
+    def described(target: str) -> str:
         clean, worst, paper = (
             frames.number(results, target, context, metric)["value"] for metric in ("clean", "worst_case", "paper")
         )
@@ -278,7 +280,7 @@ def _headline_told(results: Results, targets: Sequence[str]) -> str:
             f"case, {less} the paper's number ({percent(paper)} %) says."
         )
 
-    return " ".join(told(target) for target in reversed(targets))
+    return " ".join(described(target) for target in reversed(targets))
 
 
 def listed(groups: Iterable[tuple[str, pd.DataFrame]]) -> list[tuple[str, list[int], int]]:

@@ -74,7 +74,7 @@ def _evaluation(
     results, limit = named[name], max(EXHIBITS // len(named), 2)
     others = {other: one for other, one in named.items() if other != name}
     return evaluation(results, contexts) | {
-        "name": name, "suffix": f"-{number}", "told": describe(results),
+        "name": name, "suffix": f"-{number}", "sentence": describe(results),
         "gallery": exhibits(results, pictures, limit=limit, others=others),
     }  # fmt: skip
 
@@ -83,7 +83,7 @@ def _differences(target: str, context: str, rows: pd.DataFrame, comparison: Comp
     base = next(iter(comparison.results))
     name = f"differences-{target}-{context}"
     paired = rows[rows["difference"].notna()]
-    told = [
+    described = [
         f"{row['name']}, {row['metric']}: {points(row['difference'])} points, from {points(row['difference_low'])} to "
         f"{points(row['difference_high'])}, p {told_p(row['p'])}"
         for row in paired.to_dict(orient="records")
@@ -92,7 +92,9 @@ def _differences(target: str, context: str, rows: pd.DataFrame, comparison: Comp
     alone = only_one(comparison, target, context)
     return {
         "name": name, "title": title, "csv": csv_link(rows),
-        "svg": inline_svg(draw_differences(paired), name, f"Paired differences to {base}, {title}. {'; '.join(told)}."),
+        "svg": inline_svg(
+            draw_differences(paired), name, f"Paired differences to {base}, {title}. {'; '.join(described)}."
+        ),
         "rows": [row | {"other": row["name"] != base, "paired": row["difference"] == row["difference"]}
                  for row in rows.to_dict(orient="records")],
         "samples": csv_link(_differing(comparison, target, context)),

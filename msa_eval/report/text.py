@@ -43,8 +43,8 @@ def _verdicts(results: Results, targets: list[str]) -> str:
         untried = results.audit[(results.audit["target"] == target) & (results.audit["reason"] == NO_TRANSFER)]
         lines += ["  " + NO_TRANSFER] if len(untried) else []
         for row in fired.to_dict(orient="records"):
-            told = f"{row['severity']}: {row['reason']} [{row['sign']}]"
-            lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")
+            described = f"{row['severity']}: {row['reason']} [{row['sign']}]"
+            lines += textwrap.wrap(described, 110, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -54,8 +54,8 @@ def _failures(results: Results, targets: list[str]) -> list[str]:
     for failed in results.run.get("failed", ()):
         if failed["target"] in targets:
             where = "" if failed["batch"] is None else f" on batch {failed['batch']}, {failed['context']}"
-            told = f"failed: {failed['target']}, {failed['run']}{where}: {failed['error']}"
-            lines += textwrap.wrap(told, 110, initial_indent="  ", subsequent_indent="    ")
+            described = f"failed: {failed['target']}, {failed['run']}{where}: {failed['error']}"
+            lines += textwrap.wrap(described, 110, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
@@ -89,8 +89,8 @@ def named_data(run: Mapping[str, Any]) -> str:
 
 def _whole(run: Mapping[str, Any]) -> str:
     """Which targets count whole although they have a trunk, and why, a line each."""
-    told = [f"the {name} was evaluated as a whole, because {why}" for name, why in run.get("whole", {}).items()]
-    return "".join(f"\n{line}" for each in told for line in textwrap.wrap(each, 110, subsequent_indent="  "))
+    described = [f"the {name} was evaluated as a whole, because {why}" for name, why in run.get("whole", {}).items()]
+    return "".join(f"\n{line}" for each in described for line in textwrap.wrap(each, 110, subsequent_indent="  "))
 
 
 def _untrained(run: Mapping[str, Any]) -> str:
@@ -149,8 +149,8 @@ def _faults(results: Results, context: str) -> str:
     for row in frames.notes(results).to_dict(orient="records"):
         loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
         if loud and row["context"] == context:
-            told = f"{row['run']} ({row['target']}): {'; '.join(loud)}"
-            lines += textwrap.wrap(told, 110, subsequent_indent="  ", break_on_hyphens=False)
+            described = f"{row['run']} ({row['target']}): {'; '.join(loud)}"
+            lines += textwrap.wrap(described, 110, subsequent_indent="  ", break_on_hyphens=False)
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -181,8 +181,8 @@ def render_crosscheck(found: Crosscheck) -> str:
         where = f"{row['peer']} through {row['surrogate']} ({row['target']}, {row['context']})"
         loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
         more = [f"{row['unconfirmed']} samples were broken, but not when replayed"] if row["unconfirmed"] else []
-        told = [f"FAILED: {row['error']}"] if row["error"] else []
-        for note in (*loud, *more, *told):
+        described = [f"FAILED: {row['error']}"] if row["error"] else []
+        for note in (*loud, *more, *described):
             lines += textwrap.wrap(f"{where}: {note}", 110, subsequent_indent="  ", break_on_hyphens=False)
     if found.left_out:
         lines.append(f"not installed, so left out: {', '.join(found.left_out)}")
@@ -272,7 +272,7 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
         dataset: whose table it is.
     """
     rows: list[dict[str, str]] = []
-    told: dict[tuple[str, str], list[str]] = {}
+    described: dict[tuple[str, str], list[str]] = {}
     for row in table.to_dict(orient="records"):
         cells = {"model": row["model"], "head": row["head"]}
         for ours, theirs in (("clean", "reported_clean"), ("paper", "reported_robust"), ("worst_case", None)):
@@ -282,10 +282,10 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
             cells[{"clean": "measured", "paper": "measured (paper)"}.get(ours, ours)] = shown
         rows.append(cells | {"n": str(row["n"] or "-"), "verdict": row["verdict"] or "-"})
         if row["note"]:
-            told.setdefault((row["model"], row["note"]), []).append(row["head"])
+            described.setdefault((row["model"], row["note"]), []).append(row["head"])
     notes = [
         line
-        for (model, note), heads in told.items()
+        for (model, note), heads in described.items()
         for line in textwrap.wrap(
             f"{model}, {' and '.join(heads)}: {note}", 110, subsequent_indent="  ",
             break_long_words=False, break_on_hyphens=False,

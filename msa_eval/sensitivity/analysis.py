@@ -238,18 +238,18 @@ def analyse_model(
         raise ValueError(f"{samples.name} has label {int(samples.y.max())}, but the model has {len(w)} classes")
     chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[: limit or len(samples)]
     chosen = chosen.sort().values
-    seats = plan_batches(len(chosen), size=batch_size, seed=seed)
+    batch_plan = plan_batches(len(chosen), size=batch_size, seed=seed)
     batch = torch.empty(len(chosen), dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for number, seat in enumerate(progress(seats, "sensitivity")):
-        seated = samples.only(chosen[seat])
+    for number, indices in enumerate(progress(batch_plan, "sensitivity")):
+        seated = samples.only(chosen[indices])
         z = features(head, seated)
         change = None if eps is None else _attacked(head.fc_target, seated, eps, steps, generator) - z
         vectors = head.prototypes if kind == "global" else head.hybrid_prototypes(z)
         parts.append(sensitivity(z, w, vectors, gamma=gamma, step=step, change=change))
-        batch[seat] = number
-    found = _in_order(parts, torch.cat(seats))
+        batch[indices] = number
+    found = _in_order(parts, torch.cat(batch_plan))
     return _finish(found, samples.y[chosen], chosen, batch, gamma if eps is None else math.nan, w.shape[1])
 
 

@@ -75,8 +75,8 @@ def batch_size_report(
         raise ValueError(f"a batch of {min(sizes)} needs as many samples, but there are {n}; give more, or other sizes")
     if left:
         sizes = [size for size in sizes if size <= n]
-        told = ", ".join(map(str, left))
-        options.get("notify", warn)(f"there are {n} samples, so that batches of {told} are left out")
+        printable = ", ".join(map(str, left))
+        options.get("notify", warn)(f"there are {n} samples, so that batches of {printable} are left out")
     samples = samples.decoded(chosen)
     target = named(target, samples)
     results: dict[int, Results] = {}

@@ -15,22 +15,22 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.external.attack import PeerAttack
-from msa_eval.attacks.external.faults import Fault, told
+from msa_eval.attacks.external.attack import ExternalAttack
+from msa_eval.attacks.external.faults import Fault, describe_faults
 from msa_eval.attacks.external.libraries import LIBRARIES, find, installed
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
-from msa_eval.engine.external_runs import peer_runs
+from msa_eval.engine.external_runs import external_runs
 from msa_eval.engine.schedule import Run
-from msa_eval.judging.batch_history import History
+from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.replay import Replay
-from msa_eval.numerics import exact
+from msa_eval.numerics import full_precision
 from msa_eval.progress import Progress, silent, ticking
-from msa_eval.protocols.schema import PeerSpec
+from msa_eval.protocols.schema import ExternalSpec
 from msa_eval.randomness import seeded
 from msa_eval.verification.reopen import Reopened, reopen
 
@@ -81,7 +81,7 @@ class Crosscheck:
         return self.found.empty and not self.table["error"].astype(bool).any()
 
 
-def default_peers(ball: Ball) -> tuple[list[str], list[str]]:
+def default_attacks(ball: Ball) -> tuple[list[str], list[str]]:
     """The default peers that are installed, and those that are not."""
     names = DEFAULT[ball.norm]
     here = [name for name in names if installed(name.partition(":")[0])]
@@ -90,7 +90,7 @@ def default_peers(ball: Ball) -> tuple[list[str], list[str]]:
 
 def budgeted(
     name: str, ball: Ball, *, surrogates: Sequence[str] = (), steps: int = STEPS, queries: int = QUERIES
-) -> PeerSpec:
+) -> ExternalSpec:
     """A peer with a budget, by whatever name it has one.
 
     Raises:
@@ -99,10 +99,12 @@ def budgeted(
     peer = find(name, ball)
     options = {key: steps for key in ("steps",) if key in peer.options}
     options |= {key: queries for key in ("queries", "n_queries", "repeats") if key in peer.options}
-    return PeerSpec(name, () if peer.gradient_free and not surrogates else tuple(surrogates) or SURROGATES, 1, options)
+    return ExternalSpec(
+        name, () if peer.gradient_free and not surrogates else tuple(surrogates) or SURROGATES, 1, options
+    )
 
 
-@exact()
+@full_precision()
 def crosscheck(
     folder: str | Path,
     target: object,
@@ -153,7 +155,7 @@ def crosscheck(
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
         opened = reopen(folder, target, samples, fc=fc, device=device)
         samples, ball = opened.data, opened.protocol.ball
-        names, left_out = default_peers(ball) if not peers else (list(dict.fromkeys(peers)), [])
+        names, left_out = default_attacks(ball) if not peers else (list(dict.fromkeys(peers)), [])
         if not names:
             raise ValueError("no library of peers is installed here; " + "; ".join(c for _, c in LIBRARIES.values()))
         specs = [
@@ -230,22 +232,22 @@ class _Bout:
     def of(cls, name: str, opened: Reopened, samples: Samples, device: str, seed: int, passes: int) -> _Bout:
         """Make the clean batches of the plan again."""
         defense = opened.targets[name]
-        chosen = torch.cat(list(opened.seats)).sort().values
-        places = [torch.searchsorted(chosen, seat) for seat in opened.seats]
+        chosen = torch.cat(list(opened.batch_plan)).sort().values
+        places = [torch.searchsorted(chosen, indices) for indices in opened.batch_plan]
         clean = CleanBatches(
             defense, samples, chosen, places, device=device, stochastic=opened.protocol.stochastic,
             ball=opened.protocol.ball,
         )  # fmt: skip
         replay = Replay(
-            defense, samples, opened.seats, device=device, draws=clean.draws, batch_dependent=clean.batch_dependent
+            defense, samples, opened.batch_plan, device=device, draws=clean.draws, batch_dependent=clean.batch_dependent
         )
         return cls(name, defense, clean, replay, opened, seed, passes)
 
-    def rows(self, specs: Sequence[PeerSpec], contexts: Sequence[str], progress: Progress) -> list[_Row]:
+    def rows(self, specs: Sequence[ExternalSpec], contexts: Sequence[str], progress: Progress) -> list[_Row]:
         """Run every peer through each of its surrogates in each context."""
         contexts = contexts if self.clean.batch_dependent else contexts[:1]
         with seeded(self.seed):
-            runs = peer_runs(
+            runs = external_runs(
                 specs, self.opened.protocol.ball, self.defense, next(iter(self.clean)),
                 num_classes=self.clean.num_classes,
             )  # fmt: skip
@@ -269,24 +271,24 @@ class _Bout:
         try:
             for batch in clean:
                 tick()
-                seat = self.opened.seats[batch.number]
-                counted = torch.tensor([index in robust for index in seat.tolist()], device=batch.y.device)
+                indices = self.opened.batch_plan[batch.number]
+                counted = torch.tensor([index in robust for index in indices.tolist()], device=batch.y.device)
                 if not bool(counted.any()):
                     continue
                 met = self._meet(run, context, batch, counted & batch.correct)
-                which += seat[met.broken.cpu()].tolist()
-                unconfirmed |= set(seat[met.unconfirmed.cpu()].tolist())
+                which += indices[met.broken.cpu()].tolist()
+                unconfirmed |= set(indices[met.unconfirmed.cpu()].tolist())
                 faults += met.faults
                 images, runs = images + met.images, runs + met.runs
-                searched += len(seat) if self._together(context) else int(counted.sum())
+                searched += len(indices) if self._together(context) else int(counted.sum())
         except Exception as failure:
             error = " ".join(str(failure).split()) or type(failure).__name__
-        assert isinstance(run.attack, PeerAttack)
+        assert isinstance(run.attack, ExternalAttack)
         labels = {index: int(self.clean.samples.y[index]) for index in which}
         return _Row(
-            self.name, context, run.attack.peer.name, run.surrogate_name, len(robust), len(which),
+            self.name, context, run.attack.library_attack.name, run.surrogate_name, len(robust), len(which),
             len(unconfirmed - set(which)), round(images / max(searched, 1), 1), runs,
-            round(time.perf_counter() - started, 1), sorted(which), "; ".join(told(faults)), error, labels,
+            round(time.perf_counter() - started, 1), sorted(which), "; ".join(describe_faults(faults)), error, labels,
         )  # fmt: skip
 
     def _together(self, context: str) -> bool:
@@ -296,11 +298,11 @@ class _Bout:
     def _meet(self, run: Run, context: str, batch: Batch, counted: Tensor) -> _Met:
         """Run a peer on one batch until it has made its passes."""
         attack = run.attack
-        assert isinstance(attack, PeerAttack)
+        assert isinstance(attack, ExternalAttack)
         view = self.clean.view(context, batch)
         together = self._together(context)
         met = _Met(torch.zeros_like(counted), torch.zeros_like(counted), [], 0, 0)
-        for turn in range(TURNS if attack.peer.starts else 1):
+        for turn in range(TURNS if attack.library_attack.starts else 1):
             left = counted & ~met.broken
             size = len(counted) if together else int(counted.sum())
             if not bool(left.any()) or (turn and met.images >= self.passes * size):
@@ -308,18 +310,18 @@ class _Bout:
             again = dataclasses.replace(run, attack=dataclasses.replace(attack, turn=turn), restart=turn)
             generator = again.generator(self.seed, "crosscheck", self.name, context, batch.number)
             setting = dataclasses.replace(
-                again.setting(view, History(batch)), counted=left, draws=self.clean.draws, eot=1, keep=together
+                again.setting(view, BatchHistory(batch)), counted=left, draws=self.clean.draws, eot=1, keep=together
             )
-            trial = JudgedBatch(
+            judged = JudgedBatch(
                 view, run.surrogate, batch, self.opened.protocol.ball, mixes_rows=self.clean.batch_dependent,
                 setting=setting,
             )  # fmt: skip
             assert again.attack is not None
             with seeded(generator.initial_seed()):
-                outcome = trial.finish(again.attack(trial, generator))
+                outcome = judged.finish(again.attack(judged, generator))
                 claimed = outcome.any_broken & left
-                history = History(batch)
-                history.add(dataclasses.replace(outcome, any_broken=claimed), trial.trace())
+                history = BatchHistory(batch)
+                history.add(dataclasses.replace(outcome, any_broken=claimed), judged.trace())
                 proven = self._proven(history, context, batch)
             met = _Met(
                 met.broken | (claimed & proven), met.unconfirmed | (claimed & ~proven),
@@ -327,10 +329,10 @@ class _Bout:
             )  # fmt: skip
         return met
 
-    def _proven(self, history: History, context: str, batch: Batch) -> Tensor:
+    def _proven(self, history: BatchHistory, context: str, batch: Batch) -> Tensor:
         """Which of the samples that a history calls broken a replay breaks ``(B,)``."""
         proven = torch.zeros_like(history.broken)
-        own = self.opened.seats[batch.number]
+        own = self.opened.batch_plan[batch.number]
         proofs = history.proofs(
             self.name, context, batch.number, rows_interact=self.clean.batch_dependent, pool=own
         )  # fmt: skip

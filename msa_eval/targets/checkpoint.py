@@ -19,7 +19,7 @@ from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.hpm.model import HPM, Variant
 from msa_eval.targets.cut import Cut
 from msa_eval.targets.weights import misfits, read_safetensors, write_safetensors
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 FORMAT = "msa-eval"
 
@@ -90,7 +90,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         )
     if header.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path} has checkpoint format version {told(header.get('format_version'))}, but this release reads "
+            f"{path} has checkpoint format version {printable(header.get('format_version'))}, but this release reads "
             f"version {FORMAT_VERSION}; use the release of msa-eval that wrote it"
         )
     try:
@@ -103,7 +103,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         (_check_cut if blueprint.by_name else _check_shapes)(blueprint, tensors)
         classifier = None if blueprint.by_name else _build_quietly(blueprint)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
+        raise ValueError(f"{path} does not fit its own description: {printable(error)}") from error
     if classifier is None:
         classifier = _rebuilt(path, blueprint, trunk)
     elif trunk is not None:
@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path, *, trunk: str | None = None) -> Checkpoint
         _check_tensors(model, tensors)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own description: {told(error)}") from error
+        raise ValueError(f"{path} does not fit its own description: {printable(error)}") from error
     return Checkpoint(model.eval().requires_grad_(False), blueprint, about.get("history", {}))
 
 
@@ -180,7 +180,7 @@ def _rebuilt(path: Path, blueprint: Blueprint, trunk: str | None) -> Classifier:
     try:
         return rebuild(blueprint, trunk=trunk)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {told(error)}") from error
+        raise ValueError(f"{path}: {printable(error)}") from error
 
 
 def _check_cut(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Blueprint
-from msa_eval.defense.contract import WholeModel, brought_by, has_trunk, modules_of
+from msa_eval.defense.contract import WholeModel, has_trunk, modules_of, own_surrogates
 from msa_eval.hashing import file_hash
 from msa_eval.targets import code
 from msa_eval.targets.checkpoint import load_checkpoint
@@ -178,8 +178,8 @@ def _own(
             WholeModel(made) if whole and isinstance(made, nn.Module) else made, short, about, None, tuple(notes)
         )
     assert isinstance(made, nn.Module)
-    if brought_by(made):  # which take images, not the features of a trunk
-        whole, notes = True, [*notes, f"kept whole, with its own surrogates: {', '.join(brought_by(made))}"]
+    if own_surrogates(made):  # which take images, not the features of a trunk
+        whole, notes = True, [*notes, f"kept whole, with its own surrogates: {', '.join(own_surrogates(made))}"]
     images = _images(example)
     if images is None and not whole:
         raise ValueError(f"give some images with {word}, to split it into trunk and head")

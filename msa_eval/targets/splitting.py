@@ -64,7 +64,7 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
     x = _distinct(example)
     with torch.inference_mode(False), torch.no_grad():
         out, calls = _watched(model, x, head)
-        with _told():
+        with _errors_described():
             found: list[str] = []
             for call in reversed(calls):
                 reading = _intervene(model, x, call)
@@ -76,7 +76,7 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
             else:
                 check_steady(model(x), out)
                 raise ValueError(_nothing_found(model, out, found, head))
-    with _told():
+    with _errors_described():
         check_equivalence(model, classifier, x, out)
         check_answers(model, classifier, _unit(example))
     return classifier
@@ -123,7 +123,7 @@ def _unit(example: Tensor) -> Tensor:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _errors_described() -> Iterator[None]:
     """What a model raises in passes of ours, after one that it went through, in one line."""
     try:
         yield

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from msa_eval.files import replacing
 from msa_eval.hashing import file_hash
-from msa_eval.untrusted import told
+from msa_eval.untrusted import printable
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
 """Under what names training scripts keep the weights among other things, the likeliest first."""
@@ -75,7 +75,9 @@ def read_weights(source: str | Path) -> Weights:
     sets = dict(_sets(held))
     if not sets:
         keys = ", ".join(str(key) for key in [*held][:5]) if isinstance(held, Mapping) else type(held).__name__
-        raise ValueError(f"{path} holds no state dict but {told(keys) if keys else 'nothing'}; save model.state_dict()")
+        raise ValueError(
+            f"{path} holds no state dict but {printable(keys) if keys else 'nothing'}; save model.state_dict()"
+        )
     if key is not None and key not in sets:
         raise ValueError(f"{path} has no weights called {key!r}; it holds {_listed([*sets])}")
     taken = min(sets, key=_rank) if key is None else key
@@ -145,7 +147,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     model.load_state_dict(fitting)
     notes = [f"{name} in {source} belongs to no layer and is passed over" for name in left if _counts(name)]
     return notes + [
-        f"{source} holds {name} = {told([round(v, 4) for v in left[name].flatten().tolist()[:4]])}, for which the "
+        f"{source} holds {name} = {printable([round(v, 4) for v in left[name].flatten().tolist()[:4]])}, for which the "
         f"model has no place: see that it normalises its images so itself"
         for name in left
         if not _counts(name)
@@ -212,7 +214,7 @@ def _counts(name: str) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return told(", ".join(names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return printable(", ".join(names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
@@ -234,8 +236,8 @@ def _clean_copy(path: Path, error: str) -> str:
         weights = f'{load}["{next((key for key in _HOLDERS if key in keys), "state_dict")}"]'
     what = "holds" if keys is not None else "is, or holds,"
     return (
-        f"{path} {what} an object of the class {told(found[1])}, which is never unpickled here; where you trust the "
-        f"file, make a clean one: {save.format(weights=weights)}"
+        f"{path} {what} an object of the class {printable(found[1])}, which is never unpickled here; where you trust "
+        f"the file, make a clean one: {save.format(weights=weights)}"
     )
 
 
@@ -294,7 +296,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({told(error)}); pickles are never loaded"
+            f"{path} is not a readable safetensors file ({printable(error)}); pickles are never loaded"
         ) from error
 
 

@@ -161,7 +161,9 @@ def robustbench(name: str, wanted: Wanted) -> Built:
             with _quietly(), _same_random(), _plain_weights():
                 model: nn.Module = entry["model"]()
         except (OSError, RuntimeError, ImportError) as error:
-            raise ValueError(f"{word} can't be built without its pretrained weights: {_told(error)}") from error
+            raise ValueError(
+                f"{word} can't be built without its pretrained weights: {_describe_error(error)}"
+            ) from error
         return Built(model.eval(), size, {**about, "weights": RANDOM})
     place = wanted.folder / dataset / norm / f"{name}.pt"
     parts = [place] if not isinstance(entry["gdrive_id"], list) else [
@@ -186,7 +188,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
         try:
             model = load_model(name, model_dir=folder, dataset=dataset, threat_model=norm)
         except Exception as error:
-            reason = _told(error)
+            reason = _describe_error(error)
             if wanted.file is not None or held:
                 raise ValueError(f"{wanted.file or place} does not fit {word}: {reason}") from error
             if packaged:
@@ -238,7 +240,7 @@ def _comes_with_weights(name: str, dataset: str, norm: str) -> bool:
     return bool(import_timm().is_model(known)) or (dataset == "imagenet" and "Standard" in name)
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if any(sign in str(error) for sign in ("urlopen", "Max retries", "NameResolution", "Connection")):
         return "there is no network"
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -271,7 +273,7 @@ def _filled(
         try:
             file = fetch()
         except (OSError, RuntimeError, ValueError, ImportError) as error:
-            raise ValueError(_not_to_be_had(word, [cached], _told(error))) from error
+            raise ValueError(_not_to_be_had(word, [cached], _describe_error(error))) from error
     held = read_weights(file)
     tensors = adapt(held.tensors, model)
     if wanted.file is not None and (classes := other_classes(model, tensors)) is not None:

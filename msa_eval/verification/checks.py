@@ -149,23 +149,25 @@ def check_batches(
 ) -> tuple[str, list[Tensor]]:
     """Make the plan again; hand on indices into the data set, a tensor a batch."""
     chosen, plan = planned(protocol, samples)
-    seats = [chosen[places] for places in plan]
-    expected = [(number, at, index) for number, seat in enumerate(seats) for at, index in enumerate(seat.tolist())]
+    batch_plan = [chosen[places] for places in plan]
+    expected = [
+        (number, at, index) for number, indices in enumerate(batch_plan) for at, index in enumerate(indices.tolist())
+    ]
     found = tables.batches[["batch", "position", "index"]].to_numpy().tolist()
     if [tuple(row) for row in found] != expected:
         raise ValueError("batches.csv is not the plan that the protocol makes")
-    digest = hashlib.sha256(b"".join(bytes_of(seat) + b"|" for seat in seats)).hexdigest()
+    digest = hashlib.sha256(b"".join(bytes_of(indices) + b"|" for indices in batch_plan)).hexdigest()
     if digest != run["batches"]["sha256"] or run["data"]["n"] != len(chosen):
         raise ValueError("run.json states another batch plan than the protocol makes")
-    return f"{len(chosen)} samples in {len(seats)} batches, as the protocol plans them", seats
+    return f"{len(chosen)} samples in {len(batch_plan)} batches, as the protocol plans them", batch_plan
 
 
-def check_samples(tables: Tables, seats: Sequence[Tensor], samples: Samples) -> tuple[str, None]:
+def check_samples(tables: Tables, batch_plan: Sequence[Tensor], samples: Samples) -> tuple[str, None]:
     """Hold every row of samples.csv against the data and the plan."""
     seated = {
         int(index): (int(samples.y[index]), number, at)
-        for number, seat in enumerate(seats)
-        for at, index in enumerate(seat.tolist())
+        for number, indices in enumerate(batch_plan)
+        for at, index in enumerate(indices.tolist())
     }
     faults = []
     for (target, context), rows in tables.samples.groupby(["target", "context"]):
@@ -207,12 +209,12 @@ def check_clean(tables: Tables, replays: Mapping[str, Replay]) -> tuple[str, Non
 
 def _clean_predictions(replay: Replay, context: str) -> Iterator[tuple[int, int, bool]]:
     """Each sample's index, its prediction, and whether that hangs on rounding."""
-    for number, seat in enumerate(replay.batches):
+    for number, indices in enumerate(replay.batches):
         logits = replay.clean_logits(number, context)
         found = logits.argmax(dim=1)
         top = logits.topk(2, dim=1).values
         close = top[:, 0] - top[:, 1] < NEAR_TIE * logits.abs().amax(dim=1)
-        yield from zip(seat.tolist(), found.tolist(), close.tolist(), strict=True)
+        yield from zip(indices.tolist(), found.tolist(), close.tolist(), strict=True)
 
 
 def open_archive(folder: Path, run: Mapping[str, Any], referee: Referee) -> tuple[str, Archive]:

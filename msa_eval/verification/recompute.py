@@ -155,16 +155,16 @@ class _Count:
 
     def attacks(self) -> Iterator[str]:
         """A run's shares against its outcomes."""
-        standing = self.right
+        unbroken = self.right
         for run, part in self.by_run.items():
             ever, failed = self.broken(run), bool(self.failed(run).any())
             expected = {
                 "surrogate_accuracy": 1 - _mask(part["surrogate_fooled"]).mean(),
                 "final": (self.right & ~self.broken(run, "final_broken")).mean(),
                 "any": (self.right & ~ever).mean(),
-                "newly_broken": (standing & ever).sum(),
+                "newly_broken": (unbroken & ever).sum(),
             }
-            standing = standing & ~ever
+            unbroken = unbroken & ~ever
             for column, value in expected.items():
                 found = float(self.shown[run][column].iloc[0])
                 agrees = math.isclose(found, value, rel_tol=0, abs_tol=TOLERANCE)
@@ -194,9 +194,9 @@ class _Count:
             if not lower <= upper + TOLERANCE:
                 yield f"summary.csv: {order[i]} ({lower:.6g}) is above {order[i + 1]} ({upper:.6g})"
 
-    def _sign(self, lead: pd.Series[float], ever: Mask) -> Mask:
-        """Where a sample that is right on its clean batch has a lead that contradicts whether it was broken."""
-        values = lead.to_numpy(dtype=float)
+    def _sign(self, margin: pd.Series[float], ever: Mask) -> Mask:
+        """Where a sample that is right on its clean batch has a margin that contradicts whether it was broken."""
+        values = margin.to_numpy(dtype=float)
         return self.right & ~np.where(ever, values <= 0, values >= 0)
 
     def _named(self, fault: str, where: Any) -> Iterator[str]:

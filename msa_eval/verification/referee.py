@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.grid import off_grid
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.replay import Replay
@@ -104,4 +104,4 @@ def _off_grid(proof: Proof, levels: int) -> float:
 
 def _near_tie(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the verdict on each row ``(B, k)`` hangs on rounding ``(B,)``."""
-    return margin(logits, y).abs() < NEAR_TIE * logits.abs().amax(dim=1)
+    return margin_loss(logits, y).abs() < NEAR_TIE * logits.abs().amax(dim=1)

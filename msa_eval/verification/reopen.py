@@ -36,14 +36,14 @@ class Reopened:
     Attributes:
         protocol: that they were made under.
         samples: their rows of samples.csv.
-        seats: the plan: indices into the data set, a tensor a batch.
+        batch_plan: the plan: indices into the data set, a tensor a batch.
         targets: by name, on the device.
         data: the whole data set, with what was evaluated decoded.
     """
 
     protocol: Protocol
     samples: pd.DataFrame
-    seats: Sequence[Tensor]
+    batch_plan: Sequence[Tensor]
     targets: Mapping[str, Defense]
     data: Samples
 
@@ -75,6 +75,6 @@ def reopen(folder: str | Path, target: object, samples: Samples, *, fc: object =
     chosen = planned(protocol, samples)[0]
     samples = samples.decoded(chosen).leveled(protocol.ball.levels, chosen)
     check_data(run, samples)
-    _, seats = check_batches(tables, protocol, run, samples)
-    check_samples(tables, seats, samples)
-    return Reopened(protocol, tables.samples, seats, targets, samples)
+    _, batch_plan = check_batches(tables, protocol, run, samples)
+    check_samples(tables, batch_plan, samples)
+    return Reopened(protocol, tables.samples, batch_plan, targets, samples)

@@ -27,7 +27,7 @@ from msa_eval.evidence.archive import Archive
 from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.evidence.results import load_run
 from msa_eval.judging.replay import Replay
-from msa_eval.numerics import exact
+from msa_eval.numerics import full_precision
 from msa_eval.progress import Progress, silent
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets
@@ -100,7 +100,7 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
 
-@exact()
+@full_precision()
 def verify(
     folder: str | Path,
     target: object,
@@ -198,15 +198,15 @@ class _Case:
         if data is None:
             self._skip("these are not the data", "batches", "samples", "trunk", "clean", "replay")
             return
-        seats = self._step("batches", lambda: check_batches(tables, protocol, run, self.samples))
-        if seats is None:
+        batch_plan = self._step("batches", lambda: check_batches(tables, protocol, run, self.samples))
+        if batch_plan is None:
             self._skip("the batches are not the protocol's", "samples", "trunk", "clean", "replay")
             return
-        self._step("samples", lambda: check_samples(tables, seats, self.samples))
+        self._step("samples", lambda: check_samples(tables, batch_plan, self.samples))
         if weights is None:
             self._skip("these are not the weights", "trunk", "clean", "replay")
             return
-        replays = self._step("trunk", lambda: self._prepared(seats, run, protocol.ball))
+        replays = self._step("trunk", lambda: self._prepared(batch_plan, run, protocol.ball))
         if replays is None:
             self._skip("features do not come from their own image alone", "clean", "replay")
             return
@@ -227,10 +227,12 @@ class _Case:
     def _skip(self, reason: str, *names: str) -> None:
         self.checks += [Check(name, None, f"not checked, because {reason}") for name in names]
 
-    def _prepared(self, seats: Sequence[Tensor], run: Mapping[str, Any], ball: Ball) -> tuple[str, dict[str, Replay]]:
+    def _prepared(
+        self, batch_plan: Sequence[Tensor], run: Mapping[str, Any], ball: Ball
+    ) -> tuple[str, dict[str, Replay]]:
         replays = {
             name: Replay(
-                target, self.samples, seats, device=self.device, draws=run.get("draws", {}).get(name, 1), ball=ball
+                target, self.samples, batch_plan, device=self.device, draws=run.get("draws", {}).get(name, 1), ball=ball
             )
             for name, target in self.targets.items()
         }

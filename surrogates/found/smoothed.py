@@ -74,13 +74,13 @@ class _Estimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, defense: Any, step: float, pairs: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.told = defense, step, pairs
+        ctx.printable = defense, step, pairs
         return _answer(defense, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        defense, step, pairs = ctx.told
+        defense, step, pairs = ctx.printable
         # The directions follow from the point, so that a search meets new ones at each of its points.
         seed = int(x.detach().double().abs().sum().mul(1e6).item()) % 2**31
         generator = torch.Generator().manual_seed(seed)

@@ -82,9 +82,9 @@ def test_parity_with_pyautoattack(norm: str, loss: str, steps: int, digits_hpm: 
 
     found = apgd(logits, x, y, loss=LOSSES[loss], ball=ball, steps=steps, generator=_generator(), start=start)
     torch.testing.assert_close(found.loss, their_loss, atol=1e-4, rtol=0)
-    standing = torch.stack([answer == y for answer in answers]).all(dim=0)
-    assert 0.3 < standing.float().mean() < 0.95
-    assert torch.equal(standing, accuracy.bool())
+    unbroken = torch.stack([answer == y for answer in answers]).all(dim=0)
+    assert 0.3 < unbroken.float().mean() < 0.95
+    assert torch.equal(unbroken, accuracy.bool())
 
 
 def test_parity_with_pyautoattack_on_a_targeted_loss(digits_hpm: HPM, digits: Samples) -> None:

@@ -15,9 +15,9 @@ from toys import make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
 from msa_eval.attacks import Ball
-from msa_eval.attacks.companions import ALL, CompositionAttack, _lead, descend
-from msa_eval.attacks.losses import margin
-from msa_eval.defense.contexts import Company, OneAtATime
+from msa_eval.attacks.companions import ALL, CompositionAttack, _margin, descend
+from msa_eval.attacks.losses import margin_loss
+from msa_eval.defense.contexts import Companions, OneAtATime
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
@@ -25,10 +25,10 @@ from msa_eval.surrogates import get
 BALL = Ball("Linf", 0.2)
 
 
-def _lead_in(hpm: HPM, rows: list[Tensor], seat: int, y: Tensor) -> float:
+def _margin_in(hpm: HPM, rows: list[Tensor], seat: int, y: Tensor) -> float:
     """The lead of one row in a batch put together by hand."""
     with torch.no_grad():
-        return float(-margin(hpm.logits(torch.stack(rows)), y.expand(len(rows)))[seat])
+        return float(-margin_loss(hpm.logits(torch.stack(rows)), y.expand(len(rows)))[seat])
 
 
 def test_one_place_is_searched_as_trying_everything_would() -> None:
@@ -36,16 +36,16 @@ def test_one_place_is_searched_as_trying_everything_would() -> None:
     batch = make_batch(hpm, 4)
     pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
     start = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]])
-    company = Company(pool, start, torch.arange(4))
-    found, leads = descend(
-        hpm, batch.z, batch.y, company, places=[1], candidates=lambda place, now: torch.arange(10).expand(4, -1)
+    companions = Companions(pool, start, torch.arange(4))
+    found, margins = descend(
+        hpm, batch.z, batch.y, companions, places=[1], candidates=lambda place, now: torch.arange(10).expand(4, -1)
     )
     for i in range(4):
         tried = []
         for j in range(10):
             beside = [pool[start[i, 0]], pool[j], pool[start[i, 2]]]
-            tried.append(_lead_in(hpm, [*beside[:i], batch.z[i], *beside[i:]], i, batch.y[i]))
-        assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
+            tried.append(_margin_in(hpm, [*beside[:i], batch.z[i], *beside[i:]], i, batch.y[i]))
+        assert float(margins[i]) == pytest.approx(min(tried), abs=1e-5)
         assert int(found.index[i, 1]) == min(range(10), key=tried.__getitem__)
         assert found.index[i, [0, 2]].tolist() == start[i, [0, 2]].tolist()
 
@@ -54,17 +54,17 @@ def test_a_descent_never_climbs_and_comes_close_to_the_best_of_all() -> None:
     hpm = make_hpm()
     batch = make_batch(hpm, 3, seed=2)
     pool = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
-    company = Company(pool, torch.tensor([[0, 1]] * 3), torch.arange(3))
+    companions = Companions(pool, torch.tensor([[0, 1]] * 3), torch.arange(3))
     everywhere = torch.arange(5).expand(3, -1)
-    _, at_first = descend(hpm, batch.z, batch.y, company, places=[], candidates=lambda p, c: everywhere)
-    _, leads = descend(hpm, batch.z, batch.y, company, places=[0, 1, 0, 1], candidates=lambda p, c: everywhere)
-    assert bool((leads <= at_first).all())
+    _, at_first = descend(hpm, batch.z, batch.y, companions, places=[], candidates=lambda p, c: everywhere)
+    _, margins = descend(hpm, batch.z, batch.y, companions, places=[0, 1, 0, 1], candidates=lambda p, c: everywhere)
+    assert bool((margins <= at_first).all())
     for i in range(3):
         best = min(
-            _lead_in(hpm, [*[pool[a], pool[b]][:i], batch.z[i], *[pool[a], pool[b]][i:]], i, batch.y[i])
+            _margin_in(hpm, [*[pool[a], pool[b]][:i], batch.z[i], *[pool[a], pool[b]][i:]], i, batch.y[i])
             for a, b in itertools.product(range(5), repeat=2)
         )
-        assert best - 1e-5 <= float(leads[i]) <= float(at_first[i]) + 1e-6
+        assert best - 1e-5 <= float(margins[i]) <= float(at_first[i]) + 1e-6
 
 
 @pytest.mark.parametrize("search", ["greedy", "random", "pursuit"])
@@ -77,30 +77,34 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     identity = torch.cat([torch.arange(8), torch.arange(100, 130), torch.arange(3)])
     classes = torch.randint(4, (len(identity),), generator=torch.Generator().manual_seed(8))
     index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
-    company = Company(pool, index, torch.arange(8))
-    trial = JudgedBatch(OneAtATime(hpm, company), get("frozen-assignment"), batch, BALL)
-    attack = CompositionAttack(company, identity, classes, torch.arange(8), trials=80, greedy=search == "greedy")
+    companions = Companions(pool, index, torch.arange(8))
+    judged = JudgedBatch(OneAtATime(hpm, companions), get("frozen-assignment"), batch, BALL)
+    attack = CompositionAttack(companions, identity, classes, torch.arange(8), trials=80, greedy=search == "greedy")
     generator = torch.Generator().manual_seed(0)
-    outcome = trial.finish(attack.pursue(trial, generator, turn=4) if search == "pursuit" else attack(trial, generator))
-    assert trial.trace().company is not None
-    for i, row in enumerate(trial.trace().company):
+    outcome = judged.finish(
+        attack.pursue(judged, generator, turn=4) if search == "pursuit" else attack(judged, generator)
+    )
+    assert judged.trace().companions is not None
+    for i, row in enumerate(judged.trace().companions):
         who = identity[row].tolist()
         assert len(set(who)) == 7
         assert i not in who
         beside = list(pool[row])
-        own = trial.trace().best.z[i]
-        lead = _lead_in(hpm, [*beside[:i], own, *beside[i:]], i, batch.y[i])
-        assert lead == pytest.approx(float(outcome.min_margin[i]), abs=1e-5)
-    assert bool((outcome.min_margin <= -margin(batch.logits, batch.y) + 1e-6).all())
-    assert bool((outcome.min_margin < -margin(batch.logits, batch.y) - 1e-3).any())
+        own = judged.trace().best.z[i]
+        margin = _margin_in(hpm, [*beside[:i], own, *beside[i:]], i, batch.y[i])
+        assert margin == pytest.approx(float(outcome.min_margin[i]), abs=1e-5)
+    assert bool((outcome.min_margin <= -margin_loss(batch.logits, batch.y) + 1e-6).all())
+    assert bool((outcome.min_margin < -margin_loss(batch.logits, batch.y) - 1e-3).any())
     assert (float(outcome.perturbation.max()) == 0) == (search != "pursuit")
 
 
 def _gathering(pool: int, *, seats: int = 4) -> tuple[CompositionAttack, Tensor]:
     """Two rows with ``seats`` companions each; the pool holds every image twice, of classes 0, 1, 2 in turn."""
     identity = torch.arange(pool).repeat(2)
-    company = Company(torch.zeros(2 * pool, 3), torch.arange(seats).repeat(2, 1), torch.zeros(2, dtype=torch.long))
-    attack = CompositionAttack(company, identity, identity % 3, torch.tensor([0, 1]), trials=0, greedy=True)
+    companions = Companions(
+        torch.zeros(2 * pool, 3), torch.arange(seats).repeat(2, 1), torch.zeros(2, dtype=torch.long)
+    )
+    attack = CompositionAttack(companions, identity, identity % 3, torch.tensor([0, 1]), trials=0, greedy=True)
     return attack, torch.tensor([0, 1])
 
 
@@ -151,35 +155,35 @@ class Hill:
 
 def test_company_goes_from_a_crowd_to_none_where_every_single_step_is_worse() -> None:
     pool = torch.arange(18.0).remainder(3).unsqueeze(1).repeat(2, 1)
-    company = Company(pool, torch.tensor([[3, 6, 9, 12]] * 2), torch.tensor([0, 0]))
+    companions = Companions(pool, torch.tensor([[3, 6, 9, 12]] * 2), torch.tensor([0, 0]))
     z, y, toward = torch.ones(2, 1), torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
-    by_one, leads = descend(
-        Hill(), z, y, company, places=range(4),
+    by_one, margins = descend(
+        Hill(), z, y, companions, places=range(4),
         candidates=lambda place, now: torch.tensor([[1 + 3 * place, 2 + 3 * place]] * 2), toward=toward,
     )  # fmt: skip
-    assert by_one.index.tolist() == company.index.tolist()
-    assert leads.tolist() == [5.0, 5.0]
-    attack = replace(_gathering(18)[0], company=company)
-    trial: Any = SimpleNamespace(target=Hill(), latest=SimpleNamespace(z=z), batch=SimpleNamespace(y=y))
-    found = attack._towards(trial, company, toward, torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert by_one.index.tolist() == companions.index.tolist()
+    assert margins.tolist() == [5.0, 5.0]
+    attack = replace(_gathering(18)[0], companions=companions)
+    judged: Any = SimpleNamespace(target=Hill(), latest=SimpleNamespace(z=z), batch=SimpleNamespace(y=y))
+    found = attack._towards(judged, companions, toward, torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     assert not bool((pool[found.index] == 0).any())
 
 
 def test_no_lead_over_a_class_is_below_that_of_an_answer_that_is_wrong() -> None:
     logits, y, toward = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.5, 0.0]]), torch.tensor([0, 0]), torch.tensor([1, 1])
-    assert _lead(logits, y, toward).tolist() == [-math.inf, 0.5]
-    assert _lead(logits, y, None).tolist() == [-1.0, 0.5]
+    assert _margin(logits, y, toward).tolist() == [-math.inf, 0.5]
+    assert _margin(logits, y, None).tolist() == [-1.0, 0.5]
 
 
 def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
     hpm = make_hpm()
     batch = make_batch(hpm, 4)
     pool = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
-    company = Company(pool, torch.tensor([[0, 1, 2]] * 4), torch.arange(4))
+    companions = Companions(pool, torch.tensor([[0, 1, 2]] * 4), torch.arange(4))
     for aim in range(1, 4):
         toward = (batch.y + aim) % 4
-        found, leads = descend(
-            hpm, batch.z, batch.y, company, places=[0], toward=toward,
+        found, margins = descend(
+            hpm, batch.z, batch.y, companions, places=[0], toward=toward,
             candidates=lambda place, now: torch.arange(10).expand(4, -1),
         )  # fmt: skip
         for i in range(4):
@@ -190,7 +194,7 @@ def test_a_descent_towards_a_class_lowers_the_lead_over_that_class() -> None:
                     logits = hpm.logits(torch.stack([*rows[:i], batch.z[i], *rows[i:]]))[i]
                 right = int(logits.argmax()) == int(batch.y[i])
                 tried.append(float(logits[batch.y[i]] - logits[toward[i]]) if right else -math.inf)
-            assert float(leads[i]) == pytest.approx(min(tried), abs=1e-5)
+            assert float(margins[i]) == pytest.approx(min(tried), abs=1e-5)
             assert int(found.index[i, 0]) == min(range(10), key=tried.__getitem__)
 
 

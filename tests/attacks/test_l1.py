@@ -13,7 +13,7 @@ from torch import Tensor
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, apgd
 from msa_eval.attacks.l1 import onto_l1
-from msa_eval.attacks.losses import LOSSES, margin
+from msa_eval.attacks.losses import LOSSES, margin_loss
 from msa_eval.attacks.square import square
 
 
@@ -63,7 +63,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_classifier(eps: float) -> None:
     gap = (w[1] - w[0]) * (1 - 2 * y).unsqueeze(1)
     room = torch.where(gap > 0, 1 - x.flatten(1), x.flatten(1))
     most = torch.stack([_knapsack(g.unsqueeze(0), r.unsqueeze(0), eps)[0] for g, r in zip(gap, room, strict=True)])
-    gain = margin(logits(found.x), y) - margin(logits(x), y)
+    gain = margin_loss(logits(found.x), y) - margin_loss(logits(x), y)
     assert (gain <= most + 1e-4).all()
     # The shortest step of the algorithm, a tenth of ε, leaves a little of it.
     assert (gain >= 0.9 * most).all()
@@ -91,9 +91,9 @@ def test_apgd_is_pyautoattacks(warm: bool, digits_hpm: HPM, digits: Samples, mon
 
     given = start if warm else None
     found = apgd(logits, x, y, loss=LOSSES["ce"], ball=ball, steps=25, generator=_generator(5), start=given)
-    standing = torch.stack([answer == y for answer in answers]).all(dim=0)
-    assert 0.2 < standing.float().mean() < 0.95
-    assert (standing != accuracy.bool()).sum() <= 1
+    unbroken = torch.stack([answer == y for answer in answers]).all(dim=0)
+    assert 0.2 < unbroken.float().mean() < 0.95
+    assert (unbroken != accuracy.bool()).sum() <= 1
     assert ((found.loss - their_loss).abs() < 1e-2).float().mean() > 0.97
     assert abs(float((found.loss - their_loss).mean())) < 5e-3
 

@@ -14,7 +14,7 @@ from toys import make_classifier, make_hpm, make_samples
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, apgd, spsa, square
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.losses import ce, margin
+from msa_eval.attacks.losses import ce, margin_loss
 from msa_eval.attacks.spsa import _schedule
 from msa_eval.defense.contract import Defense, decide
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -74,7 +74,7 @@ def test_finds_the_optimum_of_a_linear_classifier(norm: str, eps: float, dual: i
     model, weight = _linear()
     x, y = torch.full((5, 3, 3, 3), 0.5), torch.zeros(5, dtype=torch.long)
     found, _ = _run(model, x, y, Ball(norm, eps), 3000)  # type: ignore[arg-type]
-    gain = margin(model(found), y) - margin(model(x), y)
+    gain = margin_loss(model(found), y) - margin_loss(model(x), y)
     most = 2 * eps * weight.norm(p=dual)
     assert (gain <= most + 1e-3).all()
     assert (gain >= 0.95 * most).all()
@@ -207,12 +207,12 @@ def test_works_through_a_trial_on_hpm() -> None:
     """The trial judges every probe: what SPSA leaves right is broken by none of them."""
     hpm = make_hpm()
     batch, ball = _batch(hpm, make_samples(hpm)), Ball("Linf", 0.2)
-    trial = JudgedBatch(hpm, None, batch, ball)
+    judged = JudgedBatch(hpm, None, batch, ball)
     found = spsa(
-        trial, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=200,
+        judged, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=200,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    outcome = trial.finish(found)
+    outcome = judged.finish(found)
     assert (outcome.any_broken & batch.correct).sum() >= 5
     with torch.no_grad():
         wrong = hpm.logits(hpm.features(found)).argmax(dim=1) != batch.y
@@ -227,12 +227,12 @@ def test_keeps_up_with_square_on_the_digits(
     batch, ball = _batch(digits_hpm, Samples(digits.x[:64], digits.y[:64])), Ball(norm, eps)  # type: ignore[arg-type]
     left = []
     for search in (spsa, square):
-        trial = JudgedBatch(digits_hpm, None, batch, ball)
+        judged = JudgedBatch(digits_hpm, None, batch, ball)
         found = search(
-            trial, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=500,
+            judged, batch.x, batch.y, attacked=batch.correct, ball=ball, queries=500,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        left.append(float((batch.correct & ~trial.finish(found).any_broken).float().mean()))
+        left.append(float((batch.correct & ~judged.finish(found).any_broken).float().mean()))
     assert left[0] < float(batch.correct.float().mean()) - 0.25
     assert left[0] <= left[1] + slack
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Samples
 from msa_eval.attacks import Ball, square
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.attacks.square import _bump
 
 
@@ -76,7 +76,7 @@ def test_approaches_the_linf_optimum_of_a_linear_classifier(channels: int) -> No
 
     x, y = torch.full((5, channels, 6, 6), 0.5), torch.zeros(5, dtype=torch.long)
     found, _ = _run(model, x, y, Ball("Linf", 0.1), 3000)  # type: ignore[arg-type]
-    gain = margin(model(found), y) - margin(model(x), y)
+    gain = margin_loss(model(found), y) - margin_loss(model(x), y)
     most = 2 * 0.1 * weight.abs().sum()
     assert (gain <= most + 1e-3).all()
     assert (gain >= 0.95 * most).all()
@@ -100,7 +100,7 @@ def test_the_margin_of_a_static_model_never_rises(digits_hpm: HPM, digits: Sampl
     model, x, y = digits_hpm.fc_target, digits.x[:50], digits.y[:50]
     _, target = _run(model, x, y, Ball("Linf", 0.1), 60)
     with torch.no_grad():
-        kept = torch.stack([margin(model(points), y) for points in target.asked[2::2]])
+        kept = torch.stack([margin_loss(model(points), y) for points in target.asked[2::2]])
         right = torch.stack([model(points).argmax(dim=1) == y for points in target.asked[2::2]])
     assert ((kept[1:] >= kept[:-1] - 1e-6) | ~right[:-1]).all()
 

@@ -142,7 +142,7 @@ def test_points_are_reached_along_the_gradient_within_the_ball() -> None:
     hard = HardResponse(defense, x, y, ball, climber=STE)
     reached = hard._points[1]
     assert float(ball.excess(reached, x).max()) == 0
-    assert bool((hard.margin(reached) > hard.margin(x)).all())
+    assert bool((hard.margin_loss(reached) > hard.margin_loss(x)).all())
 
 
 @pytest.mark.parametrize(

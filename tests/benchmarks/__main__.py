@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     made.epilog = f"Also: {', '.join(SCRIPTS)}, each with its own --help."
     items = made.add_subparsers(dest="item", required=True, metavar="NAME")
 
-    def item(name: str, told: str, models: tuple[str, ...], **defaults: int) -> argparse.ArgumentParser:
-        one = items.add_parser(name, help=told)
+    def item(name: str, described: str, models: tuple[str, ...], **defaults: int) -> argparse.ArgumentParser:
+        one = items.add_parser(name, help=described)
         if models:
             one.add_argument("model", choices=models)
         for option, default in defaults.items():

@@ -84,10 +84,10 @@ def autoattack(model: nn.Module, data: Samples, protocol: Protocol) -> pd.DataFr
     from pyautoattack import AutoAttack
 
     chosen = select(data.y, protocol)
-    seats = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
-    order = chosen[torch.cat(seats)]
+    batch_plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
+    order = chosen[torch.cat(batch_plan)]
     x, y = data.images(order), data.y[order]
-    sizes = [len(seat) for seat in seats]
+    sizes = [len(indices) for indices in batch_plan]
     counted = Counted(model)
 
     def right(points: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def autoattack(model: nn.Module, data: Samples, protocol: Protocol) -> pd.DataFr
             return torch.cat([model(part).argmax(dim=1) for part in points.split(sizes)]) == y
 
     attack = AutoAttack(counted, norm="Linf", eps=protocol.ball.eps, seed=0)
-    clean = standing = claimed = right(x)
+    clean = unbroken = claimed = right(x)
     points, started = x.clone(), time.perf_counter()
     rows = [(0.0, float(clean.float().mean()), float(clean.float().mean()), 0.0)]
     for name in ("apgd-ce", "apgd-t", "fab-t", "square"):
@@ -104,9 +104,9 @@ def autoattack(model: nn.Module, data: Samples, protocol: Protocol) -> pd.DataFr
         found, label = attack.run_standard_evaluation(x[left], y[left], batch_size=protocol.batch_size)
         points[left] = found
         claimed = claimed.index_put((left,), label == y[left])
-        standing = standing & right(points)
+        unbroken = unbroken & right(points)
         spent, seconds = counted.images / len(y), time.perf_counter() - started
-        rows.append((spent, float(standing.float().mean()), float((claimed & clean).float().mean()), seconds))
+        rows.append((spent, float(unbroken.float().mean()), float((claimed & clean).float().mean()), seconds))
     return pd.DataFrame(rows, columns=["passes", "worst_case", "own_count", "seconds"])
 
 

@@ -30,8 +30,8 @@ from .subjects import cifar10
 
 def seconds(clean: CleanBatches, batch: Batch, context: str, surrogate: str, ball: Ball) -> float:
     started = time.perf_counter()
-    trial = JudgedBatch(clean.view(context, batch), get(surrogate), batch, ball)
-    trial.finish(ApgdAttack("dlr", steps=40)(trial, torch.Generator().manual_seed(0)))
+    judged = JudgedBatch(clean.view(context, batch), get(surrogate), batch, ball)
+    judged.finish(ApgdAttack("dlr", steps=40)(judged, torch.Generator().manual_seed(0)))
     return time.perf_counter() - started
 
 

@@ -93,7 +93,7 @@ def apart(case: Case, steps: int) -> dict[str, float]:
     """Measure in a new process."""
     code = "import json, sys; from tests.benchmarks import growth as g; a = json.loads(sys.argv[1]);"
     code += "print(json.dumps(g.measure(g.Case(*a[:-1]), a[-1])))"
-    told = subprocess.run([sys.executable, "-c", code, json.dumps([*case, steps])], capture_output=True, text=True,
+    described = subprocess.run([sys.executable, "-c", code, json.dumps([*case, steps])], capture_output=True, text=True,
                           check=True).stdout  # fmt: skip
-    figures: dict[str, float] = json.loads(told.splitlines()[-1])
+    figures: dict[str, float] = json.loads(described.splitlines()[-1])
     return figures

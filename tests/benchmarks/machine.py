@@ -18,13 +18,13 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "am
 
 def describe() -> dict[str, Any]:
     """Processor, cores, threads, memory and versions."""
-    told = _processor()
+    described = _processor()
     return {
-        "cpu": told.get("model name", platform.processor() or platform.machine()),
-        "family": told.get("cpu family"),
-        "model": told.get("model"),
+        "cpu": described.get("model name", platform.processor() or platform.machine()),
+        "family": described.get("cpu family"),
+        "model": described.get("model"),
         "cores": os.cpu_count(),
-        "flags": [flag for flag in FLAGS if flag in told.get("flags", told.get("Features", "")).split()],
+        "flags": [flag for flag in FLAGS if flag in described.get("flags", described.get("Features", "")).split()],
         "memory_gib": _memory(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

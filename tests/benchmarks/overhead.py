@@ -60,8 +60,8 @@ def contenders(it: Subject, surrogate: str, *, loss: str, steps: int) -> Mapping
 
     def engine() -> None:
         view = clean.view("joint", batch)
-        trial = JudgedBatch(view, chosen, batch, it.ball, mixes_rows=clean.batch_dependent)
-        ApgdAttack(loss, steps=steps)(trial, torch.Generator().manual_seed(0))
+        judged = JudgedBatch(view, chosen, batch, it.ball, mixes_rows=clean.batch_dependent)
+        ApgdAttack(loss, steps=steps)(judged, torch.Generator().manual_seed(0))
 
     return {
         BASE: lambda: bare(model, batch.x, batch.y, loss=loss, steps=steps),

@@ -8,7 +8,7 @@ and HPM's answers depend on who is there. So it is run in two ways: *seated*, ea
 which costs a pass of the batch; and *shrinking*, as it comes, its points judged in the whole batch at the end.
 
 Ours is run in two ways as well: with every run from the clean batch, as the paper has it; and as a cascade, in which
-what is broken stays in the batch as it broke and costs no more passes (``moves = ["standing"]``).
+what is broken stays in the batch as it broke and costs no more passes (``moves = ["unbroken"]``).
 
 With ``--msa`` our default protocol takes part too. It looks for more and in other ways, so it is also told what part of
 its runs, in their order, it takes until no more samples stand than pyautoattack leaves.
@@ -61,10 +61,14 @@ def enter(tally: Tally, contender: str, results: Results) -> None:
         tally.add(contender, **{metric: float(rows.loc[metric, "value"]) * float(rows.loc[metric, "n"])})
     count = float(rows.loc["clean", "n"])
     for run in results.attacks.to_dict(orient="records"):
-        told = {"told forwards": run["forwards"], "told backwards": run["backwards"], "decisions": run["decisions"]}
-        tally.add(contender, **told)
+        described = {
+            "told forwards": run["forwards"],
+            "told backwards": run["backwards"],
+            "decisions": run["decisions"],
+        }
+        tally.add(contender, **described)
         newly = {"final": run["final"] * count, "newly_broken": run["newly_broken"]}
-        tally.add(f"{contender}: {run['run']}", wall=run["seconds"], **newly, **told)
+        tally.add(f"{contender}: {run['run']}", wall=run["seconds"], **newly, **described)
 
 
 def compose(hpm: HPM, data: Samples, ball: Ball, tally: Tally, *, steps: int, queries: int, batch: int) -> None:

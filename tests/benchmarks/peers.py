@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM, Results, Samples, evaluate, load_checkpoint, load_samples
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external import Seat, find, meet
+from msa_eval.attacks.external import BatchModel, find, run_guarded
 from msa_eval.protocols import Protocol
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.references import reference_path
@@ -131,15 +131,15 @@ def face(attack: Attack, model: nn.Module, batches: Iterable[Batch], ball: Ball,
             return logits
 
         classes = model(x[:1]).shape[1]
-        seat = Seat(ask, x, y, ball, classes=classes)
+        batch_model = BatchModel(ask, x, y, ball, classes=classes)
         for seed in range(REPEATS if peer.starts else 1):
-            if seat.images >= passes * len(y):
+            if batch_model.images >= passes * len(y):
                 break
-            found = meet(peer, seat, seed=seed, turn=seed)
+            found = run_guarded(peer, batch_model, seed=seed, turn=seed)
             with torch.no_grad():
                 returned[index] |= model(found.x).argmax(dim=1) != y
         shown[index] |= wrong
-        images, samples = images + seat.images, samples + len(y)
+        images, samples = images + batch_model.images, samples + len(y)
     return Met(images / samples, returned, shown | returned)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msa_eval import HPM
 from msa_eval.attacks import Ball
-from msa_eval.attacks.external import Seat, find, meet
+from msa_eval.attacks.external import BatchModel, find, run_guarded
 from msa_eval.surrogates import get
 
 Model = Callable[[Tensor], Tensor]
@@ -66,8 +66,8 @@ def square_seated(model: nn.Module, x: Tensor, y: Tensor, *, ball: Ball, queries
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    seat = Seat(ask, x, y, ball, classes=classes)
-    return meet(find("autoattack:square", ball, {"queries": queries}), seat, seed=0, turn=0).x
+    batch_model = BatchModel(ask, x, y, ball, classes=classes)
+    return run_guarded(find("autoattack:square", ball, {"queries": queries}), batch_model, seed=0, turn=0).x
 
 
 def through(hpm: HPM, surrogate: str) -> Model:

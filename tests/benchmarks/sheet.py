@@ -27,9 +27,9 @@ class Sheet:
         """Add figures, by name, of something."""
         for figure, value in figures.items():
             self._rows.append({**self.setting, **about, "figure": figure, "value": value})
-        told = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        described = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in figures.items())  # fmt: skip
-        print(*self.setting.values(), *about.values(), told, sep="  ", flush=True)
+        print(*self.setting.values(), *about.values(), described, sep="  ", flush=True)
         self._write()
 
     def _others(self) -> pd.DataFrame:

@@ -101,5 +101,5 @@ def toy(*, samples: int, classes: int, dim: int) -> Subject:
 
 def batches(data: Samples, size: int) -> list[tuple[Tensor, Tensor]]:
     """Images and labels, batch by batch, as an evaluation with ``batches.seed = 0`` seats them."""
-    seats = plan_batches(len(data), size=size, seed=0)
-    return [(data.images(seat), data.y[seat]) for seat in seats]
+    batch_plan = plan_batches(len(data), size=size, seed=0)
+    return [(data.images(indices), data.y[indices]) for indices in batch_plan]

@@ -71,9 +71,9 @@ def until(runs: Sequence[Mapping[str, float]], clean: float, goal: float, *, of:
     >>> until([{"wall": 1, "newly_broken": 0.5}, {"wall": 3, "newly_broken": 0.2}], 1.0, 0.5, of="wall")
     0.25
     """
-    standing, spent = clean, 0.0
+    unbroken, spent = clean, 0.0
     for run in runs:
-        standing, spent = standing - run["newly_broken"], spent + run[of]
-        if standing <= goal + 1e-9:
+        unbroken, spent = unbroken - run["newly_broken"], spent + run[of]
+        if unbroken <= goal + 1e-9:
             return spent / sum(run[of] for run in runs)
     return math.nan

@@ -73,10 +73,10 @@ def test_a_sheet_replaces_its_own_setting_and_keeps_the_others(tmp_path: Path) -
 
 
 def test_the_machine_is_described_without_names_of_people_or_folders() -> None:
-    told = machine.describe()
-    assert told["cores"] >= 1
-    assert told["packages"]["torch"] == torch.__version__
-    assert str(Path.home()) not in str(told)
+    described = machine.describe()
+    assert described["cores"] >= 1
+    assert described["packages"]["torch"] == torch.__version__
+    assert str(Path.home()) not in str(described)
 
 
 def test_the_part_of_our_runs_until_a_rivals_number() -> None:
@@ -135,8 +135,8 @@ def test_counts_told_are_those_made_but_for_what_is_found_out_of_the_target() ->
         protocol = paper.protocol(it.ball, steps=steps, queries=4, batch=8)
         with counted(it.hpm.trunk) as passes:
             attacks = evaluate(it.hpm, it.data, protocol=protocol, fc=False, precision="fp32").attacks
-        told = [int(attacks[count].sum()) for count in ("forwards", "backwards")]
-        beside.append((passes.forwards - told[0], passes.backwards - told[1]))
+        described = [int(attacks[count].sum()) for count in ("forwards", "backwards")]
+        beside.append((passes.forwards - described[0], passes.backwards - described[1]))
     assert beside[0] == beside[1]
     assert 16 <= beside[0][0] <= 200 * 16
     assert 16 <= beside[0][1] <= 20 * 16
@@ -148,10 +148,10 @@ def test_composed_of_pyautoattack_is_judged_in_whole_batches() -> None:
     tally = Tally(it.hpm.trunk)
     paper.compose(it.hpm, it.data, it.ball, tally, steps=3, queries=4, batch=8)
     for way in ("seated", "shrinking"):
-        standing = tally.figures(16, f"standing, {way}")
+        unbroken = tally.figures(16, f"standing, {way}")
         finals = [tally.figures(16, part)["final"] for part in tally.parts("pyautoattack:") if paper.runs_in(part, way)]
         assert len(finals) == 5
-        assert standing["worst_case"] <= min(finals) <= max(finals) <= standing["clean"]
+        assert unbroken["worst_case"] <= min(finals) <= max(finals) <= unbroken["clean"]
 
 
 def test_best_loss_moves_every_image_inside_the_ball() -> None:

@@ -60,7 +60,7 @@ def test_standard_counts_its_passes_and_leaves_no_sample_that_is_wrong(tmp_path:
     model = build(MODELS["digits-tanh"]).eval().requires_grad_(False)
     found = images("digits")[1]
     data = strength.Samples(found.x[:8], found.y[:8])
-    told = strength.standard(model, data, strength.Ball("Linf", 0.3))
+    described = strength.standard(model, data, strength.Ball("Linf", 0.3))
     right = (model(data.x).argmax(dim=1) == data.y).nonzero().flatten().tolist()
-    assert set(told["left"]) <= set(right)
-    assert told["passes"] >= 1
+    assert set(described["left"]) <= set(right)
+    assert described["passes"] >= 1

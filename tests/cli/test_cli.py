@@ -165,9 +165,9 @@ def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:
     few = ("--quiet", "--batch-size", "8")
     result = _evaluate(tmp_path / "v", *few, "--victim", str(index))
     assert result.exit_code == 0, result.stderr
-    seats = pd.read_csv(tmp_path / "v" / "batches.csv")
-    assert len(seats) == 8
-    assert index in seats["index"].tolist()
+    batch_plan = pd.read_csv(tmp_path / "v" / "batches.csv")
+    assert len(batch_plan) == 8
+    assert index in batch_plan["index"].tolist()
     row = pd.read_csv(tmp_path / "v" / "samples.csv").set_index(["target", "index"]).loc[("defense", index)]
     fate = (
         "wrong on" if not row["clean_correct"] else "not broken" if row["robust"] else f"broken by {row['broken_by']}"

@@ -61,10 +61,10 @@ def test_a_page_that_fails_costs_no_results(
 
     monkeypatch.setattr(pages, "render_page", fail)
     write_report(folder)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("Warning: no page was written (")
-    assert len(told.err.splitlines()) == 1
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert message.err.startswith("Warning: no page was written (")
+    assert len(message.err.splitlines()) == 1
     assert not (folder / "report.html").exists()
 
 

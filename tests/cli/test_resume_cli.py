@@ -41,8 +41,8 @@ def _start(out: Path, *more: str) -> Forked:
 
 def _finish(process: Forked) -> tuple[int, str]:
     """Exit status and stderr, without progress."""
-    status, told = process.finish()
-    lines = [line.rpartition("\r")[2] for line in told.splitlines()]
+    status, message = process.finish()
+    lines = [line.rpartition("\r")[2] for line in message.splitlines()]
     return status, "".join(f"{line}\n" for line in lines if "%|" not in line and line.strip())
 
 
@@ -123,17 +123,17 @@ def test_a_signal_stops_it_cleanly_and_the_same_command_goes_on(
     process = _start(out)
     _wait(process, lambda: len(_units(out)) > 5)
     process.send_signal(number)
-    ended, told = _finish(process)
+    ended, message = _finish(process)
     assert ended == status
     assert re.fullmatch(
         rf"Error: interrupted after \d+ of \d+ runs on a batch; they are kept in {out / 'unfinished'}, and the same "
-        r"command goes on from there; no earlier results were changed\n", told,
-    ), told  # fmt: skip
+        r"command goes on from there; no earlier results were changed\n", message,
+    ), message  # fmt: skip
     assert not (out / ".lock").exists()
     assert not list(out.glob("**/*.part"))
-    status, told = _finish(_start(out))
+    status, message = _finish(_start(out))
     assert status == 0
-    assert re.fullmatch(rf"note: going on in {out}: \d+ of \d+ runs on a batch are finished\n", told), told
+    assert re.fullmatch(rf"note: going on in {out}: \d+ of \d+ runs on a batch are finished\n", message), message
     _check_same(whole, out)
 
 
@@ -144,20 +144,20 @@ def test_two_processes_on_one_folder(whole: Path, tmp_path: Path) -> None:
     _wait(first, lambda: len(_units(out)) > 2)
     first.send_signal(signal.SIGSTOP)
     try:
-        status, told = _finish(_start(out))
+        status, message = _finish(_start(out))
     finally:
         first.send_signal(signal.SIGCONT)
     assert status == 2
-    assert told == (
+    assert message == (
         f"Error: {out} is in use by process {first.pid} on {os.uname().nodename}; wait until it ends, or choose "
         f"another folder\n"
     )
     first.send_signal(signal.SIGKILL)
     _finish(first)
     assert (out / ".lock").exists()
-    status, told = _finish(_start(out))
+    status, message = _finish(_start(out))
     assert status == 0
-    assert f"note: took over the lock of process {first.pid} on {os.uname().nodename}, which has ended\n" in told
+    assert f"note: took over the lock of process {first.pid} on {os.uname().nodename}, which has ended\n" in message
     _check_same(whole, out)
 
 
@@ -184,12 +184,12 @@ def test_a_full_disk_stops_it_and_loses_nothing(whole: Path, tmp_path: Path) -> 
     disk = tmp_path / "disk"
     with _tmpfs(disk, "size=300k"):
         out = disk / "r"
-        status, told = _finish(_start(out))
+        status, message = _finish(_start(out))
         assert status == 1
         assert re.fullmatch(
             rf"Error: \[Errno 28\] could not write {out}/unfinished/[\w.-]+: No space left on device; free some space; "
-            r"the units finished before are kept, and the same command goes on from there\n", told,
-        ), told  # fmt: skip
+            r"the units finished before are kept, and the same command goes on from there\n", message,
+        ), message  # fmt: skip
         assert _units(out)
         assert not list(out.glob("**/*.part"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
@@ -221,16 +221,16 @@ def test_a_disk_that_becomes_read_only_stops_it_and_loses_nothing(whole: Path, t
         before = _units(out)
         with _read_only(out):
             process.send_signal(signal.SIGCONT)
-            status, told = _finish(process)
+            status, message = _finish(process)
         assert status == 1
         assert re.fullmatch(
             rf"Error: \[Errno 30\] could not write {out}/unfinished/[\w.-]+: Read-only file system; the units finished "
-            r"before are kept, and the same command goes on from there\n", told,
-        ), told  # fmt: skip
+            r"before are kept, and the same command goes on from there\n", message,
+        ), message  # fmt: skip
         assert _units(out) == before
-        status, told = _finish(_start(out))
+        status, message = _finish(_start(out))
         assert status == 0
-        assert re.search(rf"note: going on in {out}: \d+ of \d+ runs on a batch are finished\n", told), told
+        assert re.search(rf"note: going on in {out}: \d+ of \d+ runs on a batch are finished\n", message), message
         _check_same(whole, out)
 
 
@@ -238,8 +238,8 @@ def test_a_read_only_folder_is_refused_at_once(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with _tmpfs(disk, "size=1m"):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        status, told = _finish(_start(disk / "r"))
+        status, message = _finish(_start(disk / "r"))
     assert status == 2
     assert re.fullmatch(
-        rf"Error: results can't be written to {disk / 'r'}: Read-only file system; choose another folder\n", told
+        rf"Error: results can't be written to {disk / 'r'}: Read-only file system; choose another folder\n", message
     )

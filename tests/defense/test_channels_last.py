@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from msa_eval import Defense, evaluate
 from msa_eval.defense.channels_last import channels_last, takes_channels_last
-from msa_eval.defense.micro_batches import InParts, in_parts
+from msa_eval.defense.micro_batches import MicroBatched, in_parts
 from msa_eval.protocols import make_protocol
 
 LAST = torch.channels_last
@@ -87,7 +87,7 @@ def test_a_trunk_that_looks_at_memory_is_passed_as_it_expects(then: Callable[[Te
     arranged = in_parts(defense)
     with torch.no_grad():
         torch.testing.assert_close(arranged.features(images()), defense.features(images()), rtol=0, atol=0)
-    assert isinstance(arranged, InParts)
+    assert isinstance(arranged, MicroBatched)
     assert arranged.channels_last is False
     assert not any(trunk.last[2:])
 
@@ -123,7 +123,7 @@ def test_the_gradient_lies_as_the_images_do() -> None:
 
 
 def test_every_process_decides_for_itself() -> None:
-    arranged = InParts(Headed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())))
+    arranged = MicroBatched(Headed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())))
     arranged.features(images())
     sent = pickle.loads(pickle.dumps(arranged))
     assert arranged.channels_last

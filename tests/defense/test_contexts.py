@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
-from msa_eval.defense.contexts import CONTEXTS, AmongOthers, Company, OneAtATime, decide_each, decide_offers
+from msa_eval.defense.contexts import CONTEXTS, AmongOthers, Companions, OneAtATime, decide_each, decide_offers
 from msa_eval.defense.contract import as_defense
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.clean_batches import CleanBatches
@@ -129,7 +129,7 @@ def test_company_is_seated_in_the_order_of_the_batch(plain: bool) -> None:
     pool, z = torch.randn(20, 6, generator=generator), torch.randn(3, 6, generator=generator)
     index, seats = torch.randint(20, (3, 4), generator=generator), torch.tensor([4, 0, 2])
     with torch.no_grad():
-        found = decide_each(Plain(hpm) if plain else hpm, z, Company(pool, index, seats))
+        found = decide_each(Plain(hpm) if plain else hpm, z, Companions(pool, index, seats))
         for i, seat in enumerate(seats.tolist()):
             beside = pool[index[i]]
             batch = torch.cat([beside[:seat], z[i : i + 1], beside[seat:]])
@@ -339,13 +339,13 @@ def test_offers_are_decided_each_in_a_batch_of_its_own(defense: Any, place: int 
     """For a place of the company and for the row's own, against batches put together by hand."""
     generator = torch.Generator().manual_seed(0)
     pool, z = torch.randn(20, 6, generator=generator), torch.randn(4, 6, generator=generator)
-    company = Company(pool, torch.randint(20, (4, 3), generator=generator), torch.tensor([0, 3, 1, 2]))
+    companions = Companions(pool, torch.randint(20, (4, 3), generator=generator), torch.tensor([0, 3, 1, 2]))
     offers = torch.randint(20, (4, 5), generator=generator)
-    found = decide_offers(defense, z, company, offers, place=place)
+    found = decide_offers(defense, z, companions, offers, place=place)
     assert found.shape[:2] == (4, 5)
-    for i, seat in enumerate(company.seats.tolist()):
+    for i, seat in enumerate(companions.seats.tolist()):
         for w in range(5):
-            beside, own = list(pool[company.index[i]]), z[i]
+            beside, own = list(pool[companions.index[i]]), z[i]
             if place is None:
                 own = pool[offers[i, w]]
             else:

@@ -12,7 +12,7 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import WholeModel, as_defense, evaluate
 from msa_eval.defense.checks import check_trunk, looks_batch_dependent
-from msa_eval.defense.contract import brought_by, decide, left_training, modules_of, without_weight_gradients
+from msa_eval.defense.contract import decide, left_training, modules_of, own_surrogates, without_weight_gradients
 
 
 class Custom:
@@ -150,13 +150,13 @@ def test_what_was_left_in_training_mode_is_named() -> None:
 
 def test_an_evaluation_and_an_audit_name_what_was_left_in_training_mode() -> None:
     dropping = nn.Sequential(make_classifier(), nn.Dropout(0.3)).eval()
-    samples, told = make_samples(make_classifier()), list[str]()
+    samples, message = make_samples(make_classifier()), list[str]()
     overrides = {"attack.apgd.steps": 1, "attack.square.queries": 1, "threat.eps": 0.1}
-    evaluate(dropping, samples, protocol="quick", overrides=overrides | {"audit.samples": 0}, notify=told.append)
-    assert told == []
+    evaluate(dropping, samples, protocol="quick", overrides=overrides | {"audit.samples": 0}, notify=message.append)
+    assert message == []
     dropping[1].train()
-    results = evaluate(dropping, samples, protocol="quick", overrides=overrides, notify=told.append)
-    assert told == ["parts of the defense are in training mode: 1 (Dropout)"]
+    results = evaluate(dropping, samples, protocol="quick", overrides=overrides, notify=message.append)
+    assert message == ["parts of the defense are in training mode: 1 (Dropout)"]
     row = results.audit.set_index("sign").loc["training_mode"]
     assert (bool(row["fired"]), row["severity"]) == (True, "note")
     assert "1 (Dropout)" in row["reason"]
@@ -182,7 +182,7 @@ def test_a_module_brings_surrogates_of_its_own_images() -> None:
     model = _Rounding().eval()
     x = torch.rand(4, 3, 2, 2)
     whole = as_defense(model)
-    assert torch.equal(brought_by(whole)["smooth"](whole, x), model.smooth(x))
+    assert torch.equal(own_surrogates(whole)["smooth"](whole, x), model.smooth(x))
     samples = make_samples(model.classifier)
     results = evaluate(model, samples, protocol="quick", overrides={"attack.square.queries": 5})
     assert {"ste", "smooth"} <= set(results.attacks["surrogate"])

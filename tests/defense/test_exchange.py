@@ -30,7 +30,7 @@ def _case(variant: Variant) -> tuple[HPM, Tensor]:
     return hpm, 1.5 * torch.randn(5, 6, 6, generator=generator, dtype=torch.float64)
 
 
-def _lead(hpm: HPM, points: Tensor, chosen: list[int], row: int, y: int, toward: int) -> float:
+def _margin(hpm: HPM, points: Tensor, chosen: list[int], row: int, y: int, toward: int) -> float:
     logits = hpm.logits(torch.stack([points[p, j] for j, p in enumerate(chosen)]))[row]
     return float(logits[y] - logits[toward])
 
@@ -53,13 +53,13 @@ def test_every_exchange_is_the_best_by_the_decision_on_whole_batches(variant: Va
             image = row if place is None else [j for j in range(6) if j != row][place]
             own = int(y[n]), int(toward[n])
             tried = [[*expected[n][:image], p, *expected[n][image + 1 :]] for p in range(5)]
-            leads = [_lead(hpm, points, batch, row, *own) for batch in tried]
-            best = min(range(5), key=leads.__getitem__)
-            better = leads[best] < leads[expected[n][image]]
+            margins = [_margin(hpm, points, batch, row, *own) for batch in tried]
+            best = min(range(5), key=margins.__getitem__)
+            better = margins[best] < margins[expected[n][image]]
             moved, kept = moved + better, kept + (not better)
             expected[n] = tried[best] if better else expected[n]
             assert mixtures.chosen[n].tolist() == expected[n]
-            assert float(mixtures.lead[n]) == pytest.approx(min(leads), abs=1e-6)
+            assert float(mixtures.margin[n]) == pytest.approx(min(margins), abs=1e-6)
             assigned = [int(hpm.fc_logits(points[p, j]).argmax()) for j, p in enumerate(expected[n])]
             others = [a for j, a in enumerate(assigned) if j != image]
             emptied += own[0] not in others or own[1] not in others

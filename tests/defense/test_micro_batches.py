@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_samples
 
 from msa_eval import HPM, Classifier, Results, Samples, WholeModel, audit, evaluate, verify
-from msa_eval.defense.micro_batches import InParts, in_parts, is_out_of_memory, plain
+from msa_eval.defense.micro_batches import MicroBatched, in_parts, is_out_of_memory, unwrap
 from msa_eval.protocols import make_protocol
 
 ROOM = 16
@@ -129,7 +129,7 @@ def test_features_and_gradients_are_those_of_the_whole(count: int, backward: boo
 
     expected = both(Cramping(Cramped(10**9)))
     trunk = Cramped(ROOM, backward=backward)
-    model = InParts(Cramping(trunk), ROOM if backward else None)
+    model = MicroBatched(Cramping(trunk), ROOM if backward else None)
     found = both(model)
     for one, other in zip(expected, found, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-5)
@@ -156,7 +156,7 @@ def test_a_trunk_without_a_gradient_still_has_none() -> None:
             return super().features(x.detach())
 
     x = torch.rand(40, 3, 6, 6, requires_grad=True)
-    z = InParts(Numeric(Cramped(ROOM)), 8).features(x)
+    z = MicroBatched(Numeric(Cramped(ROOM)), 8).features(x)
     assert torch.autograd.grad(z.sum(), x, allow_unused=True) == (None,)
 
 
@@ -166,10 +166,10 @@ def test_a_model_without_a_trunk_stays_whole() -> None:
     with pytest.raises(ValueError, match="can't be passed in parts; use smaller batches"):
         in_parts(whole, 4)
     inner = make_classifier()
-    assert plain(in_parts(inner)) is inner
+    assert unwrap(in_parts(inner)) is inner
     assert in_parts(in_parts(inner)) is not inner
     with pytest.raises(ValueError, match="at least 1 image, but got 0"):
-        InParts(inner, 0)
+        MicroBatched(inner, 0)
 
 
 def _samples(count: int) -> Samples:

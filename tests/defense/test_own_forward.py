@@ -175,15 +175,15 @@ def test_the_model_that_is_run_is_the_model_that_was_given(tmp_path: Path) -> No
     model = Inverting()
     samples = make_samples(make_classifier())
     samples = Samples(1 - samples.x, samples.y)  # right on most, by its forward alone
-    told: list[str] = []
+    message: list[str] = []
     results = evaluate(
         model, samples, protocol="quick", overrides=QUICK, out=tmp_path / "own", save_adversarial=True,
-        notify=told.append,
+        notify=message.append,
     )  # fmt: skip
     whole = evaluate(WholeModel(model), samples, protocol="quick", overrides=QUICK)
     assert results.summary["value"].tolist() == whole.summary["value"].tolist()
     assert results.summary["value"][0] > 0.5
-    assert [line for line in told if "is not logits(features(x))" in line]
+    assert [line for line in message if "is not logits(features(x))" in line]
     assert "is not logits(features(x))" in results.run["whole"]["defense"]
     assert "the defense was evaluated as a whole" in render_table(results)
     assert "whole" not in whole.run
@@ -194,7 +194,7 @@ def test_the_model_that_is_run_is_the_model_that_was_given(tmp_path: Path) -> No
         found = audit(model, samples, protocol="quick", overrides={"threat.eps": 0.1})
     assert next(sign for sign in found.signs if sign.name == "surrogate_disagrees").value == 0
     report = batch_size_report(
-        model, samples, protocol="quick", overrides=QUICK, sizes=[24], notify=told.append, out=tmp_path / "sizes"
+        model, samples, protocol="quick", overrides=QUICK, sizes=[24], notify=message.append, out=tmp_path / "sizes"
     )
     assert report.table["value"][0] == results.summary["value"][0]
     assert verify(tmp_path / "sizes/batch-24", model, samples).intact

@@ -12,13 +12,13 @@ from toys import AskedInQueries, attacked, make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, WholeModel, evaluate
 from msa_eval.attacks import Ball
-from msa_eval.attacks.batch import Batch, Point
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.batch import AdversarialBatch, Batch
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.attacks.query import SquareAttack
 from msa_eval.defense import precision
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
-from msa_eval.defense.precision import Search, choose
+from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.engine import evaluate as engine
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
@@ -35,7 +35,7 @@ def steady() -> None:
     """Here `auto` finds what it finds."""
 
 
-class Distorted(Search):
+class Distorted(SearchPrecision):
     """A rough search whose features are off by a given share, always the same way for the same image."""
 
     share = 0.0
@@ -45,7 +45,7 @@ class Distorted(Search):
         return z + self.share * torch.sin(1000 * z.detach()) * z.detach().std()
 
 
-def _distorted(share: float) -> Search:
+def _distorted(share: float) -> SearchPrecision:
     search = Distorted(rough=True)
     object.__setattr__(search, "share", share)
     return search
@@ -62,7 +62,7 @@ class Watched(HPM):
 
 
 def _searched(
-    search: Search, kind: str, surrogate: str, *, early: bool = False, ball: Ball = BALL
+    search: SearchPrecision, kind: str, surrogate: str, *, early: bool = False, ball: Ball = BALL
 ) -> tuple[Watched, Batch, list[Tensor], Outcome, JudgedBatch]:
     """One APGD run; with the points that the attack asked about."""
     hpm: Any = make_hpm().requires_grad_(False)
@@ -73,12 +73,12 @@ def _searched(
     target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
     views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
     setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
-    trial = JudgedBatch(target, get(surrogate), batch, ball, setting=setting)
-    outcome, asked = attacked(trial)
-    return hpm, batch, asked, outcome, trial
+    judged = JudgedBatch(target, get(surrogate), batch, ball, setting=setting)
+    outcome, asked = attacked(judged)
+    return hpm, batch, asked, outcome, judged
 
 
-def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
+def _margins(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
     """Every lead that a point shows, by fresh decisions."""
     with torch.no_grad():
         z = HPM.features(hpm, x)
@@ -86,7 +86,7 @@ def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
         apart = OneAtATime(hpm, batch.z).logits(z)
         among = AmongOthers(hpm, batch.z).logits(z)
     shown = {"joint": [together], "solo": [apart], "image": [together, apart], "companions": [together, among]}[kind]
-    return torch.stack([-margin(logits, batch.y) for logits in shown]).amin(dim=0)
+    return torch.stack([-margin_loss(logits, batch.y) for logits in shown]).amin(dim=0)
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,20 @@ def _leads(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("share", [0.0, 0.3, 3.0])
 def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str, share: float) -> None:
     """Whatever the search's features say; and where they are the target's own, all that the target says does."""
-    hpm, batch, asked, outcome, trial = _searched(_distorted(share), kind, surrogate, early=early)
-    leads = torch.stack([_leads(hpm, batch, x, kind) for x in asked])
-    really = (leads.amin(dim=0) < 0) & batch.correct
+    hpm, batch, asked, outcome, judged = _searched(_distorted(share), kind, surrogate, early=early)
+    margins = torch.stack([_margins(hpm, batch, x, kind) for x in asked])
+    really = (margins.amin(dim=0) < 0) & batch.correct
     broken = outcome.any_broken & batch.correct
     assert bool((really | ~broken).all())
-    assert bool((outcome.min_margin >= torch.minimum(leads.amin(dim=0), -margin(batch.logits, batch.y)) - 1e-5).all())
-    shown = torch.cat([leads, -margin(batch.logits, batch.y).unsqueeze(0)])
+    assert bool(
+        (outcome.min_margin >= torch.minimum(margins.amin(dim=0), -margin_loss(batch.logits, batch.y)) - 1e-5).all()
+    )
+    shown = torch.cat([margins, -margin_loss(batch.logits, batch.y).unsqueeze(0)])
     if kind in ("joint", "solo"):  # a lead that the target itself gave
         assert bool(((shown - outcome.min_margin).abs().amin(dim=0) < 1e-5).all())
     assert torch.equal(outcome.min_margin < 0, outcome.any_broken | ~batch.correct)
     assert outcome.forwards == sum(map(len, hpm.asked))
-    best = trial.trace().best
+    best = judged.trace().best
     with torch.no_grad():
         of_best = OneAtATime(hpm, batch.z).logits(HPM.features(hpm, best.x))
     if kind == "solo":  # the proofs of this context
@@ -116,7 +118,7 @@ def test_only_what_the_target_says_counts(kind: str, early: bool, surrogate: str
     if share == 0:
         assert torch.equal(broken, really)
         assert bool(broken.any())
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         if finding.own is None and kind != "solo":
             with torch.no_grad():
                 assert torch.equal(finding.breaks, (hpm(finding.x).argmax(dim=1) != batch.y) & batch.correct)
@@ -135,18 +137,18 @@ def test_only_what_the_target_says_about_a_query_counts(kind: str, share: float)
     batch = Batch(0, samples.x, y, z, logits)
     target = OneAtATime(hpm, batch.z) if kind == "solo" else model
     setting = Setting(search=_distorted(share), keep=True)
-    trial = AskedInQueries(target, None, batch, BALL, mixes_rows=kind != "static", setting=setting)
-    outcome = trial.finish(points := SquareAttack(40, 0.8)(trial, torch.Generator().manual_seed(0)))
+    judged = AskedInQueries(target, None, batch, BALL, mixes_rows=kind != "static", setting=setting)
+    outcome = judged.finish(points := SquareAttack(40, 0.8)(judged, torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        shown = [-margin(decide(target, model.features(x)), batch.y) for x in (batch.x, *trial.asked, points)]
-    leads = torch.stack(shown)
+        shown = [-margin_loss(decide(target, model.features(x)), batch.y) for x in (batch.x, *judged.asked, points)]
+    margins = torch.stack(shown)
     broken = outcome.any_broken & batch.correct
-    assert bool((leads.amin(dim=0) < 0)[broken].all())
-    assert float((leads - outcome.min_margin).abs().amin(dim=0).max()) < 1e-5, "a lead that the target never gave"
+    assert bool((margins.amin(dim=0) < 0)[broken].all())
+    assert float((margins - outcome.min_margin).abs().amin(dim=0).max()) < 1e-5, "a lead that the target never gave"
     if share == 0 and kind != "static":  # where rows don't interact, what is put together is not decided
-        assert torch.equal(broken, (leads.amin(dim=0) < 0) & batch.correct)
+        assert torch.equal(broken, (margins.amin(dim=0) < 0) & batch.correct)
     assert share > 0.3 or bool(broken.any())
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         with torch.no_grad():
             wrong = decide(target, model.features(finding.x)).argmax(dim=1) != batch.y
         assert bool(wrong[finding.breaks].all())
@@ -155,7 +157,7 @@ def test_only_what_the_target_says_about_a_query_counts(kind: str, share: float)
 def test_no_lead_of_rounded_features_is_entered() -> None:
     """In a small ball most stand, and features far off tell of leads that the target never gave."""
     hpm, batch, asked, outcome, _ = _searched(_distorted(1.0), "solo", "ste", early=True, ball=Ball("Linf", 0.02))
-    shown = torch.stack([-margin(batch.logits, batch.y), *(_leads(hpm, batch, x, "solo") for x in asked)])
+    shown = torch.stack([-margin_loss(batch.logits, batch.y), *(_margins(hpm, batch, x, "solo") for x in asked)])
     assert bool(((shown - outcome.min_margin).abs().amin(dim=0) < 1e-5).all())
     assert int((~outcome.any_broken & batch.correct).sum()) > 4
 
@@ -166,11 +168,11 @@ def test_a_start_with_rounded_features_is_passed_again_before_it_is_judged() -> 
     target = OneAtATime(hpm, batch.z)
     far = batch.x + 0.05
     with torch.no_grad():
-        start = Point(far, Search("bf16", rough=True).features(hpm, far), batch.correct)
-        exact = -margin(target.logits(hpm.features(far)), batch.y)
+        start = AdversarialBatch(far, SearchPrecision("bf16", rough=True).features(hpm, far), batch.correct)
+        exact = -margin_loss(target.logits(hpm.features(far)), batch.y)
     setting = Setting(start=start, counted=batch.correct, early_stop=True, search=_distorted(0.0))
     outcome = JudgedBatch(target, get("ste"), batch, BALL, setting=setting).finish(far)
-    lowest = torch.minimum(exact, -margin(batch.logits, batch.y))
+    lowest = torch.minimum(exact, -margin_loss(batch.logits, batch.y))
     assert torch.equal(outcome.min_margin[batch.correct], lowest[batch.correct])
     assert outcome.forwards == int(batch.correct.sum())
 
@@ -179,7 +181,7 @@ def test_false_claims_cost_passes_and_nothing_else() -> None:
     """Features far off claim much that is not so, and each claim is passed again."""
     _, batch, asked, outcome, _ = _searched(_distorted(3.0), "joint", "soft-hybrid")
     assert outcome.forwards > len(batch.y) * len(asked)
-    _, _, asked, exact, _ = _searched(Search(), "joint", "soft-hybrid")
+    _, _, asked, exact, _ = _searched(SearchPrecision(), "joint", "soft-hybrid")
     assert exact.forwards == len(batch.y) * len(asked)
 
 
@@ -208,7 +210,7 @@ def test_what_is_found_in_bf16_is_proved_in_float32(contexts: list[str], tmp_pat
 def test_bf16_features_are_float32_tensors_of_rounded_passes() -> None:
     hpm = make_hpm().requires_grad_(False)
     x = make_batch(hpm, 8).x.requires_grad_()
-    exact, rough = hpm.features(x), Search("bf16", rough=True).features(hpm, x)
+    exact, rough = hpm.features(x), SearchPrecision("bf16", rough=True).features(hpm, x)
     assert rough.dtype == torch.float32
     assert not torch.equal(exact, rough)
     assert torch.equal(rough, rough.bfloat16().float())
@@ -223,7 +225,7 @@ def test_where_bf16_is_hopeless_only_a_few_images_are_tried(
 ) -> None:
     seen: list[int] = []
 
-    def seconds(search: Search, defense: Any, x: Tensor) -> float:
+    def seconds(search: SearchPrecision, defense: Any, x: Tensor) -> float:
         seen.append(len(x))
         return 1 / gain if search.rough else 1.0
 
@@ -260,7 +262,7 @@ def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
     with pytest.raises(ValueError, match=r"can't be passed in bfloat16 \(float32 only\); use precision=fp32"):
         choose("bf16", hpm, x)
     assert not choose("bf16", WholeModel(hpm), x).rough
-    assert choose("fp32", hpm, x) == Search("fp32")
+    assert choose("fp32", hpm, x) == SearchPrecision("fp32")
     with pytest.raises(ValueError, match="unknown precision 'fp16'"):
         choose("fp16", hpm, x)
 
@@ -269,16 +271,16 @@ def test_a_second_target_that_bf16_does_not_suit_is_passed_in_float32_too() -> N
     hpm, other = make_hpm().requires_grad_(False), make_hpm().requires_grad_(False)
     x = make_batch(hpm, 8).x
     other.trunk = Picky().eval()
-    assert Search("auto", rough=True).of(hpm, x).rough
-    assert not Search("auto", rough=True).of(other, x).rough
+    assert SearchPrecision("auto", rough=True).of(hpm, x).rough
+    assert not SearchPrecision("auto", rough=True).of(other, x).rough
     with pytest.raises(ValueError, match="float32 only"):
-        Search("bf16", rough=True).of(other, x)
+        SearchPrecision("bf16", rough=True).of(other, x)
 
 
 def test_a_target_that_is_searched_in_float32_beside_one_that_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hpm, other = make_hpm(), make_hpm().fc_target
     other.trunk = Picky().eval()
-    monkeypatch.setattr(engine, "choose", lambda *_: Search("auto", rough=True))
+    monkeypatch.setattr(engine, "choose", lambda *_: SearchPrecision("auto", rough=True))
     attack = {"apgd": {"surrogates": ["ste"], "losses": ["margin"], "steps": 2}}
     small = {"threat": {"norm": "Linf", "eps": 0.1}, "batches": {"size": 8}, "audit": {"samples": 0}}
     about = {"schema": 1, "name": "small", "version": 1, "description": "A test."}
@@ -326,9 +328,9 @@ def test_points_that_are_mixed_have_features_of_the_target_itself(
 def test_a_start_that_another_run_rounded_is_passed_again_where_points_are_not() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 16, seed=1)
-    start = Point(batch.x + 0.05, torch.randn_like(batch.z), batch.correct)
+    start = AdversarialBatch(batch.x + 0.05, torch.randn_like(batch.z), batch.correct)
     setting = Setting(start=start, view=OneAtATime(hpm, start.z))
-    trial = JudgedBatch(hpm, get("ste"), batch, BALL, setting=setting)
-    assert trial.forwards == 16
-    assert trial.start.rounded is None
-    assert torch.equal(trial.start.z, hpm.features(start.x))
+    judged = JudgedBatch(hpm, get("ste"), batch, BALL, setting=setting)
+    assert judged.forwards == 16
+    assert judged.start.rounded is None
+    assert torch.equal(judged.start.z, hpm.features(start.x))

@@ -210,9 +210,9 @@ def test_worst_case_on_a_linear_classifier_is_the_closed_form() -> None:
     with torch.no_grad():
         gap = (classifier.fc.weight[1] - classifier.fc.weight[0]) @ classifier.trunk.weight.T  # type: ignore[operator]
         offset = classifier.fc.bias[1] - classifier.fc.bias[0]
-        lead = (samples.x.flatten(1) @ gap + offset) * (2 * samples.y - 1)
-    survives = lead > eps * gap.abs().sum()
-    clear = (lead - eps * gap.abs().sum()).abs() > 1e-4
+        margin = (samples.x.flatten(1) @ gap + offset) * (2 * samples.y - 1)
+    survives = margin > eps * gap.abs().sum()
+    clear = (margin - eps * gap.abs().sum()).abs() > 1e-4
     assert 0.1 < survives.float().mean() < 0.9
     results = evaluate(classifier, samples, protocol=_small(
         threat__eps=eps, attack__apgd__losses=["ce", "margin"], attack__apgd__steps=20
@@ -607,8 +607,8 @@ def test_clean_features_as_large_as_the_images_are_made_once() -> None:
     classifier = make_classifier(inputs=12, dim=12)
     samples = make_samples(classifier, 24)
     trunk: Any = classifier.trunk
-    seats = plan_batches(24, size=8, seed=0)
-    clean = CleanBatches(classifier, samples, torch.arange(24), seats, device="cpu")
+    batch_plan = plan_batches(24, size=8, seed=0)
+    clean = CleanBatches(classifier, samples, torch.arange(24), batch_plan, device="cpu")
     trunk.images = 0
     assert all(torch.equal(batch.z, classifier.features(batch.x)) for batch in clean)
     assert trunk.images == 24  # those of the line above

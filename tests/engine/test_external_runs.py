@@ -16,7 +16,7 @@ from toys import make_hpm, make_samples
 from msa_eval import HPM, AttackError, Results, Samples, evaluate
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.external import Peer, attack, find
+from msa_eval.attacks.external import LibraryAttack, attack, find
 from msa_eval.defense.contract import decide
 from msa_eval.engine import external_runs
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -48,7 +48,7 @@ def _protocol(*peers: dict[str, Any], contexts: tuple[str, ...] = ("joint",), **
 
 
 def _toy(monkeypatch: pytest.MonkeyPatch, search: Any, **about: Any) -> None:
-    toy = Peer("autoattack:square", lambda model, x, y, seed, turn: search(model, x, y), **about)
+    toy = LibraryAttack("autoattack:square", lambda model, x, y, seed, turn: search(model, x, y), **about)
     monkeypatch.setattr(external_runs, "find", lambda name, ball, options: toy)
 
 
@@ -56,9 +56,9 @@ def test_apgd_t_through_fc_finds_the_points_of_a_direct_call(hpm: HPM, samples: 
     x, y = samples.x[:10], samples.y[:10]
     with torch.no_grad():
         z = hpm.features(x)
-        trial = JudgedBatch(hpm, FC_ORACLE, Batch(0, x, y, z, decide(hpm, z)), Ball("Linf", EPS))
-    made = attack.PeerAttack(find("autoattack:apgd-t", trial.ball, {"steps": 100, "targets": 3}))
-    points = made(trial, torch.Generator().manual_seed(7))
+        judged = JudgedBatch(hpm, FC_ORACLE, Batch(0, x, y, z, decide(hpm, z)), Ball("Linf", EPS))
+    made = attack.ExternalAttack(find("autoattack:apgd-t", judged.ball, {"steps": 100, "targets": 3}))
+    points = made(judged, torch.Generator().manual_seed(7))
     suite = AutoAttack(hpm.fc_target, eps=EPS, norm="Linf", seed=7, version="custom", attacks=["apgd-t"])
     suite.apgd_targeted.n_target_classes = 3
     with torch.random.fork_rng():
@@ -66,7 +66,7 @@ def test_apgd_t_through_fc_finds_the_points_of_a_direct_call(hpm: HPM, samples: 
     moved = (direct != x).flatten(1).any(dim=1)
     assert moved.sum() > 4
     assert (points[moved] - direct[moved]).abs().max() < 1e-6
-    outcome = trial.finish(points)
+    outcome = judged.finish(points)
     with torch.no_grad():
         assert torch.equal(outcome.final_broken, hpm(points).argmax(dim=1) != y)
 
@@ -129,19 +129,19 @@ def test_leaving_the_ball_is_in_the_row_the_table_and_the_page(
     _toy(monkeypatch, lambda model, x, y: x + 0.1, gradient_free=True)
     evaluate(hpm, samples, protocol=_protocol({"name": "autoattack:square"}), out=tmp_path)
     results = Results.load(tmp_path)
-    told = "20 points left the ball by up to 0.04 and were projected"
+    message = "20 points left the ball by up to 0.04 and were projected"
     attacked = {  # where rows are decided apart, only what is right to begin with
         "defense": 20,
         "fc": int(results.samples.query("target == 'fc' and context == 'joint'")["clean_correct"].sum()),
     }
     notes = dict(zip(results.attacks["target"], results.attacks["notes"], strict=True))
-    assert notes == {name: f"outside: {told.replace('20', str(count), 1)}" for name, count in attacked.items()}
+    assert notes == {name: f"outside: {message.replace('20', str(count), 1)}" for name, count in attacked.items()}
     assert (results.outcomes["perturbation"] <= EPS + 1e-6).all()
     table = " ".join(render_table(results).split())
-    assert f"target:autoattack:square:0 (defense): outside: {told}" in table
+    assert f"target:autoattack:square:0 (defense): outside: {message}" in table
     page = render_page(results)
     assert "What attacks of others did and should not have (2 runs)" in page
-    assert told in page
+    assert message in page
 
 
 def test_without_a_fault_nothing_is_told(
@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_rows(hpm: HPM, samples: Samples) -> None:
 def test_mistakes_are_told_before_any_attack(
     peer: dict[str, Any], message: str, hpm: HPM, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attack.PeerAttack, "__call__", lambda *_: pytest.fail("an attack was made"))
+    monkeypatch.setattr(attack.ExternalAttack, "__call__", lambda *_: pytest.fail("an attack was made"))
     with pytest.raises(ValueError, match=message):
         evaluate(hpm, samples, protocol=_protocol(peer))
 

@@ -143,8 +143,8 @@ def test_a_stored_point_off_the_grid_is_found(tmp_path: Path) -> None:
     tensors = load_file(path)
     with safe_open(path, framework="pt") as opened:
         header = opened.metadata()
-    seat = torch.tensor(results.batches.query("batch == 0").sort_values("position")["index"].tolist())
-    clean = onto_levels(samples.x, 1001)[seat][tensors["0/positions"]]
+    batch_model = torch.tensor(results.batches.query("batch == 0").sort_values("position")["index"].tolist())
+    clean = onto_levels(samples.x, 1001)[batch_model][tensors["0/positions"]]
     tensors["0/x"] += 3e-4 * (clean - tensors["0/x"]).sign()
     save_file(tensors, path, header)
     run = json.loads((tmp_path / "run.json").read_text())

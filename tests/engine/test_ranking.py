@@ -14,7 +14,7 @@ from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, TARGETED
 from msa_eval.defense.contract import decide
 from msa_eval.engine.schedule import Run
-from msa_eval.judging.batch_history import History
+from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.surrogates import get
 
@@ -42,13 +42,13 @@ def test_the_class_that_is_reached_is_aimed_at_first(loss: str, breaks: bool) ->
     defense = _steep()
     batch = _batch(defense, torch.full((3, 1, 1, 2), 0.5), torch.zeros(3, dtype=torch.long))
     run = Run(get("ste"), ApgdAttack(loss, STEPS), "apgd", loss, 0, chained=True)
-    history = History(batch)
-    trial = JudgedBatch(defense, get("ste"), batch, BALL, mixes_rows=False, setting=run.setting(defense, history))
+    history = BatchHistory(batch)
+    judged = JudgedBatch(defense, get("ste"), batch, BALL, mixes_rows=False, setting=run.setting(defense, history))
     assert run.attack is not None
     start = torch.Generator().manual_seed(0)
-    outcome = trial.finish(run.attack(trial, start))
+    outcome = judged.finish(run.attack(judged, start))
     assert bool(outcome.any_broken.all()) == breaks
-    history.add(outcome, trial.trace())
+    history.add(outcome, judged.trace())
     assert (history.ranking is not None) == breaks
 
 
@@ -58,17 +58,17 @@ def test_the_classes_are_ranked_once_for_those_that_stand() -> None:
     defense = Classifier(nn.Flatten(), nn.Linear(12, 4)).requires_grad_(False)
     samples = make_samples(defense, 8)
     batch = _batch(defense, samples.x, torch.where(torch.arange(8) < 3, samples.y, (samples.y + 1) % 4))
-    history, made, right = History(batch), [], int(batch.correct.sum())
+    history, made, right = BatchHistory(batch), [], int(batch.correct.sum())
     assert 0 < right < 4
     for loss in ("margin", MALT, "margin", MALT):
         attack = ApgdAttack(loss, STEPS)
         run = Run(get("ste"), attack, "apgd", loss, 0, chained=True)
         setting = run.setting(defense, history)
-        trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-4), mixes_rows=False, setting=setting)
-        points = attack(trial, torch.Generator().manual_seed(0))
-        searched = trial.forwards
-        outcome = trial.finish(points)
-        history.add(outcome, trial.trace())
+        judged = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-4), mixes_rows=False, setting=setting)
+        points = attack(judged, torch.Generator().manual_seed(0))
+        searched = judged.forwards
+        outcome = judged.finish(points)
+        history.add(outcome, judged.trace())
         made.append((searched, outcome.backwards))
     plain = (right * (STEPS + 1), right * STEPS)
     assert made == [plain, (plain[0] + right, plain[1] + 3 * right), plain, plain]
@@ -82,7 +82,7 @@ def test_where_rows_are_decided_together_the_logits_give_the_order() -> None:
     found = []
     for loss in (MALT, TARGETED):
         attack = ApgdAttack(loss, STEPS)
-        trial = JudgedBatch(hpm, get("ste"), batch, BALL)
-        found.append(attack(trial, torch.Generator().manual_seed(0)))
-        assert trial.ranking is None
+        judged = JudgedBatch(hpm, get("ste"), batch, BALL)
+        found.append(attack(judged, torch.Generator().manual_seed(0)))
+        assert judged.ranking is None
     assert torch.equal(*found)

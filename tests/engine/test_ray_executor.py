@@ -199,12 +199,12 @@ def test_no_room_for_a_worker_is_told_of(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [("127.0.0.1:9", "nothing answers at"), ("nonsense", "not auto or HOST:PORT"), ("ray://h:1", "Ray's client")],
 )
-def test_a_wrong_address_is_told_of(tmp_path: Path, address: str, told: str) -> None:
+def test_a_wrong_address_is_told_of(tmp_path: Path, address: str, message: str) -> None:
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         _evaluate(tmp_path, engine=RayEngine(address))
 
 

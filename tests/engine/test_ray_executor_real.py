@@ -115,11 +115,11 @@ class _Cluster:
             node.wait(timeout=15)
 
 
-def _wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], told: str) -> None:
+def _wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], message: str) -> None:
     """Until something is the case, or the process has ended."""
     deadline = time.monotonic() + 90
     while process.poll() is None and not ready():
-        assert time.monotonic() < deadline, told
+        assert time.monotonic() < deadline, message
         time.sleep(0.01)
 
 
@@ -159,7 +159,7 @@ def _finish(process: subprocess.Popen[bytes], out: Path) -> tuple[int, str]:
     return status, out.with_suffix(".log").read_text()
 
 
-def _units(out: Path) -> int:
+def _store(out: Path) -> int:
     return len(list(out.glob("unfinished/*.unit")))
 
 
@@ -175,8 +175,8 @@ def _check_same(whole: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "r"
-    status, told = _finish(_start(out), out)
-    assert status == 0, told
+    status, message = _finish(_start(out), out)
+    assert status == 0, message
     return out
 
 
@@ -189,8 +189,8 @@ def test_so_many_workers_give_the_evidence_of_a_local_run(
     process = _start(out, cluster.address)
     seen: set[int] = set()
     _wait(process, lambda: bool(seen.update(cluster.workers())), "it never came to its end")
-    status, told = _finish(process, out)
-    assert status == 0, told
+    status, message = _finish(process, out)
+    assert status == 0, message
     assert len(seen) == cluster.cpus, "not every worker had a batch"
     _check_same(whole, out)
 
@@ -201,11 +201,11 @@ def test_a_worker_that_is_killed_is_told_of_and_its_batch_made_again(
     cluster.grow_to(2)
     out = tmp_path / "r"
     process = _start(out, cluster.address)
-    _wait(process, lambda: _units(out) >= 4 and bool(cluster.workers()), "it never came so far")
+    _wait(process, lambda: _store(out) >= 4 and bool(cluster.workers()), "it never came so far")
     _kill(cluster.workers()[:1])
-    status, told = _finish(process, out)
-    assert status == 0, told
-    assert "a worker was lost" in told
+    status, message = _finish(process, out)
+    assert status == 0, message
+    assert "a worker was lost" in message
     _check_same(whole, out)
 
 
@@ -214,18 +214,18 @@ def test_a_driver_that_is_stopped_and_killed_goes_on(cluster: _Cluster, whole: P
     cluster.grow_to(2)
     out = tmp_path / "r"
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        before = _units(out)
+        before = _store(out)
         process = _start(out, cluster.address)
-        _wait(process, lambda before=before: _units(out) > before + 1, "it never came so far")  # type: ignore[misc]
+        _wait(process, lambda before=before: _store(out) > before + 1, "it never came so far")  # type: ignore[misc]
         process.send_signal(number)
-        status, told = _finish(process, out)
-        assert status == expected, told
+        status, message = _finish(process, out)
+        assert status == expected, message
         line = rf"Error: interrupted after \d+ of \d+ runs on a batch; they are kept in {out / 'unfinished'}, and"
-        assert bool(re.search(line, told)) == (number != signal.SIGKILL), told
+        assert bool(re.search(line, message)) == (number != signal.SIGKILL), message
         _wait(cluster.nodes[0], lambda: not cluster.workers(), "its workers went on")
-    status, told = _finish(_start(out, cluster.address), out)
-    assert status == 0, told
-    assert f"note: going on in {out}: " in told
+    status, message = _finish(_start(out, cluster.address), out)
+    assert status == 0, message
+    assert f"note: going on in {out}: " in message
     _check_same(whole, out)
 
 
@@ -239,11 +239,11 @@ def test_a_node_that_is_killed_is_told_of_and_its_batches_made_again(
     node = cluster.nodes[-1]
 
     def ready() -> bool:
-        return _units(out) >= 4 and bool({*_descendants(node.pid)} & {*cluster.workers()})
+        return _store(out) >= 4 and bool({*_descendants(node.pid)} & {*cluster.workers()})
 
     _wait(process, ready, "it never came so far")
     _kill([node.pid, *_descendants(node.pid)])
-    status, told = _finish(process, out)
-    assert status == 0, told
-    assert "a worker was lost" in told
+    status, message = _finish(process, out)
+    assert status == 0, message
+    assert "a worker was lost" in message
     _check_same(whole, out)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import HPM, AttackError, Results, Samples, WholeModel, evaluate
-from msa_eval.engine.resume import Units
+from msa_eval.engine.resume import ResumeStore
 from msa_eval.protocols import Protocol, make_protocol
 from msa_eval.report import render_table
 from msa_eval.report.page import write_page
@@ -78,15 +78,15 @@ class _StopAfter:
     """Stops an evaluation when so many units have been written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, error: type[BaseException] = KeyboardInterrupt):
-        self.left, write = count, Units.write
+        self.left, write = count, ResumeStore.write
 
-        def counted(units: Units, name: str, value: Any) -> None:
+        def counted(store: ResumeStore, name: str, value: Any) -> None:
             if self.left == 0:
                 raise error
             self.left -= 1
-            write(units, name, value)
+            write(store, name, value)
 
-        monkeypatch.setattr(Units, "write", counted)
+        monkeypatch.setattr(ResumeStore, "write", counted)
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +221,10 @@ def test_a_unit_of_something_else_is_not_taken(whole: Path, tmp_path: Path) -> N
     """Neither another evaluation's unit, nor another unit of the same."""
     _stop(tmp_path / "a")
     _stop(tmp_path / "b", seed=1)
-    units = sorted((tmp_path / "a").glob("unfinished/*.*.unit"))
-    other = tmp_path / "b" / "unfinished" / units[0].name
-    units[0].write_bytes(other.read_bytes())
-    units[1].write_bytes(units[2].read_bytes())
+    store = sorted((tmp_path / "a").glob("unfinished/*.*.unit"))
+    other = tmp_path / "b" / "unfinished" / store[0].name
+    store[0].write_bytes(other.read_bytes())
+    store[1].write_bytes(store[2].read_bytes())
     notes: list[str] = []
     _evaluate(tmp_path / "a", notify=notes.append)
     _check_same(whole, tmp_path / "a")
@@ -317,14 +317,16 @@ class _Flaky:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (lambda: RuntimeError("out of luck"), "out of luck"),
         (MemoryError, "MemoryError"),
         (lambda: KeyError("a key"), "'a key'"),
     ],
 )
-def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callable[[], Exception], told: str) -> None:
+def test_a_failed_run_makes_the_results_incomplete(
+    tmp_path: Path, error: Callable[[], Exception], message: str
+) -> None:
     """It is named, nothing of it reads as robustness, and the same call tries it again."""
     alarm = {"on": True}
     flaky = _Flaky(lambda calls: alarm["on"] and calls > 7, error)
@@ -337,18 +339,18 @@ def test_a_failed_run_makes_the_results_incomplete(tmp_path: Path, error: Callab
     assert {one["target"] for one in failed} == {"defense"}
     assert {one["run"].split(":")[0] for one in failed} == {"flaky"}
     assert {one["batch"] for one in failed} == {0, 1}
-    assert all(one["error"] == told for one in failed)
+    assert all(one["error"] == message for one in failed)
     verdicts = results.run["verdicts"]
     assert verdicts["defense"]["verdict"] == "incomplete"
     assert verdicts["fc"]["verdict"] == "not audited"
-    assert f"{failed[0]['run']} on batch 0, joint: {told}." in verdicts["defense"]["reasons"]
+    assert f"{failed[0]['run']} on batch 0, joint: {message}." in verdicts["defense"]["reasons"]
     assert set(results.summary.query("target == 'defense'")["verdict"]) == {"incomplete"}
     runs = results.attacks[results.attacks["run"].isin({one["run"] for one in failed})]
     assert runs[["final", "any", "surrogate_accuracy"]].isna().all(axis=None)
     rows = results.outcomes[results.outcomes["run"].isin({one["run"] for one in failed})]
     assert rows[["min_margin", "perturbation"]].isna().all(axis=None)
     assert "verdict: incomplete" in render_table(results)
-    assert f"failed: defense, {failed[0]['run']} on batch 0, joint: {told}" in render_table(results)
+    assert f"failed: defense, {failed[0]['run']} on batch 0, joint: {message}" in render_table(results)
     checks = verify(tmp_path / "r", make_hpm(), make_samples(make_classifier(), 16))
     assert checks.passed, [check for check in checks.checks if not check.passed]
     text = write_page(tmp_path / "r").read_text()

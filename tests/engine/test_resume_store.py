@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_eval.attacks.batch import Point
+from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.engine import folder_lock
-from msa_eval.engine.resume import Units, opened
+from msa_eval.engine.resume import ResumeStore, opened
 from msa_eval.engine.serialization import pack, unpack
 from msa_eval.evidence.diff import differences
-from msa_eval.judging.outcomes import Finding
+from msa_eval.judging.outcomes import BreakingBatch
 
 ABOUT = {"key": "k", "seed": 0, "protocol": {"name": "small", "text": "[attack]\nsteps = 3\n"}}
 
@@ -45,11 +45,12 @@ def test_what_is_packed_comes_back() -> None:
     """Tensors that share memory, parts of tensors, none at all, and every type in use."""
     whole = torch.rand(4, 3, 2, 2)
     value = (
-        Point(whole, whole[:, 0]), Finding(torch.tensor([True, False]), whole, None), whole.detach(), whole.view(48),
+        AdversarialBatch(whole, whole[:, 0]), BreakingBatch(torch.tensor([True, False]), whole, None),
+        whole.detach(), whole.view(48),
         whole.transpose(0, 1), torch.zeros(0, 3), torch.tensor(7), torch.tensor(float("nan")), 3, 0.1, "text", None, (),
     )  # fmt: skip
     found = unpack(b"".join(pack(value)))
-    assert isinstance(found[0], Point)
+    assert isinstance(found[0], AdversarialBatch)
     assert torch.equal(found[0].z, whole[:, 0])
     assert found[1].own is None
     assert found[2] is found[1].x  # kept once
@@ -86,7 +87,7 @@ def test_bytes_that_were_never_packed_are_refused(line: bytes, rest: bytes) -> N
 def test_a_unit_with_any_one_bit_changed_is_not_read(tmp_path_factory: pytest.TempPathFactory, drawn: int) -> None:
     folder = tmp_path_factory.mktemp("units")
     notes: list[str] = []
-    kept = Units(folder, "k", notify=notes.append)
+    kept = ResumeStore(folder, "k", notify=notes.append)
     kept.write("a-0", (torch.arange(5), "text"))
     path = folder / "a-0.unit"
     content = bytearray(path.read_bytes())
@@ -101,7 +102,7 @@ def test_a_unit_with_any_one_bit_changed_is_not_read(tmp_path_factory: pytest.Te
 def test_a_unit_that_says_strange_things_is_not_read(tmp_path: Path) -> None:
     """Its checksum is right."""
     notes: list[str] = []
-    kept = Units(tmp_path, "k", notify=notes.append)
+    kept = ResumeStore(tmp_path, "k", notify=notes.append)
     bodies = [b"[]\n{}", b"{}\n{}", b"null\nnull", b"\xff\n", b'{"key": "k", "unit": "a-0"}\n1\n', b"[" * 9999 + b"\n"]
     for body in bodies:
         (tmp_path / "a-0.unit").write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -110,7 +111,7 @@ def test_a_unit_that_says_strange_things_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Units(tmp_path, "k")
+    kept = ResumeStore(tmp_path, "k")
     kept.write("a-0", 1)
 
     def full(number: int) -> None:
@@ -134,12 +135,12 @@ def test_a_unit_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch:
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    Units(tmp_path, "k").write("a-0", 1)
+    ResumeStore(tmp_path, "k").write("a-0", 1)
     assert seen == [["a-0.unit.part"]]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    kept = Units()
+    kept = ResumeStore()
     kept.write("a-0", {1})  # not even packed
     assert kept.read("a-0", tuple) is None
     assert kept.names() == set()
@@ -154,11 +155,11 @@ def test_a_folder_without_finished_units_is_left_as_it_was(tmp_path: Path) -> No
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    told = rf"in use by process {os.getpid()} on {platform.node()}; wait until it ends"
+    message = rf"in use by process {os.getpid()} on {platform.node()}; wait until it ends"
     with _opened(tmp_path) as kept:
         kept.write("a-0", 1)
         for force in (False, True):
-            with pytest.raises(ValueError, match=told), _opened(tmp_path, force=force):
+            with pytest.raises(ValueError, match=message), _opened(tmp_path, force=force):
                 pass
     notes: list[str] = []
     with _opened(tmp_path, notes) as kept:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import evaluate
-from msa_eval.attacks.batch import Batch, Point
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.batch import AdversarialBatch, Batch
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judge import Judge
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -32,26 +32,26 @@ class Answers:
         enter, enter_apart, finish = Judge.enter, Judge.enter_apart, JudgedBatch.finish
         lowest: dict[Judge, Tensor] = {}
 
-        def entered(judge: Judge, point: Point, logits: Tensor, **iterate: Any) -> None:
+        def entered(judge: Judge, point: AdversarialBatch, logits: Tensor, **iterate: Any) -> None:
             self._compare(judge.batch, logits, exact := self._exact(judge, judge.state.target, point.x))
             shown = torch.where(self._placed(judge.batch, logits), judge.batch.logits, exact)
-            lead = -margin(shown, judge.batch.y)
-            lowest[judge] = torch.minimum(lowest[judge], lead) if judge in lowest else lead
+            margin = -margin_loss(shown, judge.batch.y)
+            lowest[judge] = torch.minimum(lowest[judge], margin) if judge in lowest else margin
             enter(judge, point, logits, **iterate)
 
-        def entered_apart(judge: Judge, point: Point, logits: Tensor, **iterate: Any) -> None:
+        def entered_apart(judge: Judge, point: AdversarialBatch, logits: Tensor, **iterate: Any) -> None:
             view: Any = judge.setting.view
             with torch.no_grad():
                 beside = view.beside(judge.state.target.features(judge.state.start.x))
             self._compare(judge.batch, logits, exact := self._exact(judge, beside, point.x))
-            lowest[judge] = torch.minimum(lowest[judge], -margin(exact, judge.batch.y))
+            lowest[judge] = torch.minimum(lowest[judge], -margin_loss(exact, judge.batch.y))
             enter_apart(judge, point, logits, **iterate)
 
-        def finished(trial: JudgedBatch, x: Tensor) -> Outcome:
-            outcome = finish(trial, x)
-            if not trial.among_others:  # whose own rows stay, so that their leads are no points' own
-                clean = -margin(trial.batch.logits, trial.batch.y)
-                self._note(outcome.min_margin - torch.minimum(lowest[trial._judge], clean))
+        def finished(judged: JudgedBatch, x: Tensor) -> Outcome:
+            outcome = finish(judged, x)
+            if not judged.among_others:  # whose own rows stay, so that their leads are no points' own
+                clean = -margin_loss(judged.batch.logits, judged.batch.y)
+                self._note(outcome.min_margin - torch.minimum(lowest[judged._judge], clean))
             return outcome
 
         monkeypatch.setattr(Judge, "enter", entered)

@@ -10,13 +10,13 @@ from toys import make_classifier, make_hpm
 
 from msa_eval import HPM
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.borderline import OvertimeAttack
+from msa_eval.attacks.borderline import BorderlineAttack
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import decide
 from msa_eval.engine.schedule import Run, plan_runs
-from msa_eval.judging.batch_history import History
-from msa_eval.judging.usable_surrogates import offer
+from msa_eval.judging.batch_history import BatchHistory
+from msa_eval.judging.usable_surrogates import select_surrogates
 from msa_eval.protocols import load_protocol, make_protocol
 
 PRODUCT = {
@@ -42,11 +42,16 @@ def _runs(
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     z = defense.features(x).detach()
     batch = Batch(0, x, torch.zeros(5, dtype=torch.long), z, decide(defense, z))
-    offers = offer(
+    surrogates = select_surrogates(
         protocol.apgd, defense, batch, own=own or {}, batch_dependent=dependent, recombination=protocol.recombination
     )
     return plan_runs(
-        protocol, offers, num_classes=classes, context=CONTEXTS[context], batch_dependent=dependent, exchanges=exchanges
+        protocol,
+        surrogates,
+        num_classes=classes,
+        context=CONTEXTS[context],
+        batch_dependent=dependent,
+        exchanges=exchanges,
     )
 
 
@@ -117,7 +122,7 @@ def test_overtime_is_for_samples_decided_apart_and_comes_before_the_queries() ->
         if expected:
             assert runs[-2 - len(overtime) :] == [*overtime, *runs[-2:]]
             assert [run.label for run in runs[-2:]] == ["square", "spsa"]
-            attacks = [run.attack for run in overtime if isinstance(run.attack, OvertimeAttack)]
+            attacks = [run.attack for run in overtime if isinstance(run.attack, BorderlineAttack)]
             assert [attack.steps for attack in attacks] == [30] * len(expected)
             assert [attack.passes for attack in attacks] == [100 // len(expected)] * len(expected)
     assert not [r for r in _runs(make_classifier(), "msa", 10, attack__apgd__overtime=0) if r.label == "overtime"]
@@ -170,7 +175,7 @@ def test_a_cascade_ends_where_its_passes_are_spent() -> None:
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     z = hpm.features(x).detach()
     logits = decide(hpm, z)
-    history = History(Batch(0, x, logits.argmax(dim=1), z, logits))
+    history = BatchHistory(Batch(0, x, logits.argmax(dim=1), z, logits))
     run = next(run for run in _runs(hpm, "msa", classes=10, context="solo") if run.label == "apgd")
     assert run.passes == 240
     for passes, searched in ((0, True), (5 * 240 - 1, True), (5 * 240, False)):

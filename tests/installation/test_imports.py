@@ -28,9 +28,9 @@ def _unexplained(text: str) -> list[str]:
 
     The reason is a comment at the end of the line, or above it, or stands in `PINS`.
     """
-    told = tomllib.loads(text)
-    project = told["project"]
-    asked = [*told["build-system"]["requires"], *project["dependencies"]]
+    message = tomllib.loads(text)
+    project = message["project"]
+    asked = [*message["build-system"]["requires"], *project["dependencies"]]
     asked += [one for extra in project["optional-dependencies"].values() for one in extra]
     lines = text.splitlines()
     explained = {

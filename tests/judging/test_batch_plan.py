@@ -15,9 +15,9 @@ from msa_eval.protocols import load_protocol
 
 @given(count=st.integers(1, 500), size=st.integers(1, 100), seed=st.integers(0, 100))
 def test_every_sample_sits_once_in_balanced_batches(count: int, size: int, seed: int) -> None:
-    seats = plan_batches(count, size=size, seed=seed)
-    sizes = [len(seat) for seat in seats]
-    assert sorted(torch.cat(seats).tolist()) == list(range(count))
+    batch_plan = plan_batches(count, size=size, seed=seed)
+    sizes = [len(indices) for indices in batch_plan]
+    assert sorted(torch.cat(batch_plan).tolist()) == list(range(count))
     assert max(sizes) <= size
     assert max(sizes) - min(sizes) <= 1
     assert len(sizes) == -(-count // size)

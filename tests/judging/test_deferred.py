@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import make_batch, make_classifier, make_hpm
 
 from msa_eval.attacks import Ball
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.gradient import ApgdAttack
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import decide
-from msa_eval.defense.precision import Search
-from msa_eval.judging.deferred import Later
+from msa_eval.defense.precision import SearchPrecision
+from msa_eval.judging.deferred import Deferred
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
 from msa_eval.judging.search_state import Setting
@@ -49,13 +49,13 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _trace(when: Callable[[Later, list[str]], None]) -> list[str]:
+def _trace(when: Callable[[Deferred, list[str]], None]) -> list[str]:
     done: list[str] = []
-    when(Later(), done)
+    when(Deferred(), done)
     return done
 
 
-def _steps(waiting: Later, done: list[str]) -> None:
+def _steps(waiting: Deferred, done: list[str]) -> None:
     def first() -> None:
         done.append("first")
         waiting.when(NO, lambda: done.append("never"), lambda: done.append("what came of it"))
@@ -88,8 +88,8 @@ def test_the_counter_sees_what_makes_a_host_wait() -> None:
     assert not reads.met
 
 
-def _attack(trial: JudgedBatch, steps: int = 12) -> Outcome:
-    return trial.finish(ApgdAttack("margin", steps=steps)(trial, torch.Generator().manual_seed(0)))
+def _attack(judged: JudgedBatch, steps: int = 12) -> Outcome:
+    return judged.finish(ApgdAttack("margin", steps=steps)(judged, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.usefixtures("asynchronous")
@@ -102,12 +102,12 @@ def test_no_step_on_a_whole_batch_waits_for_a_value(surrogate: str, loss: str, k
     batch = make_batch(hpm, 24)
     met, finds = [], 0
     for steps in (3, 12):
-        trial = JudgedBatch(hpm, get(surrogate), batch, BALL, setting=Setting(keep=keep))
+        judged = JudgedBatch(hpm, get(surrogate), batch, BALL, setting=Setting(keep=keep))
         attack = ApgdAttack(loss, steps=steps)
         with _Reads() as reads:
-            points = attack(trial, torch.Generator().manual_seed(0))
+            points = attack(judged, torch.Generator().manual_seed(0))
         met.append(len(reads.met))
-        outcome = trial.finish(points)
+        outcome = judged.finish(points)
         assert bool(outcome.any_broken.any())
         finds = len(set(outcome.first_iterate[outcome.any_broken].tolist())) if keep else 0
     assert met[1] - met[0] <= finds * (finds - 1) / 2
@@ -117,10 +117,10 @@ def test_no_step_on_a_whole_batch_waits_for_a_value(surrogate: str, loss: str, k
 def test_a_search_waits_only_where_the_batch_that_is_passed_changes() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = make_batch(classifier, 24)
-    trial = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
+    judged = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
     with _Reads() as reads:
-        ApgdAttack("margin", steps=12)(trial, torch.Generator().manual_seed(0))
-    outcome = trial.finish(trial.start.x)
+        ApgdAttack("margin", steps=12)(judged, torch.Generator().manual_seed(0))
+    outcome = judged.finish(judged.start.x)
     broke_at = set(outcome.first_iterate[outcome.any_broken & batch.correct].tolist())
     assert broke_at
     assert len(reads.met) <= 2 + 4 * len(broke_at)
@@ -138,10 +138,10 @@ def _both(
     return at_once, expected, late, found
 
 
-def _checked(defense: Any, batch: Batch, trial: JudgedBatch, outcome: Outcome) -> None:
+def _checked(defense: Any, batch: Batch, judged: JudgedBatch, outcome: Outcome) -> None:
     """What was found breaks what it says, passed anew in its batch, and each sample's lead is that of its point."""
     proven = torch.zeros_like(outcome.any_broken)
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         with torch.no_grad():
             wrong = decide(defense, defense.features(finding.x)).argmax(dim=1) != batch.y
         assert bool(wrong[finding.breaks].all())
@@ -173,27 +173,27 @@ def test_decided_apart_a_sample_stays_where_it_broke(rough: bool, monkeypatch: p
     """It is passed a step or two more, and what is broken, where, and by how much is the same."""
     classifier = make_classifier().requires_grad_(False)
     batch = make_batch(classifier, 24)
-    search, asked = Search("bf16", rough=rough), list[Tensor]()
+    search, asked = SearchPrecision("bf16", rough=rough), list[Tensor]()
 
     def make() -> JudgedBatch:
         setting = Setting(early_stop=True, keep=True, search=search)
-        trial = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=setting)
-        judge_point = trial._judge.iterate
+        judged = JudgedBatch(classifier, get("ste"), batch, BALL, mixes_rows=False, setting=setting)
+        judge_point = judged._judge.iterate
         asked.clear()
 
-        def watched(point: Point, logits: Tensor) -> None:
+        def watched(point: AdversarialBatch, logits: Tensor) -> None:
             asked.append(point.x)
             judge_point(point, logits)
 
-        trial._judge.iterate = watched  # type: ignore[method-assign]
-        return trial
+        judged._judge.iterate = watched  # type: ignore[method-assign]
+        return judged
 
     at_once, expected, late, found = _both(monkeypatch, make)
     assert bool((expected.any_broken & batch.correct).any())
     assert torch.equal(found.any_broken, expected.any_broken)
     with torch.no_grad():
-        leads = torch.stack([-margin(classifier(x), batch.y) for x in (batch.x, *asked, late.start.x)])
-    assert float((leads - found.min_margin).abs().amin(dim=0).max()) < 1e-6, "a lead that no point has"
+        margins = torch.stack([-margin_loss(classifier(x), batch.y) for x in (batch.x, *asked, late.start.x)])
+    assert float((margins - found.min_margin).abs().amin(dim=0).max()) < 1e-6, "a lead that no point has"
     assert torch.equal(found.first_iterate, expected.first_iterate)
     assert torch.equal(found.final_broken, expected.final_broken)
     gone = expected.any_broken & batch.correct
@@ -207,7 +207,7 @@ def test_decided_apart_a_sample_stays_where_it_broke(rough: bool, monkeypatch: p
 def test_what_a_batch_with_standing_images_claims_is_confirmed(rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 24)
-    search = Search("bf16", rough=rough)
+    search = SearchPrecision("bf16", rough=rough)
 
     def make() -> JudgedBatch:
         counted = torch.arange(24) % 3 > 0
@@ -224,11 +224,11 @@ def test_what_a_batch_with_standing_images_claims_is_confirmed(rough: bool, monk
 def test_nothing_piles_up_over_the_queries_of_a_search() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 24)
-    trial = JudgedBatch(hpm, None, batch, BALL, setting=Setting(keep=True))
+    judged = JudgedBatch(hpm, None, batch, BALL, setting=Setting(keep=True))
     rows = batch.correct
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         points: Tensor = BALL.random(batch.x, generator)
-        trial.propose(points[rows], rows)
-        trial.accept(rows)
-        assert len(trial._later._waiting) <= 8
+        judged.propose(points[rows], rows)
+        judged.accept(rows)
+        assert len(judged._later._waiting) <= 8

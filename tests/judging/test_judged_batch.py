@@ -15,18 +15,18 @@ from toys import AskedInQueries, attacked, make_classifier, make_hpm, make_sampl
 
 from msa_eval import HPM, Classifier, WholeModel
 from msa_eval.attacks import Ball, apgd
-from msa_eval.attacks.batch import Batch, Point
+from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.gradient import ApgdAttack
-from msa_eval.attacks.losses import LOSSES, margin
+from msa_eval.attacks.losses import LOSSES, margin_loss
 from msa_eval.attacks.query import SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
-from msa_eval.defense.precision import Search
+from msa_eval.defense.precision import SearchPrecision
 from msa_eval.errors import AttackError
-from msa_eval.judging.break_record import Record
+from msa_eval.judging.break_record import BreakRecord
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.majority import decide_by_majority
-from msa_eval.judging.outcomes import Finding, Outcome
+from msa_eval.judging.outcomes import BreakingBatch, Outcome
 from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import ensemble, get
 
@@ -45,11 +45,11 @@ def _naive(defense: Any, batch: Batch, asked: list[Tensor]) -> dict[str, Tensor]
     with torch.no_grad():
         logits = [defense.logits(defense.features(x)) for x in asked]
     wrong = torch.stack([answer.argmax(dim=1) != batch.y for answer in logits])
-    leads = torch.stack([-margin(answer, batch.y) for answer in (batch.logits, *logits)])
+    margins = torch.stack([-margin_loss(answer, batch.y) for answer in (batch.logits, *logits)])
     rights = [batch.correct, *(~wrong & batch.correct)]
     return {
         "any_broken": wrong.any(dim=0),
-        "min_margin": leads.amin(dim=0),
+        "min_margin": margins.amin(dim=0),
         "left": min(right.sum() for right in rights),
         "final_broken": wrong[-1],
     }
@@ -67,17 +67,17 @@ def _check(outcome: Outcome, naive: dict[str, Tensor]) -> None:
 def test_every_iterate_is_judged_in_its_batch(surrogate: str) -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = JudgedBatch(hpm, get(surrogate), batch, BALL)
+    judged = JudgedBatch(hpm, get(surrogate), batch, BALL)
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
         asked.append(x.detach().clone())
-        return trial(x)
+        return judged(x)
 
     found = apgd(
         watched, batch.x, batch.y, loss=LOSSES["dlr"], ball=BALL, steps=12, generator=torch.Generator().manual_seed(0)
     )
-    outcome = trial.finish(found.x)
+    outcome = judged.finish(found.x)
     naive = _naive(hpm, batch, [*asked, found.x])
     _check(outcome, naive)
     assert outcome.any_broken.sum() > outcome.final_broken.sum() * 0
@@ -101,8 +101,8 @@ def test_judging_the_target_costs_no_trunk_pass() -> None:
         batch = _batch(hpm, hpm)
         trunk: Any = hpm.trunk
         trunk.batches.clear()
-        trial = JudgedBatch(hpm, get(surrogate), batch, BALL)
-        outcome = trial.finish(ApgdAttack("ce", steps=10)(trial, torch.Generator().manual_seed(0)))
+        judged = JudgedBatch(hpm, get(surrogate), batch, BALL)
+        outcome = judged.finish(ApgdAttack("ce", steps=10)(judged, torch.Generator().manual_seed(0)))
         assert trunk.batches == [24] * 12
         assert (outcome.forwards, outcome.backwards, outcome.decisions) == (12 * 24, 10 * 24, decisions * 24)
 
@@ -110,8 +110,8 @@ def test_judging_the_target_costs_no_trunk_pass() -> None:
 def test_a_targeted_loss_costs_no_pass_for_its_targets() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = JudgedBatch(hpm, get("fc-oracle"), batch, BALL)
-    outcome = trial.finish(ApgdAttack("dlr-targeted", steps=10, target=2)(trial, torch.Generator().manual_seed(0)))
+    judged = JudgedBatch(hpm, get("fc-oracle"), batch, BALL)
+    outcome = judged.finish(ApgdAttack("dlr-targeted", steps=10, target=2)(judged, torch.Generator().manual_seed(0)))
     assert outcome.forwards == 12 * 24
 
 
@@ -123,9 +123,9 @@ def test_a_sample_wrong_on_the_clean_batch_never_counts_as_left() -> None:
         model[1].bias.copy_(torch.tensor([-0.5, 0.5]))
     defense = WholeModel(model)
     x, y = torch.tensor([0.6, 0.6]).view(2, 1, 1, 1), torch.tensor([0, 1])
-    trial = JudgedBatch(defense, None, Batch(0, x, y, x, decide(defense, x)), BALL)
-    outcome = trial.finish(x - 0.2)
-    assert trial.batch.correct.tolist() == [True, False]
+    judged = JudgedBatch(defense, None, Batch(0, x, y, x, decide(defense, x)), BALL)
+    outcome = judged.finish(x - 0.2)
+    assert judged.batch.correct.tolist() == [True, False]
     assert outcome.final_broken.tolist() == [True, False]
     assert outcome.committed.tolist() == [False, False]
 
@@ -134,18 +134,18 @@ def test_a_surrogate_with_a_trunk_of_its_own_costs_its_passes() -> None:
     hpm, other = make_hpm().requires_grad_(False), make_classifier(seed=3).requires_grad_(False)
     batch = _batch(hpm, hpm)
     theirs: Any = other.trunk
-    trial = JudgedBatch(hpm, get("base", {"base": other}), batch, BALL)
+    judged = JudgedBatch(hpm, get("base", {"base": other}), batch, BALL)
     theirs.batches.clear()
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
         asked.append(x.detach().clone())
-        return trial(x)
+        return judged(x)
 
     found = apgd(
         watched, batch.x, batch.y, loss=LOSSES["ce"], ball=BALL, steps=10, generator=torch.Generator().manual_seed(0)
     )
-    outcome = trial.finish(found.x)
+    outcome = judged.finish(found.x)
     _check(outcome, _naive(hpm, batch, [*asked, found.x]))
     assert theirs.batches == [24] * 12
     assert (outcome.forwards, outcome.backwards) == (2 * 12 * 24, 10 * 24)
@@ -160,10 +160,10 @@ def test_square_is_judged_on_the_mixed_batch(make: Any, mixes: bool) -> None:
     defense = make()
     labels = defense.model if isinstance(defense, WholeModel) else defense
     batch = _batch(defense, labels)
-    trial = AskedInQueries(defense, None, batch, BALL, mixes_rows=mixes)
-    found = SquareAttack(queries=40, p_init=0.8)(trial, torch.Generator().manual_seed(0))
-    assert torch.equal(found, trial.held)
-    _check(trial.finish(found), _naive(defense, batch, [*trial.asked, found]))
+    judged = AskedInQueries(defense, None, batch, BALL, mixes_rows=mixes)
+    found = SquareAttack(queries=40, p_init=0.8)(judged, torch.Generator().manual_seed(0))
+    assert torch.equal(found, judged.held)
+    _check(judged.finish(found), _naive(defense, batch, [*judged.asked, found]))
 
 
 @pytest.mark.parametrize("rough", [False, True])
@@ -172,27 +172,27 @@ def test_what_a_query_found_stays_as_it_was_found(rough: bool, monkeypatch: pyte
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
     before = batch.x.clone()
-    found: list[tuple[Finding, Tensor]] = []
-    keep = Record._find
+    found: list[tuple[BreakingBatch, Tensor]] = []
+    keep = BreakRecord._find
 
-    def find(record: Record, finding: Finding) -> None:
+    def find(record: BreakRecord, finding: BreakingBatch) -> None:
         found.append((finding, finding.x.clone()))
         keep(record, finding)
 
-    monkeypatch.setattr(Record, "_find", find)
-    setting = Setting(keep=True, search=Search("bf16", rough=rough))
-    trial = AskedInQueries(hpm, None, batch, Ball("Linf", 0.08), setting=setting)
-    trial.finish(SquareAttack(60, 0.8)(trial, torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(BreakRecord, "_find", find)
+    setting = Setting(keep=True, search=SearchPrecision("bf16", rough=rough))
+    judged = AskedInQueries(hpm, None, batch, Ball("Linf", 0.08), setting=setting)
+    judged.finish(SquareAttack(60, 0.8)(judged, torch.Generator().manual_seed(0)))
     assert len(found) > 4
     for finding, x in found:
         assert torch.equal(finding.x, x)
         assert torch.equal(finding.breaks, (decide(hpm, hpm.features(x)).argmax(dim=1) != batch.y) & batch.correct)
-    points = torch.stack([batch.x, *trial.asked, trial._final.x])
-    leads = torch.stack([-margin(decide(hpm, hpm.features(x)), batch.y) for x in points])
-    trace = trial.trace()
+    points = torch.stack([batch.x, *judged.asked, judged._final.x])
+    margins = torch.stack([-margin_loss(decide(hpm, hpm.features(x)), batch.y) for x in points])
+    trace = judged.trace()
     for row, point in enumerate(trace.best.x):
         same = (points[:, row] == point).flatten(1).all(dim=1)
-        assert float((leads[same, row] - trace.best_lead[row]).abs().min()) < (0.05 if rough else 1e-5)
+        assert float((margins[same, row] - trace.best_margin[row]).abs().min()) < (0.05 if rough else 1e-5)
     assert torch.equal(batch.x, before)
 
 
@@ -200,7 +200,7 @@ def test_what_a_query_found_stays_as_it_was_found(rough: bool, monkeypatch: pyte
 def test_a_batch_that_is_put_together_late_is_the_same(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.rand, generator=generator)
-    whole, places = Point(draw(6, 1, 2, 2), draw(6, 3)), (draw(6) < 0.5).nonzero().flatten()
+    whole, places = AdversarialBatch(draw(6, 1, 2, 2), draw(6, 3)), (draw(6) < 0.5).nonzero().flatten()
     new, z = draw(len(places), 1, 2, 2), draw(len(places), 3)
     placed = whole.placing(places, new, z, rounded=True)
     x = whole.x.clone()
@@ -210,8 +210,8 @@ def test_a_batch_that_is_put_together_late_is_the_same(seed: int) -> None:
     assert torch.equal(placed.images(rows), x[rows])
     assert placed.rounded is not None
     assert placed.rounded.nonzero().flatten().tolist() == places.tolist()
-    mask, other = draw(6) < 0.5, Point(draw(6, 1, 2, 2), draw(6, 3))
-    expected = other.with_rows(mask, Point(placed.x, placed.z, placed.rounded))
+    mask, other = draw(6) < 0.5, AdversarialBatch(draw(6, 1, 2, 2), draw(6, 3))
+    expected = other.with_rows(mask, AdversarialBatch(placed.x, placed.z, placed.rounded))
     taken = other.take(mask, placed)
     assert taken.x is other.x
     for one, two in ((taken.x, expected.x), (taken.z, expected.z), (taken.marked(), mask & placed.rounded)):
@@ -224,8 +224,8 @@ def test_square_passes_only_what_it_proposes_and_what_it_confirms() -> None:
     batch = _batch(classifier, classifier)
     trunk: Any = classifier.trunk
     trunk.batches.clear()
-    trial = JudgedBatch(classifier, None, batch, BALL, mixes_rows=False)
-    outcome = trial.finish(SquareAttack(queries=60, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
+    judged = JudgedBatch(classifier, None, batch, BALL, mixes_rows=False)
+    outcome = judged.finish(SquareAttack(queries=60, p_init=0.8)(judged, torch.Generator().manual_seed(0)))
     claims = int((outcome.any_broken & batch.correct).sum())
     whole = trunk.batches.count(24)
     assert outcome.forwards == sum(trunk.batches)
@@ -261,9 +261,9 @@ def test_a_hidden_batch_dependence_can_not_fake_a_broken_sample() -> None:
     plain = make_classifier()
     sly = Sly(plain.trunk, plain.fc).eval()
     batch = _batch(sly, plain)
-    trial = JudgedBatch(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
-    found = SquareAttack(queries=20, p_init=0.8)(trial, torch.Generator().manual_seed(0))
-    assert not (trial.finish(found).any_broken & batch.correct).any()
+    judged = JudgedBatch(sly, None, batch, Ball("Linf", 1e-6), mixes_rows=False)
+    found = SquareAttack(queries=20, p_init=0.8)(judged, torch.Generator().manual_seed(0))
+    assert not (judged.finish(found).any_broken & batch.correct).any()
 
 
 def test_a_batch_that_was_never_decided_is_never_counted() -> None:
@@ -283,8 +283,8 @@ def test_a_batch_that_was_never_decided_is_never_counted() -> None:
     start = torch.zeros(0, 6)
     batch = _batch(jealous, plain)
     start = batch.z
-    trial = JudgedBatch(jealous, None, batch, Ball("Linf", 1e-4), mixes_rows=False)
-    outcome = trial.finish(SquareAttack(queries=30, p_init=0.8)(trial, torch.Generator().manual_seed(0)))
+    judged = JudgedBatch(jealous, None, batch, Ball("Linf", 1e-4), mixes_rows=False)
+    outcome = judged.finish(SquareAttack(queries=30, p_init=0.8)(judged, torch.Generator().manual_seed(0)))
     assert outcome.committed.sum() >= batch.correct.sum() - 1
 
 
@@ -299,18 +299,18 @@ def test_a_batch_that_was_never_decided_is_never_counted() -> None:
 def test_an_attack_that_leaves_the_ball_is_an_error(move: Any, message: str) -> None:
     classifier = make_classifier()
     batch = _batch(classifier, classifier)
-    trial = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
+    judged = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
     with torch.no_grad():
-        trial(move(batch.x))
+        judged(move(batch.x))
     with pytest.raises(AttackError, match=message):
-        trial.finish(batch.x)
+        judged.finish(batch.x)
 
 
 def test_an_attack_that_stays_in_is_none() -> None:
     classifier = make_classifier()
     batch = _batch(classifier, classifier)
-    trial = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
-    outcome = trial.finish((batch.x + 0.2).clamp(0, 1))
+    judged = JudgedBatch(classifier, get("fc-oracle"), batch, BALL)
+    outcome = judged.finish((batch.x + 0.2).clamp(0, 1))
     assert (outcome.perturbation <= 0.2 + 1e-6).all()
 
 
@@ -327,17 +327,17 @@ def test_outputs_that_are_not_finite_are_an_error(where: str) -> None:
     batch = _batch(hpm, hpm)
     broken = Broken(hpm.trunk, hpm.fc).eval().requires_grad_(False)
     surrogate = get("x", {"x": lambda d, z: d.fc_logits(z) * (torch.inf if where == "surrogate" else 1)})
-    trial = JudgedBatch(broken, surrogate, batch, BALL)
+    judged = JudgedBatch(broken, surrogate, batch, BALL)
     with pytest.raises(AttackError, match="not finite"):
-        trial.finish(batch.x)
+        judged.finish(batch.x)
 
 
 def test_a_surrogate_of_another_shape_is_an_error() -> None:
     hpm = make_hpm()
     batch = _batch(hpm, hpm)
-    trial = JudgedBatch(hpm, get("x", {"x": lambda defense, z: defense.fc_logits(z)[:, :2]}), batch, BALL)
+    judged = JudgedBatch(hpm, get("x", {"x": lambda defense, z: defense.fc_logits(z)[:, :2]}), batch, BALL)
     with pytest.raises(AttackError, match=r"'x' returned logits of shape \(24, 2\)"):
-        trial(batch.x)
+        judged(batch.x)
 
 
 def test_verdicts_are_float32_whatever_the_search_uses() -> None:
@@ -348,11 +348,11 @@ def test_verdicts_are_float32_whatever_the_search_uses() -> None:
         torch.testing.assert_close(decide(hpm, batch.z), batch.logits)
 
 
-def _start(defense: Any, batch: Batch, seed: int = 0) -> Point:
+def _start(defense: Any, batch: Batch, seed: int = 0) -> AdversarialBatch:
     """Points that an earlier run may have found."""
     x = BALL.random(batch.x, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return Point(x, defense.features(x))
+        return AdversarialBatch(x, defense.features(x))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -363,7 +363,7 @@ def test_on_a_static_target_only_the_samples_searched_for_are_passed(whole: bool
     batch = _batch(defense, plain)
     start, counted = _start(defense, batch), torch.arange(24) % 3 == 0
     trunk: Any = plain.trunk
-    trial = JudgedBatch(
+    judged = JudgedBatch(
         defense, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(start=start, counted=counted)
     )  # fmt: skip
     trunk.batches.clear()
@@ -371,14 +371,14 @@ def test_on_a_static_target_only_the_samples_searched_for_are_passed(whole: bool
 
     def watched(x: Tensor) -> Tensor:
         asked.append(x.detach().clone())
-        return trial(x)
+        return judged(x)
 
     moved = torch.where(counted.view(-1, 1, 1, 1), BALL.random(batch.x, torch.Generator().manual_seed(1)), start.x)
     found = apgd(
         watched, batch.x, batch.y, loss=LOSSES["margin"], ball=BALL, steps=10, start=moved,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    outcome = trial.finish(found.x)
+    outcome = judged.finish(found.x)
     passes = list(trunk.batches)
     for x in asked:
         assert torch.equal(x[~counted], start.x[~counted])
@@ -402,11 +402,11 @@ def test_a_sample_wrong_from_the_start_costs_passes_only_where_rows_interact(see
     view = OneAtATime(defense, batch.z) if seen == "one at a time" else defense
     trials = []
     for counted in (None, torch.ones_like(batch.correct)):
-        trial = JudgedBatch(
+        judged = JudgedBatch(
             view, get("fc-oracle"), batch, BALL, mixes_rows=seen != "static", setting=Setting(counted=counted)
         )
-        points = ApgdAttack("ce", 4)(trial, torch.Generator().manual_seed(0))
-        trials.append((points, trial.finish(points)))
+        points = ApgdAttack("ce", 4)(judged, torch.Generator().manual_seed(0))
+        trials.append((points, judged.finish(points)))
     (fewer, outcome), (all_points, whole) = trials
     right = batch.correct
     torch.testing.assert_close(fewer[right], all_points[right], atol=1e-6, rtol=0)
@@ -428,9 +428,9 @@ def test_a_hidden_batch_dependence_can_not_fake_one_in_a_cascade_either() -> Non
     plain = make_classifier().requires_grad_(False)
     sly = Sly(plain.trunk, plain.fc).eval().requires_grad_(False)
     batch = _batch(sly, plain)
-    setting = Setting(start=Point(batch.x, batch.z), counted=torch.arange(24) < 9)
-    trial = JudgedBatch(sly, get("ste"), batch, Ball("Linf", 1e-6), mixes_rows=False, setting=setting)
-    outcome = trial.finish(ApgdAttack("margin", steps=5)(trial, torch.Generator().manual_seed(0)))
+    setting = Setting(start=AdversarialBatch(batch.x, batch.z), counted=torch.arange(24) < 9)
+    judged = JudgedBatch(sly, get("ste"), batch, Ball("Linf", 1e-6), mixes_rows=False, setting=setting)
+    outcome = judged.finish(ApgdAttack("margin", steps=5)(judged, torch.Generator().manual_seed(0)))
     assert not (outcome.any_broken & batch.correct).any()
 
 
@@ -440,34 +440,34 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
     batch = _batch(hpm, hpm)
     start = _start(hpm, batch)
     view: Any = OneAtATime(hpm, start.z) if moves == "image" else AmongOthers(hpm, start.z)
-    trial = JudgedBatch(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
+    judged = JudgedBatch(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
         asked.append(x.detach().clone())
-        return trial(x)
+        return judged(x)
 
     found = apgd(
         watched, batch.x, batch.y, loss=LOSSES["margin"], ball=BALL, steps=6,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    outcome = trial.finish(found.x)
+    outcome = judged.finish(found.x)
     whole = _naive(hpm, batch, [*asked, found.x])
-    broken, lead = whole["any_broken"], whole["min_margin"]
+    broken, margin = whole["any_broken"], whole["min_margin"]
     for x in asked:
         for i in range(24):
             mixed = (start.x if moves == "image" else x).clone()
             mixed[i] = (x if moves == "image" else start.x)[i]
             logits = hpm(mixed)
             broken[i] |= bool(logits[i].argmax() != batch.y[i])
-            lead[i] = torch.minimum(lead[i], -margin(logits, batch.y)[i])
+            margin[i] = torch.minimum(margin[i], -margin_loss(logits, batch.y)[i])
     assert torch.equal(outcome.any_broken, broken)
-    torch.testing.assert_close(outcome.min_margin, lead, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outcome.min_margin, margin, atol=1e-5, rtol=1e-5)
     assert outcome.committed.sum() == whole["left"]  # nobody commits to many batches at once
     assert torch.equal(outcome.final_broken, whole["final_broken"])
 
     proven = torch.zeros_like(broken)
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         for i in finding.breaks.nonzero().flatten().tolist():
             mixed = finding.x.clone()
             if finding.own is not None:
@@ -480,22 +480,22 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
 def test_the_best_point_of_every_sample_is_its_lowest() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
-    trial = JudgedBatch(hpm, get("soft-hybrid"), batch, BALL)
+    judged = JudgedBatch(hpm, get("soft-hybrid"), batch, BALL)
     asked: list[Tensor] = [batch.x]
 
     def watched(x: Tensor) -> Tensor:
         asked.append(x.detach().clone())
-        return trial(x)
+        return judged(x)
 
     generator = torch.Generator().manual_seed(0)
     found = apgd(watched, batch.x, batch.y, loss=LOSSES["dlr"], ball=BALL, steps=8, generator=generator)
-    trial.finish(found.x)
+    judged.finish(found.x)
     asked.append(found.x)
-    leads = torch.stack([-margin(hpm(x), batch.y) for x in asked])
-    torch.testing.assert_close(trial.trace().best_lead, leads.amin(dim=0), atol=1e-6, rtol=1e-6)
-    for i, t in enumerate(leads.argmin(dim=0).tolist()):
-        assert torch.equal(trial.trace().best.x[i], asked[t][i])
-    torch.testing.assert_close(trial.trace().best.z, hpm.features(trial.trace().best.x))
+    margins = torch.stack([-margin_loss(hpm(x), batch.y) for x in asked])
+    torch.testing.assert_close(judged.trace().best_margin, margins.amin(dim=0), atol=1e-6, rtol=1e-6)
+    for i, t in enumerate(margins.argmin(dim=0).tolist()):
+        assert torch.equal(judged.trace().best.x[i], asked[t][i])
+    torch.testing.assert_close(judged.trace().best.z, hpm.features(judged.trace().best.x))
 
 
 @pytest.mark.parametrize("turns", [False, True])
@@ -505,8 +505,8 @@ def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
     batch = _batch(hpm, hpm)
     members = [get("fc-oracle"), get("soft-hybrid"), get("ste")]
     together = ensemble("mean", members, hpm, batch.x, batch.z)
-    trial = JudgedBatch(hpm, together, batch, BALL)
-    loss = ApgdAttack("ce", steps=3, turns=turns)._loss(trial, trial.rows)
+    judged = JudgedBatch(hpm, together, batch, BALL)
+    loss = ApgdAttack("ce", steps=3, turns=turns)._loss(judged, judged.rows)
     gradients, values = [], []
     for member in members:
         x = batch.x.clone().requires_grad_()
@@ -518,12 +518,12 @@ def test_an_ensemble_is_its_members_on_one_scale(turns: bool) -> None:
         gradients.append(torch.autograd.grad(value.sum(), x)[0])
     for step in range(4):
         x = batch.x.clone().requires_grad_()
-        value = loss(trial(x), batch.y)
+        value = loss(judged(x), batch.y)
         gradient = torch.autograd.grad(value.sum(), x)[0]
         expected = gradients[step % 3] if turns else torch.stack(gradients).mean(dim=0)
         torch.testing.assert_close(value, torch.stack(values).mean(dim=0))
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
-    outcome = trial.finish(batch.x)
+    outcome = judged.finish(batch.x)
     assert outcome.forwards == 5 * 24
 
 
@@ -558,7 +558,7 @@ def test_rows_that_are_searched_for_alone_are_answered_and_judged_as_in_their_ba
         assert torch.equal(whole.counted, part.counted)
         if not part.searching:
             break
-    outcomes = [trial.finish(trial.start.x) for trial in (whole, part)]
+    outcomes = [judged.finish(judged.start.x) for judged in (whole, part)]
     assert bool((outcomes[0].any_broken & batch.correct).any())
     for field in dataclasses.fields(Outcome):
         assert bool(torch.as_tensor(getattr(outcomes[0], field.name) == getattr(outcomes[1], field.name)).all()), field
@@ -569,23 +569,23 @@ def test_points_of_rows_searched_for_alone_are_held_to_the_ball() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = _batch(classifier, classifier)
     for reach, fails in ((0.5, False), (1.5, True)):
-        trial = JudgedBatch(
+        judged = JudgedBatch(
             classifier, get("ste"), batch, BALL, mixes_rows=False, setting=Setting(counted=torch.arange(24) == 3)
         )
-        trial.of_rows()(batch.x[3:4] + reach * BALL.eps * (1 - 2 * (batch.x[3:4] > 0.5).float()))
+        judged.of_rows()(batch.x[3:4] + reach * BALL.eps * (1 - 2 * (batch.x[3:4] > 0.5).float()))
         if fails:
             with pytest.raises(AttackError, match="left the Linf ball"):
-                trial.finish(batch.x)
+                judged.finish(batch.x)
         else:
-            trial.finish(batch.x)
+            judged.finish(batch.x)
 
 
 class _Noisy(nn.Module):
     """Two classes by one pixel, wrong at random: always below 0, never above 1, in between in proportion."""
 
     def forward(self, x: Tensor) -> Tensor:
-        lead = x.flatten(1)[:, 0] - torch.rand(len(x))
-        return torch.stack([lead, -lead], dim=1)
+        margin = x.flatten(1)[:, 0] - torch.rand(len(x))
+        return torch.stack([margin, -margin], dim=1)
 
 
 def test_a_stochastic_target_is_wrong_where_most_draws_are() -> None:
@@ -620,8 +620,8 @@ def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point()
     x = torch.full((8, 1, 1, 1), 0.999)
     y = torch.zeros(8, dtype=torch.long)
     batch = Batch(0, x, y, x, decide_by_majority(defense, x, y, draws=9))
-    trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
-    outcome = trial.finish(ApgdAttack("margin", steps=10)(trial, torch.Generator().manual_seed(0)))
+    judged = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 0.01), setting=Setting(draws=9, eot=4))
+    outcome = judged.finish(ApgdAttack("margin", steps=10)(judged, torch.Generator().manual_seed(0)))
     assert outcome.decisions == 8 * 9 * 12
     assert outcome.forwards == 8 * (4 * 11 + 1)
     assert outcome.backwards == 8 * 4 * 10
@@ -636,16 +636,16 @@ def test_many_looks_at_a_stochastic_target_do_not_break_it_by_chance(chance: flo
     x = torch.full((20, 1, 1, 1), chance)
     y = torch.zeros(20, dtype=torch.long)
     batch = Batch(0, x, y, x, torch.tensor([[1.0, 0.0]]).expand(20, -1))
-    trial = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-6), setting=Setting(draws=9))
+    judged = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-6), setting=Setting(draws=9))
     for _ in range(40):
-        trial(x)
-    assert float(trial.finish(x).any_broken.float().mean()) == pytest.approx(broken, abs=0.11)
+        judged(x)
+    assert float(judged.finish(x).any_broken.float().mean()) == pytest.approx(broken, abs=0.11)
 
 
 def _watched(target: Any, batch: Batch, setting: Setting, surrogate: str, *, mixes_rows: bool) -> Any:
     """One APGD run with every batch that was judged, the final one last."""
-    trial = JudgedBatch(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
-    return *attacked(trial), trial
+    judged = JudgedBatch(target, get(surrogate), batch, Ball("Linf", 0.06), mixes_rows=mixes_rows, setting=setting)
+    return *attacked(judged), judged
 
 
 @pytest.mark.parametrize("kind", ["static", "solo"])
@@ -678,7 +678,7 @@ def test_in_a_batch_that_is_decided_together_what_broke_stays_and_keeps_the_othe
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
     setting = Setting(counted=batch.correct, stays=True, early_stop=True, keep=True)
-    outcome, seen, trial = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
+    outcome, seen, judged = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
     _check(outcome, _naive(hpm, batch, seen))
     broken = outcome.any_broken & batch.correct
     assert 0 < int(broken.sum()) < int(batch.correct.sum())
@@ -689,7 +689,7 @@ def test_in_a_batch_that_is_decided_together_what_broke_stays_and_keeps_the_othe
     assert outcome.forwards < moved + 24 * (1 + len(set(outcome.first_iterate[broken].tolist())))
     assert outcome.backwards < int(batch.correct.sum()) * 12
     proven = torch.zeros_like(broken)
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         proven |= finding.breaks
         assert bool((hpm(finding.x).argmax(dim=1) != batch.y)[finding.breaks].all())
     assert torch.equal(proven, broken)
@@ -699,11 +699,11 @@ def test_a_search_ends_when_nothing_stands() -> None:
     classifier = make_classifier().requires_grad_(False)
     batch = _batch(classifier, classifier)
     far = Ball("Linf", 1.0)
-    trial = JudgedBatch(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
+    judged = JudgedBatch(classifier, get("ste"), batch, far, mixes_rows=False, setting=Setting(early_stop=True))
     calls = []
-    call = trial._passes.of_batch
-    trial._passes.of_batch = lambda x, moved=None: (calls.append(len(x)), call(x, moved))[1]  # type: ignore[method-assign]
-    outcome = trial.finish(ApgdAttack("margin", steps=50)(trial, torch.Generator().manual_seed(0)))
+    call = judged._passes.of_batch
+    judged._passes.of_batch = lambda x, moved=None: (calls.append(len(x)), call(x, moved))[1]  # type: ignore[method-assign]
+    outcome = judged.finish(ApgdAttack("margin", steps=50)(judged, torch.Generator().manual_seed(0)))
     assert bool(outcome.any_broken[batch.correct].all())
     assert len(calls) == int(outcome.first_iterate[batch.correct].max()) + 1 < 51
 
@@ -721,10 +721,10 @@ def test_what_breaks_within_rounding_is_searched_for_on() -> None:
 
     x = torch.full((2, 2, 1, 1), 0.5)
     batch = Batch(0, x, torch.zeros(2, dtype=torch.long), x.flatten(1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    trial = JudgedBatch(Fixed(), get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
-    trial(x)
-    assert trial.broken.tolist() == [True, True]
-    assert trial.counted.tolist() == [True, False]
+    judged = JudgedBatch(Fixed(), get("ste"), batch, BALL, mixes_rows=False, setting=Setting(early_stop=True))
+    judged(x)
+    assert judged.broken.tolist() == [True, True]
+    assert judged.counted.tolist() == [True, False]
 
 
 def test_what_parts_of_a_batch_claim_together_is_confirmed_by_the_whole() -> None:
@@ -740,8 +740,8 @@ def test_what_parts_of_a_batch_claim_together_is_confirmed_by_the_whole() -> Non
     batch = _batch(hpm, hpm)
     counted = batch.correct & (torch.arange(24) < 12)
     setting = Setting(counted=counted, stays=True, early_stop=True, keep=True)
-    outcome, seen, trial = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
+    outcome, seen, judged = _watched(hpm, batch, setting, "soft-hybrid", mixes_rows=True)
     _check(outcome, _naive(hpm, batch, seen))
     assert outcome.forwards > int(counted.sum()) * 13 + 24  # its claims were passed again
-    for finding in trial.trace().findings:
+    for finding in judged.trace().findings:
         assert bool((hpm(finding.x).argmax(dim=1) != batch.y)[finding.breaks].all())

@@ -44,8 +44,8 @@ class Coins(nn.Module):
         clean = (z[:, 1:] == 0.5).all(dim=1)
         chance = torch.where(clean, 0.05, (z[:, 0].detach() * 20).round() / 20)
         drawn = torch.rand(len(z), generator=self.generator)
-        lead = (1 + z.mean(dim=1) + 0.01 * drawn) * torch.where(drawn < chance, -1.0, 1.0)
-        return torch.stack([lead, -lead], dim=1)
+        margin = (1 + z.mean(dim=1) + 0.01 * drawn) * torch.where(drawn < chance, -1.0, 1.0)
+        return torch.stack([margin, -margin], dim=1)
 
 
 def _coins(*chances: float, each: int) -> Samples:
@@ -221,10 +221,10 @@ def test_the_telling_draw_is_wrong_where_clearly_most_are(data: st.DataObject, h
     drawn = torch.tensor(data.draw(st.lists(st.tuples(numbers, numbers), min_size=draws, max_size=draws)))
     label = torch.tensor([data.draw(st.integers(0, 1))])
     sigmas = min(sigmas, draws**0.5 - 1e-6)  # beyond, not even all of them are clearly most
-    told = telling_draw(drawn.float().unsqueeze(1), label, sigmas=sigmas)
+    message = telling_draw(drawn.float().unsqueeze(1), label, sigmas=sigmas)
     wrong = int((drawn.argmax(dim=1) != label).sum())
     # The lower end of the Wilson interval is above 1/2 exactly where the score test rejects 1/2.
-    assert bool(told.argmax(dim=1) != label) == ((wrong / draws - 0.5) / (0.25 / draws) ** 0.5 > sigmas)
+    assert bool(message.argmax(dim=1) != label) == ((wrong / draws - 0.5) / (0.25 / draws) ** 0.5 > sigmas)
 
 
 class _Shaky(Classifier):

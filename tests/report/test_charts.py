@@ -149,9 +149,9 @@ def test_a_run_of_the_committed_cascade_that_broke_nothing_new_broke_nothing() -
 def test_the_matrix_leaves_out_what_searches_among_found_points() -> None:
     results = _cascade("joint", runs=list(FIRST))
     assert frames.transfer(results, "joint")["attack"].tolist() == ["apgd", "apgd", "spsa"]
-    told = {chart.kind: chart.caption for chart in charts(results)}
-    assert "includes what earlier runs broke" in told["transfer"]
-    assert "wrong at its start (iterate 0) does not count" in told["agreement"]
+    message = {chart.kind: chart.caption for chart in charts(results)}
+    assert "includes what earlier runs broke" in message["transfer"]
+    assert "wrong at its start (iterate 0) does not count" in message["agreement"]
 
 
 def test_batches_add_up(results: Results) -> None:
@@ -228,12 +228,12 @@ def test_odd_evidence_is_drawn(odd: dict[str, object]) -> None:
         assert chart.alt
 
 
-@pytest.mark.parametrize(("n", "told"), [(200, "batch (hollow"), (201, "batches, in order")])
-def test_many_batches_are_drawn_as_curves(n: int, told: str) -> None:
+@pytest.mark.parametrize(("n", "message"), [(200, "batch (hollow"), (201, "batches, in order")])
+def test_many_batches_are_drawn_as_curves(n: int, message: str) -> None:
     results = make_results(n, batch=1)
     (chart,) = [one for one in charts(results) if one.kind == "batches"]
     svg = to_svg(chart.figure())
-    assert any(text.startswith(told) for text in _texts(svg))
+    assert any(text.startswith(message) for text in _texts(svg))
     assert (svg.count("<use") > 4 * 200) == (n == 200)
     (axes,) = chart.figure().axes
     lines = [line.get_ydata() for line in axes.get_lines()]

@@ -133,8 +133,8 @@ def test_every_figure_has_a_text_alternative_and_its_data(page: str) -> None:
     svgs = re.findall(r'<svg role="img" aria-labelledby="([^"]+)"', page)
     assert len(svgs) == len(re.findall("<svg", page)) == 12
     for alt in svgs:
-        told = re.search(rf'<desc id="{alt}">([^<]{{40,}})</desc>', page)
-        assert told is not None, alt
+        message = re.search(rf'<desc id="{alt}">([^<]{{40,}})</desc>', page)
+        assert message is not None, alt
         assert len(_linked(page, alt.removesuffix("-alt")))
     ids = [held["id"] for _, held in Reader(page).tags if "id" in held]
     assert len(ids) == len(set(ids))

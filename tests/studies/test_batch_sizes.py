@@ -67,12 +67,16 @@ def test_sizes_that_can_not_be_are_refused_before_any_attack() -> None:
 
 
 def test_sizes_that_fit_are_taken_and_the_others_named() -> None:
-    told: list[str] = []
+    message: list[str] = []
     found = batch_size_report(
-        make_hpm(), make_samples(make_classifier(), 12), protocol=_protocol(), sizes=(1, 8, 64, 256), notify=told.append
+        make_hpm(),
+        make_samples(make_classifier(), 12),
+        protocol=_protocol(),
+        sizes=(1, 8, 64, 256),
+        notify=message.append,
     )
     assert list(found.results) == [1, 8]
-    assert told == ["there are 12 samples, so that batches of 64, 256 are left out"]
+    assert message == ["there are 12 samples, so that batches of 64, 256 are left out"]
 
 
 def test_batches_of_one_are_the_context_alone() -> None:

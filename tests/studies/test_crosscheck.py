@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from msa_eval import HPM, Results, Samples, evaluate
-from msa_eval.attacks.external import Peer
+from msa_eval.attacks.external import LibraryAttack
 from msa_eval.cli import main
 from msa_eval.evidence.folder import CROSSCHECK
 from msa_eval.protocols import load_protocol
@@ -213,12 +213,13 @@ def test_a_peer_that_fails_is_told_and_never_reads_as_nothing_found(
 ) -> None:
     from msa_eval.engine import external_runs
 
-    toy = Peer("autoattack:square", lambda model, x, y, seed, turn: x * torch.nan, gradient_free=True)
+    toy = LibraryAttack("autoattack:square", lambda model, x, y, seed, turn: x * torch.nan, gradient_free=True)
     monkeypatch.setattr(external_runs, "find", lambda name, ball, options: toy)
     result = _check(folder, *GIVEN, "--peer", "autoattack:square", "--on", "defense", "--context", "joint")
     assert result.exit_code == 1
-    told = " ".join(result.stdout.split())
+    message = " ".join(result.stdout.split())
     assert (
-        "autoattack:square through target (defense, joint): FAILED: it returned 12 points that are not finite" in told
+        "autoattack:square through target (defense, joint): FAILED: it returned 12 points that are not finite"
+        in message
     )
-    assert "broken by peers alone: 0" in told
+    assert "broken by peers alone: 0" in message

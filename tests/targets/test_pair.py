@@ -7,7 +7,7 @@ from torch import nn
 from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval.defense.contract import WholeModel
-from msa_eval.defense.micro_batches import InParts
+from msa_eval.defense.micro_batches import MicroBatched
 from msa_eval.targets.pair import make_targets
 
 SAMPLES = make_samples(make_classifier())
@@ -35,7 +35,7 @@ def test_parts_are_of_trunks_and_both_targets_move_to_the_device(monkeypatch: py
     whole = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
     parts = make_targets(make_hpm(), whole, SAMPLES, "cpu", micro_batch=3)
     defense = parts["defense"]
-    assert isinstance(defense, InParts)
+    assert isinstance(defense, MicroBatched)
     assert defense.size == 3
     assert isinstance(parts["fc"], WholeModel)
     with pytest.raises(ValueError, match="can't be passed in parts"):

@@ -313,13 +313,13 @@ def test_other_code_of_the_same_shapes_is_told(code: str, digits: Samples, tmp_p
     assert target.blueprint is not None
     out, note = tmp_path / "a.safetensors", "is not the file that a.safetensors was made from: its SHA-256 differs"
     save_checkpoint(out, target.classifier, target.blueprint, history={"target": dict(target.about)})
-    assert not any(note in told for told in load_target(out, digits, trunk=f"{code}:model").notes)
+    assert not any(note in message for message in load_target(out, digits, trunk=f"{code}:model").notes)
     (tmp_path / "other.py").write_text(textwrap.dedent(SOURCE).replace("nn.Tanh()", "nn.ReLU()"))
     other = load_target(out, digits, trunk=f"{tmp_path}/other.py:model")
-    assert any(note in told for told in other.notes)
+    assert any(note in message for message in other.notes)
     # And what is made of that in turn names the code that it came from.
     save_checkpoint(out, other.classifier, target.blueprint, history={"target": dict(other.about)})  # type: ignore[arg-type]
-    assert any(note in told for told in load_target(out, digits, trunk=f"{tmp_path}/other.py:model").notes)
+    assert any(note in message for message in load_target(out, digits, trunk=f"{tmp_path}/other.py:model").notes)
 
 
 def test_a_checkpoint_that_could_not_be_loaded_again_is_not_begun(

@@ -184,12 +184,12 @@ def test_a_missing_or_empty_file_is_found(name: str, folder: Path, hpm: HPM, sam
 
 def test_a_table_more_or_less_is_found(folder: Path, hpm: HPM, samples: Samples) -> None:
     (folder / "extra.csv").write_text("a\n1\n")
-    told = {"hashes": "extra.csv was tampered with: it does not match the hash in run.json"}
-    assert _failed(verify(folder, hpm, samples)) == told
+    message = {"hashes": "extra.csv was tampered with: it does not match the hash in run.json"}
+    assert _failed(verify(folder, hpm, samples)) == message
     _seal(folder)
     assert verify(folder, hpm, samples).passed
     (folder / "extra.csv").unlink()
-    assert _failed(verify(folder, hpm, samples)) == told
+    assert _failed(verify(folder, hpm, samples)) == message
 
 
 def _swap_labels(table: pd.DataFrame) -> None:
@@ -288,16 +288,16 @@ def _recount_by_hand(tables: dict[str, pd.DataFrame], runs: list[str]) -> None:
     where = "target == 'defense' and context == 'joint'"
     rows, outcomes = tables["samples"].query(where), tables["outcomes"].query(where)
     right = rows["clean_correct"].to_numpy(dtype=bool)
-    standing, finals = right.copy(), []
+    unbroken, finals = right.copy(), []
     for run in runs:
         part = outcomes[outcomes["run"] == run]
         ever, final = part["any_broken"].to_numpy(dtype=bool), part["final_broken"].to_numpy(dtype=bool)
         finals.append(int((right & ~final).sum()))
         at = _row(tables["attacks"], run=run)
         tables["attacks"].loc[at, ["final", "any"]] = [(right & ~final).mean(), (right & ~ever).mean()]
-        tables["attacks"].loc[at, "newly_broken"] = int((standing & ever).sum())
-        standing &= ~ever
-    counts = {"paper": min(finals), "realised": int(rows["committed_right"].sum()), "worst_case": int(standing.sum())}
+        tables["attacks"].loc[at, "newly_broken"] = int((unbroken & ever).sum())
+        unbroken &= ~ever
+    counts = {"paper": min(finals), "realised": int(rows["committed_right"].sum()), "worst_case": int(unbroken.sum())}
     for metric, count in counts.items():
         at = _row(tables["summary"], metric=metric)
         tables["summary"].loc[at, ["value", "low", "high"]] = list(metrics.rate(count, len(rows)))[:3]

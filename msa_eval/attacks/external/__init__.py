@@ -3,12 +3,22 @@
 What they return is made sound by `msa_eval.attacks.external.sanitize` before anything is made of it.
 """
 
-from msa_eval.attacks.external.adapter import Peer
-from msa_eval.attacks.external.batch_model import Seat
-from msa_eval.attacks.external.faults import Fault, PeerError, told
+from msa_eval.attacks.external.adapter import LibraryAttack
+from msa_eval.attacks.external.batch_model import BatchModel
+from msa_eval.attacks.external.faults import ExternalAttackError, Fault, describe_faults
 from msa_eval.attacks.external.libraries import LIBRARIES, find, installed, library_of
-from msa_eval.attacks.external.sanitize import Found, meet
+from msa_eval.attacks.external.sanitize import Found, run_guarded
 
 __all__ = [
-    "LIBRARIES", "Fault", "Found", "Peer", "PeerError", "Seat", "find", "installed", "library_of", "meet", "told",
+    "LIBRARIES",
+    "BatchModel",
+    "ExternalAttackError",
+    "Fault",
+    "Found",
+    "LibraryAttack",
+    "describe_faults",
+    "find",
+    "installed",
+    "library_of",
+    "run_guarded",
 ]  # fmt: skip

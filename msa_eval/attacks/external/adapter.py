@@ -1,4 +1,4 @@
-"""An attack of others, and how its options are read from a protocol."""
+"""An attack of other libraries, and how its options are read from a protocol."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Search = Callable[[nn.Module, Tensor, Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Peer:
-    """An attack of others.
+class LibraryAttack:
+    """An attack of other libraries.
 
     Attributes:
         name: ``library:attack``.
@@ -35,10 +35,10 @@ class Peer:
 
 
 def chosen(name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a peer: those given, checked, and what it takes otherwise.
+    """The options of an external attack: those given, checked, and what it takes otherwise.
 
     Args:
-        name: of the peer.
+        name: of the external attack.
         known: its options and their defaults; ``None`` stands for one that takes anything.
         given: by the protocol; a number may be a fraction such as ``"8/255"``.
 

@@ -8,36 +8,36 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import AttackedBatch
-from msa_eval.attacks.external.adapter import Peer
-from msa_eval.attacks.external.batch_model import Seat
-from msa_eval.attacks.external.sanitize import meet
+from msa_eval.attacks.external.adapter import LibraryAttack
+from msa_eval.attacks.external.batch_model import BatchModel
+from msa_eval.attacks.external.sanitize import run_guarded
 from msa_eval.defense.contract import modules_of
 
 
 @dataclass(frozen=True)
-class PeerAttack:
-    """An attack of others on whole batches.
+class ExternalAttack:
+    """An attack of other libraries on whole batches.
 
     Where rows are decided apart from each other (in ``solo``, ``alone`` and ``composed``, or by a target that ignores
     companions) it is given the samples searched for, and every row that it shows is answered, and judged, in a batch of
     its own. In ``joint`` it is given the whole batch, and moves all of it.
 
     Attributes:
-        peer: the attack.
+        library_attack: the attack.
         turn: which restart, from 0.
     """
 
-    peer: Peer
+    library_attack: LibraryAttack
     turn: int = 0
 
-    def __call__(self, trial: AttackedBatch, generator: torch.Generator) -> Tensor:
-        """Return its points, made sound; what had to be mended stands in the trial's ``faults``."""
-        batch = trial.batch
-        rows = trial.counted.nonzero().flatten() if not trial.rows_interact else torch.arange(len(batch.y))
-        seat = Seat(
-            trial.ask, batch.x, batch.y, trial.ball, classes=batch.logits.shape[1], rows=rows.to(batch.y.device),
-            parts=modules_of(trial.target),
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return its points, made sound; what had to be mended stands in the batch's ``faults``."""
+        batch = attacked.batch
+        rows = attacked.counted.nonzero().flatten() if not attacked.rows_interact else torch.arange(len(batch.y))
+        batch_model = BatchModel(
+            attacked.ask, batch.x, batch.y, attacked.ball, classes=batch.logits.shape[1], rows=rows.to(batch.y.device),
+            parts=modules_of(attacked.target),
         )  # fmt: skip
-        found = meet(self.peer, seat, seed=generator.initial_seed(), turn=self.turn)
-        trial.faults += found.faults
-        return trial.start.x.index_copy(0, seat.rows, found.x)
+        found = run_guarded(self.library_attack, batch_model, seed=generator.initial_seed(), turn=self.turn)
+        attacked.faults += found.faults
+        return attacked.start.x.index_copy(0, batch_model.rows, found.x)

@@ -11,7 +11,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external.adapter import Peer, chosen, pick
+from msa_eval.attacks.external.adapter import LibraryAttack, chosen, pick
 
 _KNOWN: Mapping[str, Mapping[str, Any]] = {
     "apgd-ce": {"steps": 100, "rho": 0.75},
@@ -24,7 +24,7 @@ _KNOWN: Mapping[str, Mapping[str, Any]] = {
 """The attacks and their options; the defaults are those of the version ``standard``."""
 
 
-def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
+def make(name: str, ball: Ball, options: Mapping[str, Any]) -> LibraryAttack:
     """One of AutoAttack's attacks, without the suite's checks of the model, which forward more batches.
 
     Where the model has fewer classes than ``targets`` asks for, all others are targets.
@@ -55,4 +55,4 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         return points
 
     # FAB's only restart starts at the clean images, so its seed changes nothing.
-    return Peer(f"autoattack:{name}", search, kind == "square", not kind.startswith("fab"), given)
+    return LibraryAttack(f"autoattack:{name}", search, kind == "square", not kind.startswith("fab"), given)

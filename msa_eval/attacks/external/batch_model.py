@@ -1,8 +1,8 @@
-"""What a peer is given as the model: a seat in the batch.
+"""What an external attack is given as the model.
 
 Peers leave out images that they have broken, show several points of one image at once, change modes, and write into
-what they are given. A seat has no weights and no parts, so there is nothing to change; each image is answered in its
-place in the whole batch, beside the others where they were seen last; and what is handed out is a copy.
+what they are given. A batch model has no weights and no parts, so there is nothing to change; each image is answered in
+its place in the whole batch, beside the others where they were seen last; and what is handed out is a copy.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball, per_image
-from msa_eval.attacks.external.faults import PeerError
-from msa_eval.attacks.losses import margin
+from msa_eval.attacks.external.faults import ExternalAttackError
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.randomness import Chance
 
 Ask = Callable[[Tensor, Tensor], Tensor]
 """``(batch (B, C, H, W), rows (B,)) -> logits (B, k)``: the whole batch, of which these rows' answers are wanted."""
 
 
-class Seat(nn.Module):
+class BatchModel(nn.Module):
     """A model as seen from one batch.
 
     Args:
@@ -30,7 +30,7 @@ class Seat(nn.Module):
         y: its labels ``(B,)``.
         ball: the perturbation set.
         classes: k.
-        rows: places of the images that the peer is given ``(n,)``; all by default.
+        rows: places of the images that the external attack is given ``(n,)``; all by default.
         parts: the model's own modules, whose modes are held as they are.
 
     Attributes:
@@ -51,7 +51,7 @@ class Seat(nn.Module):
         self._faults: set[str] = set()
         self.chance: Chance | None = None
         self._ask = ask
-        self._lead = torch.full(y.shape, torch.inf, device=x.device)
+        self._margin = torch.full(y.shape, torch.inf, device=x.device)
         # In a tuple, or they would become parts of this module.
         self._modes = [(part, part.training) for one in parts for part in one.modules()]
         self._handed: Tensor | None = None
@@ -62,15 +62,15 @@ class Seat(nn.Module):
         """Logits ``(n, k)`` of images ``(n, C, H, W)``.
 
         Raises:
-            PeerError: when they are not finite.
+            ExternalAttackError: when they are not finite.
         """
         self.hold()
         if x.ndim != self.clean.ndim or x.shape[1:] != self.clean.shape[1:]:
-            raise PeerError(
+            raise ExternalAttackError(
                 f"it showed the model images of shape {tuple(x.shape)}, but the batch's are {tuple(self.clean.shape)}"
             )
         if not bool(torch.isfinite(x.detach()).all()):
-            raise PeerError("it showed the model images that are not finite")
+            raise ExternalAttackError("it showed the model images that are not finite")
         with torch.inference_mode(False):
             x = (x.clone() if x.is_inference() else x).to(self.clean)
             if self.chance is None:
@@ -79,7 +79,7 @@ class Seat(nn.Module):
                 return self._hand_out(self._answer(x))
 
     def hold(self) -> None:
-        """Notice whether the peer wrote into the logits or changed a mode, and put the modes back."""
+        """Notice whether the external attack wrote into the logits or changed a mode, and put the modes back."""
         if self._handed is not None and self._handed._version != self._version:
             self._faults.add("logits")
         changed = [(part, mode) for part, mode in self._modes if part.training != mode]
@@ -115,7 +115,7 @@ class Seat(nn.Module):
         return torch.cat(answers)[torch.cat(order).argsort()]
 
     def _places(self, x: Tensor) -> Tensor:
-        """Whose points these are ``(n,)``: all that the peer was given, or each the nearest clean image's."""
+        """Whose points these are ``(n,)``: all that the attack was given, or each the nearest clean image's."""
         if len(x) == len(self.rows):
             return self.rows
         near = torch.cdist(x.flatten(1), self.clean[self.rows].flatten(1), p=torch.inf)
@@ -123,9 +123,9 @@ class Seat(nn.Module):
 
     def _prefer(self, logits: Tensor, asked: Tensor) -> None:
         """Keep each image's point that the model likes least, of those inside the ball."""
-        lead = -margin(logits.float(), self.y)
-        lower = asked & (lead < self._lead) & (self.ball.excess(self.last, self.clean) <= 0)
-        self._lead = torch.where(lower, lead, self._lead)
+        margin = -margin_loss(logits.float(), self.y)
+        lower = asked & (margin < self._margin) & (self.ball.excess(self.last, self.clean) <= 0)
+        self._margin = torch.where(lower, margin, self._margin)
         self.best = torch.where(per_image(lower, self.last), self.last, self.best)
 
 

@@ -1,4 +1,4 @@
-"""What attacks of others do and should not: the kinds of faults, and how each is told."""
+"""What attacks of other libraries do and should not: the kinds of faults, and how each is told."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LOUD = ("outside", "dtype", "rounded", "mode")
 """Those that a table tells; the others are an attack's habit, and change nothing here."""
 
 
-class PeerError(RuntimeError):
-    """An attack of others failed in a way that must never read as robustness."""
+class ExternalAttackError(RuntimeError):
+    """An attack of other libraries failed in a way that must never read as robustness."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Fault:
     detail: str = ""
 
 
-def told(faults: Iterable[Fault]) -> tuple[str, ...]:
+def describe_faults(faults: Iterable[Fault]) -> tuple[str, ...]:
     """Faults in words, each after its kind, those of one kind added up.
 
-    >>> told([Fault("outside", 2, 0.5), Fault("outside", 1, 0.25)])
+    >>> describe_faults([Fault("outside", 2, 0.5), Fault("outside", 1, 0.25)])
     ('outside: 3 points left the ball by up to 0.5 and were projected',)
     """
     merged: dict[tuple[str, str], Fault] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external.adapter import Peer, chosen, options_of, pick
+from msa_eval.attacks.external.adapter import LibraryAttack, chosen, options_of, pick
 
 _NO_GRADIENT = ("Noise", "Boundary", "HopSkipJump", "Pointwise", "GenAttack", "SpatialAttack", "Contrast", "Inversion",
                 "Blur", "Binarization")  # fmt: skip
@@ -28,7 +28,7 @@ _CHANCE = (
 )
 
 
-def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
+def make(name: str, ball: Ball, options: Mapping[str, Any]) -> LibraryAttack:
     """One of foolbox's attacks; its points clipped to the radius, as foolbox returns them.
 
     With ``targeted = true`` it is driven towards the likeliest other class, in a next restart towards the one after.
@@ -63,7 +63,7 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
 
     starts = targeted or bool(given.get("random_start")) or any(part in name for part in _CHANCE)
     gradient_free = any(part in name for part in _NO_GRADIENT)
-    return Peer(f"foolbox:{name}", search, gradient_free, starts, {**given, "targeted": targeted})
+    return LibraryAttack(f"foolbox:{name}", search, gradient_free, starts, {**given, "targeted": targeted})
 
 
 def _kinds() -> list[str]:

@@ -1,6 +1,6 @@
-"""Attacks of others, behind guards: pyautoattack, torchattacks and foolbox.
+"""Attacks of other libraries, behind guards: pyautoattack, torchattacks and foolbox.
 
-A *peer* is run on a *seat*, which stands for the model and answers each image in its place in the whole batch, and what
+An attack is run on a `BatchModel`, which answers each image in its place in the whole batch, and what
 it returns is held to the ball, the box and float32 before anybody judges it (see
 `msa_eval.attacks.external.sanitize`). A library is imported when one of its attacks is asked for, and not before.
 """
@@ -15,23 +15,23 @@ from types import ModuleType
 from typing import Any
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external.adapter import Peer
-from msa_eval.attacks.external.batch_model import Seat
-from msa_eval.attacks.external.faults import Fault, PeerError, told
-from msa_eval.attacks.external.sanitize import Found, meet
+from msa_eval.attacks.external.adapter import LibraryAttack
+from msa_eval.attacks.external.batch_model import BatchModel
+from msa_eval.attacks.external.faults import ExternalAttackError, Fault, describe_faults
+from msa_eval.attacks.external.sanitize import Found, run_guarded
 
 __all__ = [
     "LIBRARIES",
+    "BatchModel",
+    "ExternalAttackError",
     "Fault",
     "Found",
-    "Peer",
-    "PeerError",
-    "Seat",
+    "LibraryAttack",
+    "describe_faults",
     "find",
     "installed",
     "library_of",
-    "meet",
-    "told",
+    "run_guarded",
 ]
 
 LIBRARIES: Mapping[str, tuple[str, str]] = {
@@ -55,7 +55,7 @@ def installed(library: str) -> str | None:
 
 
 def library_of(name: str) -> str:
-    """The library of a peer's name.
+    """The library of an external attack's name.
 
     Raises:
         ValueError: when there is none of that name, or no attack is named.
@@ -71,8 +71,8 @@ def library_of(name: str) -> str:
     return library
 
 
-def find(name: str, ball: Ball, options: Mapping[str, Any] | None = None) -> Peer:
-    """An attack of others, ready to be run.
+def find(name: str, ball: Ball, options: Mapping[str, Any] | None = None) -> LibraryAttack:
+    """An attack of other libraries, ready to be run.
 
     Args:
         name: ``library:attack``, such as ``autoattack:fab-t``, ``torchattacks:PGD`` or ``foolbox:LinfPGD``.
@@ -83,8 +83,8 @@ def find(name: str, ball: Ball, options: Mapping[str, Any] | None = None) -> Pee
         ValueError: when there is no such attack or option, or the library is not installed.
     """
     library = library_of(name)
-    peer: Peer = _adapter(library).make(name.partition(":")[2], ball, options or {})
-    return peer
+    library_attack: LibraryAttack = _adapter(library).make(name.partition(":")[2], ball, options or {})
+    return library_attack
 
 
 def _adapter(library: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Guards around an attack of others: what it may not do is undone, and told.
+"""Guards around an attack of other libraries: what it may not do is undone, and told.
 
 Some attacks return clean images as adversarial ones, change a model's mode, round to float16 or to whole grey levels,
 seed the global generators, write into the logits they are given, or leave the ball. None of that may reach a verdict.
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import per_image
-from msa_eval.attacks.external.adapter import Peer
-from msa_eval.attacks.external.batch_model import Seat
-from msa_eval.attacks.external.faults import Fault, PeerError
+from msa_eval.attacks.external.adapter import LibraryAttack
+from msa_eval.attacks.external.batch_model import BatchModel
+from msa_eval.attacks.external.faults import ExternalAttackError, Fault
 from msa_eval.randomness import Chance
 
 
 class Found(NamedTuple):
-    """What a peer returned, made sound.
+    """What an external attack returned, made sound.
 
     Attributes:
         x: points ``(n, C, H, W)`` inside the ball and the box, in float32.
@@ -35,41 +35,41 @@ class Found(NamedTuple):
     faults: tuple[Fault, ...]
 
 
-def meet(peer: Peer, seat: Seat, *, seed: int, turn: int = 0) -> Found:
-    """Run a peer on the images of a seat.
+def run_guarded(library_attack: LibraryAttack, batch_model: BatchModel, *, seed: int, turn: int = 0) -> Found:
+    """Run an external attack on the images of a batch model.
 
     The generators of torch, NumPy and Python are seeded for it and put back; the model draws from its own streams
-    meanwhile, whatever the peer does to the global ones.
+    meanwhile, whatever the external attack does to the global ones.
 
     Args:
-        peer: the attack.
-        seat: what it is given as the model.
+        library_attack: the attack.
+        batch_model: what it is given as the model.
         seed: of all it draws.
         turn: counts its restarts from 0.
 
     Raises:
-        PeerError: when it fails, or returns no points of the images' shape, or points that are not finite.
+        ExternalAttackError: when it fails, or returns no points of the images' shape, or points that are not finite.
     """
-    x, y = seat.clean[seat.rows], seat.y[seat.rows]
+    x, y = batch_model.clean[batch_model.rows], batch_model.y[batch_model.rows]
     seed = seed % 2**32  # as much as NumPy takes
     with Chance(seed, x.device) as chance, _quiet():
-        seat.chance = chance
+        batch_model.chance = chance
         try:
-            points = peer.search(seat, x.clone(), y.clone(), seed, turn)
+            points = library_attack.search(batch_model, x.clone(), y.clone(), seed, turn)
         finally:
-            seat.chance = None
-            seat.hold()
-    faults = [Fault(kind, 1) for kind in seat.noticed()]
+            batch_model.chance = None
+            batch_model.hold()
+    faults = [Fault(kind, 1) for kind in batch_model.noticed()]
     faults += [Fault("seed", 1)] if chance.seeded else []
-    points, mended = _sound(points, seat, x)
+    points, mended = _sound(points, batch_model, x)
     return Found(points, (*faults, *mended))
 
 
-def _sound(points: Any, seat: Seat, x: Tensor) -> tuple[Tensor, list[Fault]]:
-    """Bring what a peer returned into float32, the ball and the box, and put points in the place of clean images."""
+def _sound(points: Any, batch_model: BatchModel, x: Tensor) -> tuple[Tensor, list[Fault]]:
+    """Bring what an attack returned into float32, the ball and the box, and put points in the place of clean images."""
     if not isinstance(points, Tensor) or points.shape != x.shape:
         came = f"a tensor of shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
-        raise PeerError(f"it returned {came} for images of shape {tuple(x.shape)}")
+        raise ExternalAttackError(f"it returned {came} for images of shape {tuple(x.shape)}")
     faults = []
     points = points.detach()
     if points.dtype != x.dtype:
@@ -79,16 +79,20 @@ def _sound(points: Any, seat: Seat, x: Tensor) -> tuple[Tensor, list[Fault]]:
     points = points.to(x).clone()
     if not bool(torch.isfinite(points).all()):
         broken = int((~torch.isfinite(points).flatten(1).all(dim=1)).sum())
-        raise PeerError(f"it returned {broken} points that are not finite")
+        raise ExternalAttackError(f"it returned {broken} points that are not finite")
     moved = (points != x).flatten(1).any(dim=1)
-    if bool(moved.any()) and bool(_on_grid(points[moved])) and not bool(_on_grid(seat.last[seat.rows][moved])):
+    if (
+        bool(moved.any())
+        and bool(_on_grid(points[moved]))
+        and not bool(_on_grid(batch_model.last[batch_model.rows][moved]))
+    ):
         faults.append(Fault("rounded", int(moved.sum())))
-    excess = seat.ball.excess(points, x)
+    excess = batch_model.ball.excess(points, x)
     outside = excess > 0
     if bool(outside.any()):
         faults.append(Fault("outside", int(outside.sum()), float(excess.max())))
-        points = torch.where(per_image(outside, points), seat.ball.project(points, x), points)
-    best = seat.best[seat.rows]
+        points = torch.where(per_image(outside, points), batch_model.ball.project(points, x), points)
+    best = batch_model.best[batch_model.rows]
     shown = (best != x).flatten(1).any(dim=1)
     still = {"clean": int((~moved & shown).sum()), "unmoved": int((~moved & ~shown).sum())}
     faults += [Fault(kind, count) for kind, count in still.items() if count]

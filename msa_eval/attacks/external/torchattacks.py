@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external.adapter import Peer, chosen, options_of, pick
+from msa_eval.attacks.external.adapter import LibraryAttack, chosen, options_of, pick
 
 _OURS = ("self", "model", "eps", "max_epsilon", "norm", "seed", "verbose", "n_classes")
 """What the adapter gives: the model, the ball, the seed and the number of classes."""
@@ -22,7 +22,7 @@ _NO_CHANCE = ("VANILA", "FGSM", "BIM", "MIFGSM", "NIFGSM", "SINIFGSM", "PIFGSM",
               "EADL1", "EADEN")  # fmt: skip
 
 
-def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
+def make(name: str, ball: Ball, options: Mapping[str, Any]) -> LibraryAttack:
     """One of torchattacks' attacks.
 
     Its step size ``alpha``, which is meant for a radius of 8/255, is 2.5 radii over the number of steps by default.
@@ -49,4 +49,4 @@ def make(name: str, ball: Ball, options: Mapping[str, Any]) -> Peer:
         return points
 
     starts = name not in _NO_CHANCE or bool(given.get("random_start"))
-    return Peer(f"torchattacks:{name}", search, name in _NO_GRADIENT, starts, given)
+    return LibraryAttack(f"torchattacks:{name}", search, name in _NO_GRADIENT, starts, given)

@@ -21,8 +21,8 @@ def draw_agreement(data: pd.DataFrame) -> Figure:
             axes.barh(y, rows["broken"], height=0.7, color=COLOURS[target], alpha=0.45, linewidth=0)
             axes.barh(y, rows["only"], height=0.7, color=COLOURS[target])
             for place, row in enumerate(rows.to_dict(orient="records")):
-                told = f"{row['broken']}" + (f" ({row['only']} alone)" if row["only"] else "")
-                axes.text(row["broken"] + 0.01 * most, place, told, va="center", fontsize=6)
+                described = f"{row['broken']}" + (f" ({row['only']} alone)" if row["only"] else "")
+                axes.text(row["broken"] + 0.01 * most, place, described, va="center", fontsize=6)
             axes.set_yticks(y, [label(run) for run in rows["run"]])
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_xlim(0, 1.25 * most)
@@ -35,8 +35,8 @@ def draw_agreement(data: pd.DataFrame) -> Figure:
 
 def tell_agreement(data: pd.DataFrame) -> str:
     """The runs in words."""
-    told = [
+    described = [
         f"{NAMES[row['target']]}, {row['run']}: broke {row['broken']}, {row['only']} of them alone"
         for row in data.to_dict(orient="records")
     ]
-    return "; ".join(told) + "."
+    return "; ".join(described) + "."

@@ -38,8 +38,8 @@ def draw_ranked(axes: Axes, rows: pd.DataFrame, number: int, colour: str, name: 
     """The rows of many classes or batches as a curve, from the lowest up."""
     for metric, dash in (("clean", "--"), ("worst_case", "-")):
         values = rows[metric].sort_values().reset_index(drop=True)
-        told = name if metric == "worst_case" else None
-        axes.plot(values.index + 1, values, dash, color=colour, linewidth=1.2 - 0.3 * number, label=told)
+        described = name if metric == "worst_case" else None
+        axes.plot(values.index + 1, values, dash, color=colour, linewidth=1.2 - 0.3 * number, label=described)
 
 
 def stacked_panels(rows: list[int], *, row: float, top: float = 0.6) -> tuple[Figure, list[Axes]]:

@@ -36,10 +36,10 @@ def draw_batches(data: pd.DataFrame) -> Figure:
 
 def tell_batches(data: pd.DataFrame) -> str:
     """The batches in words."""
-    told = []
+    described = []
     for target, rows in data.groupby("target", sort=False):
         low, high = rows["worst_case"].min(), rows["worst_case"].max()
-        told.append(
+        described.append(
             f"{NAMES[str(target)]}: worst case between {percent(low)} % and {percent(high)} % over {len(rows)} batches"
         )
-    return "; ".join(told) + "."
+    return "; ".join(described) + "."

@@ -48,7 +48,7 @@ def _draw_dumbbells(axes: Axes, rows: pd.DataFrame, number: int, colour: str, na
 
 def tell_classes(data: pd.DataFrame) -> str:
     """The classes in words: all of a few, the ends of many."""
-    told = []
+    described = []
     for target, rows in data.groupby("target", sort=False):
         ranked = rows.sort_values("worst_case", kind="stable")
         if len(rows) > FEW_CLASSES:
@@ -57,5 +57,5 @@ def tell_classes(data: pd.DataFrame) -> str:
             f"class {row['label']} clean {percent(row['clean'])} %, worst case {percent(row['worst_case'])} %"
             for row in ranked.to_dict(orient="records")
         ]
-        told.append(f"{NAMES[str(target)]}, from the weakest: {'; '.join(each)}")
-    return ". ".join(told) + "."
+        described.append(f"{NAMES[str(target)]}, from the weakest: {'; '.join(each)}")
+    return ". ".join(described) + "."

@@ -68,13 +68,13 @@ def _draw_curves(
 
 def tell_spending(data: pd.DataFrame) -> str:
     """The curves in words."""
-    told = []
+    described = []
     for target, rows in data.groupby("target", sort=False):
         first, last = rows.iloc[0], rows.iloc[-1]
         half = rows[rows["worst_case"] <= (first["worst_case"] + last["worst_case"]) / 2]
         halfway = f", half of the fall by {half['passes'].iloc[0]:.0f} passes" if len(half) else ""
-        told.append(
+        described.append(
             f"{NAMES[str(target)]}: from {percent(first['worst_case'])} % to {percent(last['worst_case'])} % after "
             f"{last['passes']:.0f} passes a sample{halfway}"
         )
-    return "; ".join(told) + "."
+    return "; ".join(described) + "."

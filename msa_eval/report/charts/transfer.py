@@ -56,9 +56,9 @@ def _loss(row: Mapping[Hashable, Any]) -> str:
 
 def tell_transfer(data: pd.DataFrame) -> str:
     """The matrix in words."""
-    told = [
+    described = [
         f"{NAMES[row['target']]}, {row['surrogate']} with {_loss(row)}: target {percent(row['target_accuracy'])} %, "
         f"surrogate {percent(row['surrogate_accuracy'])} %"
         for row in data.to_dict(orient="records")
     ]
-    return "; ".join(told) + "."
+    return "; ".join(described) + "."

@@ -58,12 +58,12 @@ def _folded(rows: pd.DataFrame) -> list[tuple[str, float, float, int]]:
 
 def tell_waterfall(data: pd.DataFrame) -> str:
     """The waterfall in words."""
-    told = []
+    described = []
     for target, rows in data.groupby("target", sort=False):
         first, *runs, last = rows.to_dict(orient="records")
         steps = [f"{row['step']} breaks {row['broken']} more" for row in runs if row["broken"]]
-        told.append(
+        described.append(
             f"{NAMES[str(target)]}: clean {percent(first['after'])} %, {', '.join(steps) or 'no run breaks a sample'}, "
             f"worst case {percent(last['after'])} %"
         )
-    return "; ".join(told) + "."
+    return "; ".join(described) + "."

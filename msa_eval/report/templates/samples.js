@@ -103,10 +103,10 @@
   const pager = element("div", null, { class: "controls" });
   const back = element("button", "Previous", { type: "button" });
   const forward = element("button", "Next", { type: "button" });
-  const told = element("span", null, { role: "status" });
+  const sentence = element("span", null, { role: "status" });
   back.addEventListener("click", () => { state.page -= 1; show(); });
   forward.addEventListener("click", () => { state.page += 1; show(); });
-  pager.append(back, told, forward);
+  pager.append(back, sentence, forward);
   const show = () => {
     const found = rows.filter(matches);
     if (state.sort) found.sort(compare);
@@ -117,7 +117,7 @@
       for (const [key] of COLUMNS) line.append(element("td", row[key] === null ? "\u2013" : row[key], { class: isText(key) ? "text" : "" }));
       return line;
     }));
-    told.textContent = found.length ? `${first + 1}\u2013${first + shown.length} of ${found.length} rows` : "no row fits";
+    sentence.textContent = found.length ? `${first + 1}\u2013${first + shown.length} of ${found.length} rows` : "no row fits";
     back.disabled = state.page === 0;
     forward.disabled = first + PAGE >= found.length;
   };

@@ -11,7 +11,7 @@ from toys import make_classifier, make_samples
 
 from msa_eval import Samples
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.external import LIBRARIES, Found, Seat, find, installed, meet
+from msa_eval.attacks.external import LIBRARIES, BatchModel, Found, find, installed, run_guarded
 
 BALL = Ball("Linf", 0.06)
 SEED = 11
@@ -40,10 +40,10 @@ def samples(model: nn.Module) -> Samples:
     return make_samples(model, N, shape=(3, 6, 6))
 
 
-def _meet(name: str, model: nn.Module, samples: Samples, *, ball: Ball = BALL, seed: int = SEED, turn: int = 0,
-          **options: Any) -> tuple[Found, Seat]:  # fmt: skip
-    seat = Seat(lambda x, rows: model(x), samples.x, samples.y, ball, classes=5)
-    return meet(find(name, ball, options), seat, seed=seed, turn=turn), seat
+def _run_guarded(name: str, model: nn.Module, samples: Samples, *, ball: Ball = BALL, seed: int = SEED, turn: int = 0,
+          **options: Any) -> tuple[Found, BatchModel]:  # fmt: skip
+    batch_model = BatchModel(lambda x, rows: model(x), samples.x, samples.y, ball, classes=5)
+    return run_guarded(find(name, ball, options), batch_model, seed=seed, turn=turn), batch_model
 
 
 def _wrong(model: nn.Module, points: Tensor, y: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def test_autoattack_finds_the_points_that_it_finds_by_itself(
     suite.square.n_queries = 200
     with torch.random.fork_rng():
         direct = suite.run_standard_evaluation(samples.x.clone(), samples.y.clone(), batch_size=N)[0]
-    found, _ = _meet(name=f"autoattack:{name}", model=model, samples=samples, ball=ball, **AUTOATTACK[name])
+    found, _ = _run_guarded(name=f"autoattack:{name}", model=model, samples=samples, ball=ball, **AUTOATTACK[name])
     moved = (direct != samples.x).flatten(1).any(dim=1)
     assert 2 < moved.sum() < N
     assert torch.equal(found.x[moved], direct[moved])
@@ -82,7 +82,7 @@ def test_autoattack_finds_the_points_that_it_finds_by_itself(
 @pytest.mark.parametrize("name", ["apgd-t", "square"])
 def test_autoattack_starts_elsewhere_with_another_seed(name: str, model: nn.Module, samples: Samples) -> None:
     first, again, other = (
-        _meet(
+        _run_guarded(
             f"autoattack:{name}", model, samples, seed=seed, **({"queries": 50} if name == "square" else {"steps": 5})
         )
         for seed in (1, 1, 2)
@@ -92,15 +92,15 @@ def test_autoattack_starts_elsewhere_with_another_seed(name: str, model: nn.Modu
 
 
 def test_fab_draws_nothing_and_says_so(model: nn.Module, samples: Samples) -> None:
-    first, other = (_meet("autoattack:fab-t", model, samples, seed=seed, steps=10)[0] for seed in (1, 2))
+    first, other = (_run_guarded("autoattack:fab-t", model, samples, seed=seed, steps=10)[0] for seed in (1, 2))
     assert torch.equal(first.x, other.x)
     assert not find("autoattack:fab-t", BALL).starts
 
 
 def test_steps_and_targets_cost_what_they_should(model: nn.Module, samples: Samples) -> None:
-    few, many = (_meet("autoattack:apgd-t", model, samples, steps=10, targets=n)[1].images for n in (1, 4))
+    few, many = (_run_guarded("autoattack:apgd-t", model, samples, steps=10, targets=n)[1].images for n in (1, 4))
     assert few < many <= N + 4 * N * 11
-    few, many = (_meet("autoattack:apgd-ce", model, samples, steps=n)[1].images for n in (10, 30))
+    few, many = (_run_guarded("autoattack:apgd-ce", model, samples, steps=n)[1].images for n in (10, 30))
     right = int((~_wrong(model, samples.x, samples.y)).sum())
     assert (few, many) == (N + 11 * right, N + 31 * right)
 
@@ -127,7 +127,7 @@ def test_torchattacks_finds_the_points_that_it_finds_by_itself(
     name: str, options: dict[str, Any], model: nn.Module, samples: Samples
 ) -> None:
     peer = pytest.importorskip("torchattacks")
-    found, seat = _meet(f"torchattacks:{name}", model, samples, **options)
+    found, batch_model = _run_guarded(f"torchattacks:{name}", model, samples, **options)
     used = {option: 2 / 255 if value == "2/255" else value for option, value in options.items()}
     steps = options.get("steps", 10)
     if name in ("PGD", "Jitter", "VMIFGSM"):
@@ -142,7 +142,7 @@ def test_torchattacks_finds_the_points_that_it_finds_by_itself(
     inside = BALL.excess(direct, samples.x) <= 0
     assert inside.all()
     assert torch.equal(found.x[moved], direct[moved])
-    assert seat.images > 0
+    assert batch_model.images > 0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_foolbox_finds_the_points_that_it_finds_by_itself(
     name: str, options: dict[str, Any], model: nn.Module, samples: Samples
 ) -> None:
     peer = pytest.importorskip("foolbox")
-    found, seat = _meet(f"foolbox:{name}", model, samples, turn=1, **options)
+    found, batch_model = _run_guarded(f"foolbox:{name}", model, samples, turn=1, **options)
     given = dict(options)
     criterion = peer.Misclassification(samples.y)
     if given.pop("targeted", False):
@@ -171,7 +171,7 @@ def test_foolbox_finds_the_points_that_it_finds_by_itself(
     moved = (direct != samples.x).flatten(1).any(dim=1)
     assert moved.sum() > 3
     assert torch.equal(found.x[moved], direct[moved])
-    assert seat.images > 0
+    assert batch_model.images > 0
 
 
 def test_torchattacks_names_and_options_are_checked() -> None:
@@ -197,6 +197,6 @@ def test_foolbox_names_and_options_are_checked() -> None:
 
 def test_torchattacks_leaves_the_ball_and_is_told(model: nn.Module, samples: Samples) -> None:
     pytest.importorskip("torchattacks")
-    found, _ = _meet("torchattacks:CW", model, samples, steps=50)
+    found, _ = _run_guarded("torchattacks:CW", model, samples, steps=50)
     assert any(fault.kind == "outside" and fault.count > 0 for fault in found.faults)
     assert not BALL.excess(found.x, samples.x).any()

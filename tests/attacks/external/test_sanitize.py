@@ -13,8 +13,17 @@ from toys import make_hpm, make_samples
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.external import Fault, Found, Peer, PeerError, Seat, find, meet, told
-from msa_eval.attacks.external.attack import PeerAttack
+from msa_eval.attacks.external import (
+    BatchModel,
+    ExternalAttackError,
+    Fault,
+    Found,
+    LibraryAttack,
+    describe_faults,
+    find,
+    run_guarded,
+)
+from msa_eval.attacks.external.attack import ExternalAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.outcomes import Outcome
@@ -48,24 +57,24 @@ def _case() -> tuple[JudgedBatch, Batch]:
     return JudgedBatch(hpm, FC_ORACLE, batch, BALL), batch
 
 
-def _peer(search: Toy) -> Peer:
-    return Peer("toy:attack", lambda model, x, y, seed, turn: search(model, x, y))
+def _peer(search: Toy) -> LibraryAttack:
+    return LibraryAttack("toy:attack", lambda model, x, y, seed, turn: search(model, x, y))
 
 
-def _seat(trial: JudgedBatch, batch: Batch, *, rows: Tensor | None = None, ball: Ball = BALL) -> Seat:
-    parts = [trial.target] if isinstance(trial.target, nn.Module) else []
-    return Seat(trial.ask, batch.x, batch.y, ball, classes=4, rows=rows, parts=parts)
+def _batch_model(judged: JudgedBatch, batch: Batch, *, rows: Tensor | None = None, ball: Ball = BALL) -> BatchModel:
+    parts = [judged.target] if isinstance(judged.target, nn.Module) else []
+    return BatchModel(judged.ask, batch.x, batch.y, ball, classes=4, rows=rows, parts=parts)
 
 
-def _meet(search: Toy) -> tuple[Found, JudgedBatch, Batch]:
-    trial, batch = _case()
-    return meet(_peer(search), _seat(trial, batch), seed=SEED), trial, batch
+def _run_guarded(search: Toy) -> tuple[Found, JudgedBatch, Batch]:
+    judged, batch = _case()
+    return run_guarded(_peer(search), _batch_model(judged, batch), seed=SEED), judged, batch
 
 
 def _run(search: Toy) -> tuple[Outcome, Batch]:
-    trial, batch = _case()
-    attack = PeerAttack(_peer(search))
-    return trial.finish(attack(trial, torch.Generator().manual_seed(0))), batch
+    judged, batch = _case()
+    attack = ExternalAttack(_peer(search))
+    return judged.finish(attack(judged, torch.Generator().manual_seed(0))), batch
 
 
 def _kinds(found: Found) -> set[str]:
@@ -73,7 +82,7 @@ def _kinds(found: Found) -> set[str]:
 
 
 def test_a_peer_without_faults_is_left_alone() -> None:
-    found, _, batch = _meet(_fgsm)
+    found, _, batch = _run_guarded(_fgsm)
     assert found.faults == ()
     expected = _fgsm(make_hpm().fc_target, batch.x.clone(), batch.y)
     assert torch.equal(found.x, expected)
@@ -89,7 +98,7 @@ def test_clean_images_give_way_to_what_was_shown() -> None:
         returned.append(torch.where(fooled.view(-1, 1, 1, 1), points, x))
         return returned[0]
 
-    found, _, batch = _meet(only_if_fooled)
+    found, _, batch = _run_guarded(only_if_fooled)
     shown = _fgsm(make_hpm().fc_target, batch.x.clone(), batch.y, 0.01)
     clean = (returned[0] == batch.x).flatten(1).all(dim=1)
     assert clean.sum() > 4
@@ -98,14 +107,14 @@ def test_clean_images_give_way_to_what_was_shown() -> None:
 
 
 def test_clean_images_never_shown_otherwise_are_counted() -> None:
-    found, _, batch = _meet(lambda model, x, y: x)
+    found, _, batch = _run_guarded(lambda model, x, y: x)
     assert found.faults == (Fault("unmoved", 10),)
     assert torch.equal(found.x, batch.x)
 
 
 def test_a_flipped_mode_is_put_back_before_anybody_is_answered() -> None:
-    trial, batch = _case()
-    target = trial.target
+    judged, batch = _case()
+    target = judged.target
     assert isinstance(target, nn.Module)
     seen: list[bool] = []
     handle = target.trunk.register_forward_pre_hook(lambda module, _: seen.append(module.training))
@@ -114,7 +123,7 @@ def test_a_flipped_mode_is_put_back_before_anybody_is_answered() -> None:
         target.train()
         return _fgsm(model, x, y)
 
-    found = meet(_peer(reaches_in), _seat(trial, batch), seed=SEED)
+    found = run_guarded(_peer(reaches_in), _batch_model(judged, batch), seed=SEED)
     handle.remove()
     assert _kinds(found) == {"mode"}
     assert len(seen) == 2
@@ -126,21 +135,21 @@ def test_a_flipped_mode_is_put_back_before_anybody_is_answered() -> None:
         model.train()
         return points
 
-    found, trial, _ = _meet(flips_the_seat)
+    found, judged, _ = _run_guarded(flips_the_seat)
     assert _kinds(found) == {"mode"}
-    assert isinstance(trial.target, nn.Module)
-    assert not trial.target.training
+    assert isinstance(judged.target, nn.Module)
+    assert not judged.target.training
 
 
 def test_a_seat_has_nothing_to_change() -> None:
-    seat = _seat(*_case())
-    assert list(seat.children()) == list(seat.parameters()) == list(seat.buffers()) == []
+    batch_model = _batch_model(*_case())
+    assert list(batch_model.children()) == list(batch_model.parameters()) == list(batch_model.buffers()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.uint8])
 def test_other_types_are_converted_and_told(dtype: torch.dtype) -> None:
     scale = 255 if dtype == torch.uint8 else 1
-    found, _, batch = _meet(lambda model, x, y: (_fgsm(model, x, y) * scale).to(dtype))
+    found, _, batch = _run_guarded(lambda model, x, y: (_fgsm(model, x, y) * scale).to(dtype))
     assert found.x.dtype == torch.float32
     assert Fault("dtype", 10, detail=str(dtype)[6:]) in found.faults
     assert not BALL.excess(found.x, batch.x).any()
@@ -149,13 +158,13 @@ def test_other_types_are_converted_and_told(dtype: torch.dtype) -> None:
 
 
 def test_whole_grey_levels_are_noticed() -> None:
-    found, _, _ = _meet(lambda model, x, y: (_fgsm(model, x, y) * 255).to(torch.uint8).float() / 255)
+    found, _, _ = _run_guarded(lambda model, x, y: (_fgsm(model, x, y) * 255).to(torch.uint8).float() / 255)
     assert "rounded" in _kinds(found)
     # Images of whole grey levels and a step of a few of them are nobody's fault.
-    trial, batch = _case()
+    judged, batch = _case()
     x = (batch.x * 255).round() / 255
-    seat = Seat(trial.ask, x, batch.y, Ball("Linf", 16 / 255), classes=4)
-    found = meet(_peer(lambda model, x, y: _fgsm(model, x, y, 16 / 255)), seat, seed=SEED)
+    batch_model = BatchModel(judged.ask, x, batch.y, Ball("Linf", 16 / 255), classes=4)
+    found = run_guarded(_peer(lambda model, x, y: _fgsm(model, x, y, 16 / 255)), batch_model, seed=SEED)
     assert "rounded" not in _kinds(found)
 
 
@@ -171,7 +180,7 @@ def test_generators_are_put_back() -> None:
         return _fgsm(model, x, y)
 
     before = _states()
-    found, _, _ = _meet(seeds)
+    found, _, _ = _run_guarded(seeds)
     assert _kinds(found) == {"seed"}
     assert _states() == before
 
@@ -181,7 +190,7 @@ def test_generators_are_put_back() -> None:
         return _fgsm(model, x, y)
 
     drawn: list[float] = []
-    assert _meet(draws)[0].faults == _meet(draws)[0].faults == ()
+    assert _run_guarded(draws)[0].faults == _run_guarded(draws)[0].faults == ()
     assert drawn[0] == drawn[1]  # the same seed gives a peer the same draws
     assert _states() == before
 
@@ -206,7 +215,7 @@ def test_a_model_that_draws_is_not_seeded_by_a_peer() -> None:
 
         torch.manual_seed(3)
         x = torch.full((2, 3, 2, 2), 0.5)
-        meet(_peer(search), Seat(ask, x, torch.zeros(2, dtype=torch.long), BALL, classes=4), seed=SEED)
+        run_guarded(_peer(search), BatchModel(ask, x, torch.zeros(2, dtype=torch.long), BALL, classes=4), seed=SEED)
         return answers
 
     with torch.random.fork_rng():
@@ -227,8 +236,8 @@ def test_written_logits_are_a_copy() -> None:
         return x
 
     x = torch.full((2, 3, 2, 2), 0.5)
-    seat = Seat(ask, x, torch.zeros(2, dtype=torch.long), BALL, classes=4)
-    assert "logits" in _kinds(meet(_peer(writes), seat, seed=SEED))
+    batch_model = BatchModel(ask, x, torch.zeros(2, dtype=torch.long), BALL, classes=4)
+    assert "logits" in _kinds(run_guarded(_peer(writes), batch_model, seed=SEED))
     assert torch.equal(kept[0], torch.ones(2, 4))
 
 
@@ -255,12 +264,12 @@ def test_written_logits_and_images_change_no_verdict() -> None:
 
 
 def test_points_outside_are_projected_and_told() -> None:
-    found, _, batch = _meet(lambda model, x, y: _fgsm(model, x, y, 0.1))
+    found, _, batch = _run_guarded(lambda model, x, y: _fgsm(model, x, y, 0.1))
     (fault,) = found.faults
     assert (fault.kind, fault.count) == ("outside", 10)
     assert fault.size == pytest.approx(0.04, abs=2e-6)
     assert torch.allclose(found.x, _fgsm(make_hpm().fc_target, batch.x.clone(), batch.y), atol=1e-7)
-    assert told(found.faults) == ("outside: 10 points left the ball by up to 0.04 and were projected",)
+    assert describe_faults(found.faults) == ("outside: 10 points left the ball by up to 0.04 and were projected",)
 
 
 def test_points_outside_break_nothing_while_they_are_shown() -> None:
@@ -279,8 +288,8 @@ def test_points_outside_break_nothing_while_they_are_shown() -> None:
 
 
 def test_a_static_target_is_never_asked_about_nothing() -> None:
-    trial, batch = _case()
-    target = trial.target
+    judged, batch = _case()
+    target = judged.target
     assert isinstance(target, nn.Module)
     asked: list[int] = []
 
@@ -296,9 +305,9 @@ def test_a_static_target_is_never_asked_about_nothing() -> None:
 
     fc = Static()
     batch = Batch(0, batch.x, batch.y, batch.z, decide(fc, batch.z))
-    trial = JudgedBatch(fc, STE, batch, BALL, mixes_rows=False)
-    attack = PeerAttack(_peer(lambda model, x, y: (model(1 - x[:4]), x)[1]))
-    outcome = trial.finish(attack(trial, torch.Generator()))
+    judged = JudgedBatch(fc, STE, batch, BALL, mixes_rows=False)
+    attack = ExternalAttack(_peer(lambda model, x, y: (model(1 - x[:4]), x)[1]))
+    outcome = judged.finish(attack(judged, torch.Generator()))
     assert min(asked) > 0
     assert torch.equal(outcome.any_broken, ~batch.correct)
 
@@ -314,21 +323,21 @@ def test_a_static_target_is_never_asked_about_nothing() -> None:
     ],
 )
 def test_what_can_not_be_judged_is_an_error(search: Toy, message: str) -> None:
-    with pytest.raises(PeerError, match=message):
-        _meet(search)
+    with pytest.raises(ExternalAttackError, match=message):
+        _run_guarded(search)
 
 
 def test_generators_are_put_back_after_an_error() -> None:
     before = _states()
     with pytest.raises(ZeroDivisionError):
-        _meet(lambda model, x, y: x / (1 // 0))
+        _run_guarded(lambda model, x, y: x / (1 // 0))
     assert _states() == before
 
 
 def test_images_left_out_are_answered_among_the_others_as_last_seen() -> None:
-    trial, batch = _case()
+    judged, batch = _case()
     hpm = make_hpm()
-    trial = JudgedBatch(hpm, STE, batch, BALL)
+    judged = JudgedBatch(hpm, STE, batch, BALL)
     moved = (batch.x + 0.05).clamp(0, 1)
 
     def drops(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -339,7 +348,7 @@ def test_images_left_out_are_answered_among_the_others_as_last_seen() -> None:
         return moved
 
     got: list[Tensor] = []
-    meet(_peer(drops), _seat(trial, batch), seed=SEED)
+    run_guarded(_peer(drops), _batch_model(judged, batch), seed=SEED)
     mixed = moved.clone()
     mixed[[7, 2]] = batch.x[[7, 2]]
     with torch.no_grad():
@@ -362,17 +371,17 @@ def test_inference_mode_spoils_nothing() -> None:
             model(points)
         return points.clone()
 
-    trial, batch = _case()
-    found = meet(_peer(infers), _seat(trial, batch), seed=SEED)
-    assert not trial.latest.z.is_inference()
-    trial.finish(found.x)
-    assert not trial.trace().best.x.is_inference()
+    judged, batch = _case()
+    found = run_guarded(_peer(infers), _batch_model(judged, batch), seed=SEED)
+    assert not judged.latest.z.is_inference()
+    judged.finish(found.x)
+    assert not judged.trace().best.x.is_inference()
 
 
 def test_a_subset_is_all_that_a_peer_is_given() -> None:
-    trial, batch = _case()
+    judged, batch = _case()
     rows = torch.tensor([1, 4, 9])
-    found = meet(_peer(_fgsm), _seat(trial, batch, rows=rows), seed=SEED)
+    found = run_guarded(_peer(_fgsm), _batch_model(judged, batch, rows=rows), seed=SEED)
     assert len(found.x) == 3
     assert torch.equal(found.x, _fgsm(make_hpm().fc_target, batch.x[rows].clone(), batch.y[rows]))
 
