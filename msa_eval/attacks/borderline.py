@@ -1,4 +1,9 @@
-"""Overtime: the last passes go to the samples nearest to falling, where each is decided apart from the others."""
+"""More passes for the samples nearest to falling.
+
+Overtime is for targets that decide each row apart. `OddsAttack` is for those that answer at random: a search looks at a
+point with a few draws, so where the odds are near even it may pass by a break, and a gradient averaged over as few
+draws is mostly noise.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import AttackedBatch
-from msa_eval.attacks.gradient import climb
+from msa_eval.attacks.gradient import ApgdAttack, climb
 from msa_eval.attacks.losses import (
     MIN_CLASSES,
     TARGETED,
@@ -19,6 +24,7 @@ from msa_eval.attacks.losses import (
     probability_margin,
     targeted_dlr,
 )
+from msa_eval.defense.contexts import OneAtATime
 from msa_eval.defense.contract import decide
 
 NEAREST = 8
@@ -32,6 +38,18 @@ TARGETS = 4
 
 UNTARGETED = (margin_loss, probability_margin)
 """What is raised after these."""
+
+ASKS = 99
+"""Answers from which odds are estimated: their standard error is 5 % near even odds."""
+
+NEAR = 0.3
+"""The share of wrong answers from which on a sample is searched for: below it, four standard errors from even."""
+
+EOT = 16
+"""Draws that a gradient is averaged over."""
+
+ROUNDS = (("margin", True), ("probability-margin", True), ("margin", False))
+"""What is raised, and whether from the best point; else from a random one."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +99,36 @@ def _loss(at_best: Tensor, number: int, attacked: AttackedBatch, rows: Tensor) -
     if attacked.ranking is not None:
         return targeted_dlr(attacked.ranking[rows, place])
     return targeted_dlr(most_likely_others(logits, y, place))
+
+
+@dataclass(frozen=True)
+class OddsAttack:
+    """APGD over many draws, for the samples whose odds are near even.
+
+    Attributes:
+        steps: gradient steps in each round.
+    """
+
+    steps: int
+
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the points of the last round."""
+        sought = attacked.counted & (wrong_share(attacked) >= NEAR)
+        attacked.eot, points = EOT, attacked.start.x
+        for loss, from_start in ROUNDS:
+            if not bool((unbroken := sought & ~attacked.broken).any()):
+                break
+            attacked.search_for(unbroken)
+            points = ApgdAttack(loss, self.steps, from_start=from_start)(attacked, generator)
+        return points
+
+
+def wrong_share(attacked: AttackedBatch) -> Tensor:
+    """The share of wrong answers at the starting points ``(B,)``, of `ASKS`; 0 for samples not searched for."""
+    y, z = attacked.batch.y, attacked.start.z
+    whole = attacked.rows_interact or isinstance(attacked.target, OneAtATime)
+    rows = torch.arange(len(y), device=y.device) if whole else attacked.rows
+    with torch.no_grad():
+        wrong = sum((decide(attacked.target, z[rows]).argmax(dim=1) != y[rows]).double() for _ in range(ASKS))
+    assert isinstance(wrong, Tensor)
+    return torch.zeros(len(y), dtype=torch.double, device=y.device).index_copy(0, rows, wrong / ASKS)

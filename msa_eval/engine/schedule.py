@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import Attack
-from msa_eval.attacks.borderline import BorderlineAttack
+from msa_eval.attacks.borderline import BorderlineAttack, OddsAttack
 from msa_eval.attacks.companions import RANKS
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
@@ -42,7 +42,7 @@ class Run:
         surrogate: what is attacked; ``None`` is the hard target itself.
         attack: the search; ``None`` is one among what the batch's history holds.
         label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``,
-            ``overtime``, or that of an attack of other libraries.
+            ``overtime``, ``odds``, or that of an attack of other libraries.
         loss: the loss's name, or `OWN`.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -119,6 +119,7 @@ def plan_runs(
     batch_dependent: bool = True,
     caches: bool = True,
     exchanges: bool = False,
+    randomized: bool = False,
 ) -> list[Run]:
     """All runs of a protocol against one target in one context, in the order they are made.
 
@@ -130,6 +131,7 @@ def plan_runs(
         batch_dependent: whether the target looks at companions.
         caches: whether its decision costs less than a pass.
         exchanges: whether it has a closed form for batches that differ in one row.
+        randomized: whether it answers at random.
 
     Raises:
         ValueError: when a loss needs more classes.
@@ -154,6 +156,8 @@ def plan_runs(
         runs += _borderline_runs(budget, surrogates, num_classes)
     if context.chooses_companions and batch_dependent:
         runs = _composed_runs(runs, surrogates, num_classes, pursued=exchanges and budget is not None)
+    if randomized and protocol.apgd is not None and protocol.apgd.combine == "cascade":
+        runs.append(Run(surrogates.exact, OddsAttack(protocol.apgd.steps), "odds", "margin", 0, chained=True))
     return runs + _query_runs(protocol)
 
 

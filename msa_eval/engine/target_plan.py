@@ -76,7 +76,7 @@ class TargetPlan:
             context: plan_runs(
                 protocol, surrogates, num_classes=clean.num_classes, context=CONTEXTS[context],
                 batch_dependent=companions, caches=not isinstance(defense, WholeModel),
-                exchanges=hasattr(defense, "logits_with"),
+                exchanges=hasattr(defense, "logits_with"), randomized=clean.draws > 1,
             )
             for context in protocol.contexts
         }  # fmt: skip

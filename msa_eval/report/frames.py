@@ -13,7 +13,7 @@ from msa_eval.evidence.results import Results
 from msa_eval.protocols.schema import StochasticBudget
 from msa_eval.report.style import NAMES
 
-AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime")
+AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime", "odds")
 """Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
 
 

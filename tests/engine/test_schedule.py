@@ -33,6 +33,7 @@ def _runs(
     context: str = "joint",
     own: Any = None,
     exchanges: bool = False,
+    randomized: bool = False,
     **overrides: Any,
 ) -> list[Run]:
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
@@ -46,13 +47,9 @@ def _runs(
         protocol.apgd, defense, batch, own=own or {}, batch_dependent=dependent, recombination=protocol.recombination
     )
     return plan_runs(
-        protocol,
-        surrogates,
-        num_classes=classes,
-        context=CONTEXTS[context],
-        batch_dependent=dependent,
-        exchanges=exchanges,
-    )
+        protocol, surrogates, num_classes=classes, context=CONTEXTS[context], batch_dependent=dependent,
+        exchanges=exchanges, randomized=randomized,
+    )  # fmt: skip
 
 
 def test_surrogates_times_losses_times_restarts_and_then_square() -> None:
@@ -233,3 +230,15 @@ def test_recombination_and_composition_are_for_those_who_have_companions() -> No
     assert labels(make_hpm(), "solo") == {"overtime"}
     assert labels(make_hpm(), "composed") == {"composition"}
     assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == {"overtime"}
+
+
+@pytest.mark.parametrize("context", ["joint", "composed"])
+def test_a_randomized_target_is_given_a_run_for_samples_near_even_odds(context: str) -> None:
+    names = {
+        randomized: [run.name for run in _runs(make_hpm(), "msa", context=context, randomized=randomized)]
+        for randomized in (False, True)
+    }
+    assert [name for name in names[True] if name not in names[False]] == [
+        next(name for name in names[True] if ":odds-margin:0" in name)
+    ]
+    assert not any("odds" in run.name for run in _runs(make_hpm(), "paper-cifar10", randomized=True))
