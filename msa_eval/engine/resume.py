@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 ABOUT = "evaluation.json"
 
+FORMAT = 2
+"""Of what is kept; it names classes, so it counts up when one of them changes."""
+
 
 class ResumeStore:
     """The finished units of one evaluation; without a folder, nothing is kept.
@@ -207,14 +210,20 @@ def _begun(folder: Path, stated: dict[str, Any]) -> tuple[Path, str]:
     Where other processes worked elsewhere, that is added to ``where``.
 
     Raises:
-        ValueError: when they belong to another evaluation.
+        ValueError: when they belong to another evaluation, or an older release kept them in another form.
     """
+    stated["format"] = FORMAT
     key = hashlib.sha256(json.dumps([stated["key"], stated["options"]], sort_keys=True).encode()).hexdigest()
     stated["key"] = key
     try:
         held = json.loads((folder / ABOUT).read_bytes())
     except (OSError, ValueError, RecursionError):
         held = None
+    if isinstance(held, dict) and held.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder.parent} holds an unfinished evaluation of another release, which kept finished runs in another "
+            f"form; finish it with that release, or start anew with force=True, which keeps it under a dated name"
+        )
     if isinstance(held, dict) and held.get("key") != key:
         raise ValueError(
             f"{folder.parent} holds another evaluation, unfinished, which differs in {differences(held, stated)}; "

@@ -20,7 +20,7 @@ from msa_eval.engine.ray_executor import _flat, _shared
 from msa_eval.evidence.folder import ARCHIVE
 from msa_eval.evidence.results import run_digest
 from msa_eval.hashing import file_hash
-from msa_eval.judging.break_record import Record
+from msa_eval.judging.break_record import BreakRecord
 from msa_eval.protocols import Protocol, load_protocol, make_protocol
 
 SMALL: dict[str, Any] = {
@@ -47,14 +47,14 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How far from the grid each batch was that a verdict was entered on."""
     seen: list[float] = []
     for name in ("enter", "enter_apart", "enter_companions", "prefer"):
-        enter = getattr(Record, name)
+        enter = getattr(BreakRecord, name)
 
-        def watched(self: Record, *given: Any, _enter: Any = enter, **more: Any) -> None:
+        def watched(self: BreakRecord, *given: Any, _enter: Any = enter, **more: Any) -> None:
             point = next(one for one in given if hasattr(one, "z"))
             seen.append(off_grid(point.x, self._ball.levels or 2))
             _enter(self, *given, **more)
 
-        monkeypatch.setattr(Record, name, watched)
+        monkeypatch.setattr(BreakRecord, name, watched)
     return seen
 
 

@@ -222,6 +222,20 @@ def test_results_cut_short_by_a_kill_are_written_over(tmp_path: Path) -> None:
         pass
 
 
+def test_what_another_release_left_unfinished_is_refused(tmp_path: Path) -> None:
+    """Its classes may have other fields by now, or other names; started anew, it is kept aside."""
+    with _opened(tmp_path) as kept:
+        kept.write("a-0", 1)
+    about = tmp_path / "unfinished" / "evaluation.json"
+    held = json.loads(about.read_text())
+    for version in ({}, {"format": held.pop("format") + 1}):
+        about.write_text(json.dumps(held | version))
+        with pytest.raises(ValueError, match="unfinished evaluation of another release"), _opened(tmp_path):
+            pass
+    with _opened(tmp_path, force=True) as kept:
+        assert kept.read("a-0", int) is None
+
+
 def test_another_place_is_told_of_and_remembered(tmp_path: Path) -> None:
     notes: list[str] = []
     for where in ({"python": "3"}, {"python": "3"}, {"python": "4"}, {"python": "3"}):
