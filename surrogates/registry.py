@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+from msa_eval.defense.calling import call, logits_in
 
 Decision = Callable[[Any, Tensor], Tensor]
 """``(defense, features (B, ...)) -> logits (B, k)``, differentiable in the features."""
@@ -107,5 +110,12 @@ def _named(name: str, own: SurrogateLike) -> Surrogate:
         return replace(own, name=name)
     if isinstance(own, nn.Module):
         model = own  # bound here, because mypy forgets the narrowing inside the function
-        return Surrogate(name, lambda defense, x: model(x), on_images=True)
-    return Surrogate(name, own)
+        return Surrogate(name, lambda defense, x: _logits(call(model, x)), on_images=True)
+    decision = own
+    return Surrogate(name, lambda defense, z: _logits(call(functools.partial(decision, defense), z)))
+
+
+def _logits(answer: Any) -> Tensor:
+    """The logits in the answer of a caller's code."""
+    out: Tensor = logits_in(answer).value
+    return out

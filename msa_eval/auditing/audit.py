@@ -43,7 +43,7 @@ from msa_eval.protocols.schema import ApgdBudget, Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Surrogate, SurrogateLike, get
 from msa_eval.targets.loading import resolve
-from msa_eval.targets.pair import make_targets, why_whole
+from msa_eval.targets.pair import answers, make_targets, remarks
 
 __all__ = ["AuditReport", "Sign", "StateGuard", "Verdict", "audit", "probe", "signs_from", "verdict_of"]
 
@@ -125,8 +125,8 @@ def audit(
     protocol.ball.check_radius(math.prod(samples.shape))
     target, _ = resolve(target, samples)
     targets = make_targets(target, False if fc is None else fc, samples, device)
-    for name, why in why_whole(targets).items():
-        warnings.warn(f"the {name} is audited as a whole, without a trunk, because {why}", stacklevel=3)
+    for remark in remarks(targets):
+        warnings.warn(remark, stacklevel=3)
     defense, beside = targets["defense"], targets.get("fc")
     with (
         torch.inference_mode(False),
@@ -189,6 +189,8 @@ def _audit(
         progress=progress,
     )
     batches = list(clean)
+    if note := answers(defense):
+        warnings.warn(f"of the {name}: {note}", stacklevel=5)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):
         search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find and protocol.follows_gradients)

@@ -26,7 +26,7 @@ from msa_eval.defense.contract import Defense, decide, left_training
 from msa_eval.errors import AttackError
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.search_state import Setting
-from msa_eval.judging.usable_surrogates import answer_with_gradient
+from msa_eval.judging.usable_surrogates import answer_with_gradient, raised_by
 from msa_eval.progress import Progress, silent
 from msa_eval.randomness import all_seeded
 from msa_eval.surrogates.builtin import STE
@@ -168,9 +168,10 @@ class Probes:
         dead = dead or ({} if followed else {STE.name: own})
         everywhere = torch.stack(list(dead.values())).all(dim=0) if dead else torch.ones_like(own)
         share = self._share(everywhere)
+        raised = raised_by(STE, self.defense, self.batches[0]) if bool(own.any()) else ""
         return [
             rules.zero_gradients(share, {n: self._share(mask) for n, mask in dead.items()}, followed=followed),
-            rules.own_gradient_zero(self._share(own), share),
+            rules.own_gradient_zero(self._share(own), share, raised),
         ]
 
     def _share(self, mask: Tensor) -> float:

@@ -205,15 +205,16 @@ def zero_gradients(dead: float, by_surrogate: Mapping[str, float], *, followed: 
     return Sign("zero_gradients", fired, "unreliable" if followed else "note", dead, 0.05, _sentence(reason))
 
 
-def own_gradient_zero(own: float, dead: float) -> Sign:
+def own_gradient_zero(own: float, dead: float, raised: str = "") -> Sign:
     """Whether only the defence's own gradient vanishes while a surrogate has one.
 
     Args:
         own: the share of samples without a gradient through the defence's own decision.
         dead: the share without one through any surrogate.
+        raised: what a pass of its own decision with a gradient raises.
     """
     fired = own > 0.05 >= dead
-    reason = f"{_percent(own)} of the samples have no gradient through the defence's own decision"
+    reason = f"{_percent(own)} of the samples have no gradient through the defence's own decision{raised}"
     if fired:
         reason += "; a surrogate has one, so the figure rests on surrogates and gradient-free attacks"
     return Sign("own_gradient_zero", fired, "note", own, 0.05, _sentence(reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from msa_eval.defense.calling import call
 from msa_eval.defense.contract import Defense, modules_of
 
 SAME = 1e-3
@@ -39,9 +40,9 @@ def takes_channels_last(defense: Defense, x: Tensor) -> bool:
         return False
     x = x[:PROBED].detach()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        expected = defense.features(x)
+        expected = call(defense.features, x)
         try:
-            found = defense.features(channels_last(x))
+            found = call(defense.features, channels_last(x))
         except RuntimeError:
             return False  # such as a view across what no longer lies side by side
     if not isinstance(expected, Tensor):

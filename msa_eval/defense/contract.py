@@ -6,15 +6,22 @@ The split is what makes an evaluation cheap: one trunk pass serves every surroga
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+
+from msa_eval.defense.calling import call, logits_in, no_logits
+
+TORCHS_OWN = ("torch.nn.", "torch.ao.nn.")
+"""Modules of torch's layers."""
 
 
 @runtime_checkable
@@ -48,19 +55,24 @@ class Defense(Protocol):
 
 
 class WholeModel:
-    """Any module from images to logits as a defence whose features are the images themselves.
+    """Any module or function from images to logits as a defence whose features are the images themselves.
 
     Args:
         model: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, k)``. Its ``surrogates``, if it has any, are
             functions ``(model, x) -> (B, k)``.
         batch_dependent: whether an image's logits may depend on its companions; ``None`` to find out on a clean batch.
         why: of a model with a trunk, why it is evaluated as a whole.
+
+    Attributes:
+        note: which of the model's answers are its logits, where it answers with more than one.
     """
 
-    def __init__(self, model: nn.Module, *, batch_dependent: bool | None = None, why: str = "") -> None:
+    def __init__(
+        self, model: Callable[[Tensor], Any], *, batch_dependent: bool | None = None, why: str = ""
+    ) -> None:  # fmt: skip
         self.model = model
         self.batch_dependent = batch_dependent
-        self.why = why
+        self.why, self.note = why, ""
 
     def features(self, x: Tensor) -> Tensor:
         """Return the images as they are."""
@@ -68,7 +80,8 @@ class WholeModel:
 
     def logits(self, z: Tensor) -> Tensor:
         """Run the model on a batch of images."""
-        out: Tensor = self.model(z)
+        out: Tensor
+        out, self.note = logits_in(call(self.model, z))
         return out
 
     @property
@@ -103,7 +116,7 @@ def as_defense(target: object) -> Defense:
     """Make a defence of anything that can be one.
 
     Args:
-        target: an object with ``features`` and ``logits``, or a module from images to logits.
+        target: an object with ``features`` and ``logits``, or a module or function from images to logits.
 
     Whether a ``forward`` of its own answers the same is not looked at here (see `msa_eval.defense.own_forward`).
 
@@ -117,12 +130,20 @@ def as_defense(target: object) -> Defense:
         raise ValueError(f"expected a defence, but got the class {target.__name__}; pass an instance of it")
     if has_trunk(target):
         return target
-    if isinstance(target, nn.Module):
+    if callable(target) and not isinstance(target, nn.ModuleList | nn.ModuleDict):
         return WholeModel(target)
     raise ValueError(
-        f"expected an object with features(x) and logits(z), or a torch module from images to logits, "
-        f"but got {type(target).__name__}"
+        f"expected an object with features(x) and logits(z), or a module or function from images to logits, "
+        f"but got {_kind(target)}"
     )
+
+
+def _kind(target: object) -> str:
+    if isinstance(target, Mapping) and target and all(isinstance(value, Tensor) for value in target.values()):
+        return "a state dict; load it into its model first"
+    if isinstance(target, nn.ModuleList | list | tuple):
+        return f"a {type(target).__name__}; of an ensemble give a module that returns the mean of its logits"
+    return type(target).__name__
 
 
 def has_trunk(target: object) -> TypeGuard[Defense]:
@@ -146,22 +167,20 @@ def decide(defense: Defense, z: Tensor) -> Tensor:
     rounding = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with torch.no_grad(), rounding:
         logits = defense.logits(z.float())
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
-        raise ValueError(f"expected logits of shape ({len(z)}, k), but got {describe(logits)}")
-    return logits.float()
-
-
-def describe(value: object) -> str:
-    """A tensor's shape, or what else came in its place."""
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if wrong := no_logits(logits, len(z)):
+        raise ValueError(wrong)
+    return logits.float().detach()
 
 
 def modules_of(thing: object) -> list[nn.Module]:
-    """The modules a defence is made of: itself, or those among its attributes, in lists, dicts and objects too."""
+    """The modules a defence is made of: itself, or those among its attributes, in lists, dicts and objects too.
+
+    Of a function, or an object that is called, also those that its code names.
+    """
     found: list[nn.Module] = []
     seen: set[int] = set()
 
-    def walk(value: object, depth: int) -> None:
+    def walk(value: object, depth: int, called: bool) -> None:
         if id(value) in seen or depth > 8:
             return
         seen.add(id(value))
@@ -169,17 +188,38 @@ def modules_of(thing: object) -> list[nn.Module]:
             found.append(value)
         elif isinstance(value, Mapping):
             for entry in value.values():
-                walk(entry, depth + 1)
+                walk(entry, depth + 1, False)
         elif isinstance(value, list | tuple | set):
             for entry in value:
-                walk(entry, depth + 1)
+                walk(entry, depth + 1, False)
+        elif called and isinstance(value, FunctionType | MethodType | functools.partial):
+            for entry in _named_by(value):
+                walk(entry, depth + 1, True)
         elif not isinstance(value, Tensor | type | ModuleType):
             slots = [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
             for entry in (*getattr(value, "__dict__", {}).values(), *slots):
-                walk(entry, depth + 1)
+                walk(entry, depth + 1, called or isinstance(value, WholeModel))
+            own = vars(type(value)).get("__call__")
+            if called and isinstance(own, FunctionType):
+                walk(own, depth + 1, True)
 
-    walk(thing, 0)
+    walk(thing, 0, not has_trunk(thing))
     return found
+
+
+def _named_by(code: Any) -> list[object]:
+    """What the code of a function names: what it closes over, globals and defaults."""
+    if isinstance(code, functools.partial):
+        return [code.func, *code.args, *code.keywords.values()]
+    if isinstance(code, MethodType):
+        return [code.__self__, code.__func__]
+    if code.__module__ is not None and code.__module__.split(".")[0] == "torch":
+        return []
+    try:
+        names = inspect.getclosurevars(code)
+    except ValueError:  # a name that is not bound yet
+        return []
+    return [*names.nonlocals.values(), *names.globals.values(), *(code.__defaults__ or ())]
 
 
 def check_evaluating(*defenses: object) -> None:
@@ -188,8 +228,16 @@ def check_evaluating(*defenses: object) -> None:
     Raises:
         ValueError: when one is.
     """
-    if any(module.training for defense in defenses for module in modules_of(defense)):
-        raise ValueError("the model is in training mode; call .eval() on it before it is evaluated")
+    modules = (module for defense in defenses for module in modules_of(defense))
+    if training := [module for module in modules if module.training and not _mode_is_fixed(module)]:
+        raise ValueError(
+            f"the model is in training mode ({type(training[0]).__name__}); call .eval() on it before it is evaluated"
+        )
+
+
+def _mode_is_fixed(module: nn.Module) -> bool:
+    """Whether a module has no modes: ``torch.export`` fixes them, and its modules' ``eval()`` raises an error."""
+    return "eval" in vars(module)
 
 
 def left_training(defense: object) -> list[str]:
@@ -212,7 +260,7 @@ def _has_modes(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return float(module.dropout) > 0
-    return isinstance(module, _NormBase | nn.RReLU) or not type(module).__module__.startswith("torch.nn.")
+    return isinstance(module, _NormBase | nn.RReLU) or not type(module).__module__.startswith(TORCHS_OWN)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from msa_eval.defense.calling import call, logits_in
 from msa_eval.defense.channels_last import channels_last, takes_channels_last
 from msa_eval.defense.contract import Defense, WholeModel
 
@@ -44,6 +46,7 @@ class MicroBatched:
     Attributes:
         size: the largest part that fits, as far as was found out; ``None`` while all batches have fitted.
         channels_last: whether images are passed so; ``None`` before the first were.
+        note: which of the decision's answers are its logits, where it answers with more than one.
     """
 
     def __init__(self, defense: Defense, size: int | None = None, channels_last: bool | None = None) -> None:
@@ -51,6 +54,7 @@ class MicroBatched:
             raise ValueError(f"expected parts of at least 1 image, but got {size}")
         self.whole, self.size = defense, size
         self.channels_last = self._asked_channels_last = channels_last
+        self.note = ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
@@ -67,7 +71,7 @@ class MicroBatched:
     @property
     def logits(self) -> Callable[..., Tensor]:
         """The defence's own decision on a whole batch of features: surrogates look at what it takes."""
-        return self.whole.logits
+        return Decision(self, self.whole.logits)
 
     def keep_to(self, size: int | None) -> None:
         """Take no larger parts than fitted elsewhere."""
@@ -83,9 +87,8 @@ class MicroBatched:
 
     def passed(self, part: Tensor) -> Tensor:
         """Features of what fits."""
-        if not self.channels_last:
-            return self.whole.features(part)
-        return self.whole.features(channels_last(part)).contiguous()
+        z: Tensor = call(self.whole.features, channels_last(part) if self.channels_last else part)
+        return z.contiguous() if self.channels_last else z
 
     def _features(self, x: Tensor) -> Tensor:
         if self.size is None or len(x) <= self.size:
@@ -94,6 +97,36 @@ class MicroBatched:
             joined: Tensor = _Joined.apply(x, self)  # type: ignore[no-untyped-call]
             return joined
         return torch.cat([self.passed(part) for part in x.split(self.size)])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The decision of a defence, which is called as all of a target's code is.
+
+    Attributes:
+        of: the defence in parts, which keeps what is to be said of the answers.
+        own: the defence's own ``logits``.
+    """
+
+    of: MicroBatched
+    own: Callable[..., Any]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For whoever asks for its signature."""
+        return self.own
+
+    def __eq__(self, other: object) -> bool:
+        return self.own == (other.own if isinstance(other, Decision) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.own)
+
+    def __call__(self, z: Tensor, **settings: Any) -> Tensor:
+        """Logits ``(B, k)`` of a whole batch of features ``(B, ...)``."""
+        out: Tensor
+        out, self.of.note = logits_in(call(self.own, z, **settings))
+        return out
 
 
 class _Joined(torch.autograd.Function):

@@ -17,7 +17,7 @@ from msa_eval.auditing.audit import Sign, StateGuard
 from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.defense.contract import Defense, left_training, own_surrogates, without_weight_gradients
+from msa_eval.defense.contract import Defense, own_surrogates, without_weight_gradients
 from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.device import check_device
@@ -44,7 +44,7 @@ from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import SurrogateLike
 from msa_eval.targets.loading import resolve
-from msa_eval.targets.pair import make_targets, why_whole
+from msa_eval.targets.pair import answers, make_targets, remarks, why_whole
 
 
 def evaluate(
@@ -135,11 +135,8 @@ def evaluate(
         executor_of(engine, device) as maker,
     ):
         targets = make_targets(target, fc, samples, device, micro_batch=micro_batch)
-        for name, why in why_whole(targets).items():
-            notify(f"the {name} is evaluated as a whole, without a trunk, because {why}")
-        for name, one in targets.items():
-            if left := left_training(one):
-                notify(f"parts of the {name} are in training mode: {', '.join(left[:5])}")
+        for remark in remarks(targets):
+            notify(remark)
         brought = {} if protocol.apgd is None else own_surrogates(targets["defense"])
         return _evaluate(
             targets,
@@ -205,6 +202,9 @@ def _evaluate(
             )
             for name, model in targets.items()
         ]  # fmt: skip
+        for plan in plans:
+            if note := answers(plan.defense):
+                notify(f"of the {plan.name}: {note}")
         about = identity(protocol, plans, seed) | ({} if named is None else {"target": dict(named)})
         options = {
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,

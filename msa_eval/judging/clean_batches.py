@@ -13,9 +13,10 @@ from torch import Tensor
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.data import Samples
+from msa_eval.defense.calling import described, not_finite
 from msa_eval.defense.checks import check_trunk
 from msa_eval.defense.contexts import CONTEXTS, Companions, own_companions
-from msa_eval.defense.contract import Defense, WholeModel, decide, describe
+from msa_eval.defense.contract import Defense, WholeModel, decide
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
@@ -190,7 +191,7 @@ class CleanBatches:
         with torch.no_grad():
             z = self._defense.features(x)
         if not isinstance(z, Tensor) or z.ndim < 2 or len(z) != len(x):
-            raise ValueError(f"expected features of shape (B, ...) for {len(x)} images, but got {describe(z)}")
+            raise ValueError(f"expected features of shape (B, ...) for {len(x)} images, but got {described(z)}")
         return z
 
     def _answer(self, number: int) -> None:
@@ -201,8 +202,8 @@ class CleanBatches:
         except (RuntimeError, IndexError) as error:
             shape = tuple(x.shape)
             raise ValueError(f"the model can't take a float32 batch of images of shape {shape}: {error}") from error
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"the model's logits on clean batch {number} are not finite")
+        if wrong := not_finite(logits):
+            raise ValueError(f"the model's logits on clean batch {number} are not finite: {wrong}")
         if z[0].numel() <= x[0].numel() and not isinstance(unwrap(self._defense), WholeModel):
             self._features[number] = z
         self._logits[number] = logits

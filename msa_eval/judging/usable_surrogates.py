@@ -121,7 +121,10 @@ def select_surrogates(
     answers = {s.name: answer_with_gradient(s, defense, batch) for s in known if s.applies(defense)}
     usable = [s for s in known if answers.get(s.name) is not None]
     if dull := [s.name for s in known if s.name in own and s not in usable]:
-        raise ValueError(f"surrogate {dull[0]!r} has no gradient with respect to the images, so it can't be attacked")
+        raised = raised_by(next(s for s in known if s.name == dull[0]), defense, batch)
+        raise ValueError(
+            f"surrogate {dull[0]!r} has no gradient with respect to the images{raised}, so it can't be attacked"
+        )
     if not usable:
         answers["ste"] = answer_with_gradient(STE, defense, batch)
         usable = [] if answers["ste"] is None else [STE]
@@ -133,8 +136,8 @@ def select_surrogates(
         return UsableSurrogates((), [s.name for s in known], "")
     if not usable:
         raise ValueError(
-            "no surrogate of the protocol has a gradient with respect to the images; give a differentiable one of "
-            "your own (surrogates={...}), or the protocol black-box, which follows none"
+            f"no surrogate of the protocol has a gradient with respect to the images{raised_by(STE, defense, batch)}; "
+            "give a differentiable one of your own (surrogates={...}), or the protocol black-box, which follows none"
         )
     digest = hashlib.sha256()
     for surrogate in usable:
@@ -159,6 +162,16 @@ def select_surrogates(
             pursued = among[0] if len(among) == 1 else ensemble("pursued", among, defense, batch.x, batch.z)
             surrogates = replace(surrogates, pursued=pursued)
     return surrogates
+
+
+def raised_by(surrogate: Surrogate, defense: Defense, batch: Batch) -> str:
+    """What a pass with a gradient raises, as a part of a sentence; empty where it raises nothing."""
+    x = batch.x.detach().requires_grad_()
+    try:
+        surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    except RuntimeError as error:
+        return f" (a pass with a gradient raises: {' '.join(str(error).split())[:200]})"
+    return ""
 
 
 def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:

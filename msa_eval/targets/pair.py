@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msa_eval.data import Samples
-from msa_eval.defense.contract import Defense, WholeModel, as_defense, modules_of
+from msa_eval.defense.contract import Defense, WholeModel, as_defense, left_training, modules_of
 from msa_eval.defense.micro_batches import in_parts
 from msa_eval.defense.own_forward import IMAGES, counted
 from msa_eval.device import onto
@@ -60,9 +60,48 @@ def _counted(target: object, images: Callable[[], Tensor], device: str) -> Defen
     defense = as_defense(target)
     for module in modules_of(defense):
         module.to(device)
+        _leave_inference_mode(module)
     if isinstance(defense, WholeModel):
         return defense
     return counted(defense, onto(images(), device))
+
+
+def _leave_inference_mode(module: nn.Module) -> None:
+    """Make weights anew that were made in inference mode, since no gradient passes by such weights."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None and weight.is_inference():
+                part._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None and value.is_inference():
+                part._buffers[name] = value.clone()
+
+
+def remarks(targets: Mapping[str, Defense]) -> list[str]:
+    """What a user should know of how targets are evaluated, a sentence each."""
+    found = [
+        f"the {name} is evaluated as a whole, without a trunk, because {why}"
+        for name, why in why_whole(targets).items()
+    ]
+    for name, defense in targets.items():
+        if isinstance(defense, WholeModel) and not isinstance(defense.model, nn.Module):
+            kind = getattr(defense.model, "__name__", type(defense.model).__name__)
+            found.append(f"the {name} is {kind}, which is taken for a function from images to logits")
+        if any(is_compiled(part) for module in modules_of(defense) for part in module.modules()):
+            found.append(f"the {name} was compiled; it is evaluated as it was written")
+        if left := left_training(defense):
+            found.append(f"parts of the {name} are in training mode: {', '.join(left[:5])}")
+    return found
+
+
+def answers(defense: Defense) -> str:
+    """Which of a target's answers its logits are, where it answers with more than one."""
+    return str(getattr(defense, "note", ""))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run what ``torch.compile`` made of it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def why_whole(targets: Mapping[str, Defense]) -> dict[str, str]:

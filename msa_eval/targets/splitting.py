@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval.defense.architectures import Classifier
-from msa_eval.defense.contract import describe
+from msa_eval.defense.calling import described
 from msa_eval.targets.cut import POOLS, POSTS, Cut, first_tensor, is_conv, layer_named, linear_layers
 from msa_eval.targets.equivalence import TOLERANCE, check_answers, check_equivalence, check_steady, relative_difference
 
@@ -110,7 +110,7 @@ class _Reading(NamedTuple):
 def _distinct(example: Tensor) -> Tensor:
     """Two images that differ, near the given ones."""
     if example.ndim != 4 or not len(example):
-        raise ValueError(f"expected example images of shape (B, C, H, W), but got {describe(example)}")
+        raise ValueError(f"expected example images of shape (B, C, H, W), but got {described(example)}")
     x = _unit(example)
     x = torch.cat([x, x.flip(3)])[:2]
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -157,7 +157,7 @@ def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, lis
                 f"the model can't take images of shape {tuple(x.shape[1:])}: {type(error).__name__}: {error}"
             ) from error
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
-        raise ValueError(f"expected logits of shape ({len(x)}, k) from the model, but got {describe(out)}")
+        raise ValueError(f"expected logits of shape ({len(x)}, k) from the model, but got {described(out)}")
     if not bool(torch.isfinite(out).all()):
         raise ValueError("the model answers with NaN or infinite values")
     last = {call.module: call for call in calls}  # in the order of first calls

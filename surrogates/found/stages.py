@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from msa_eval.surrogates.found.passing import Passing
 from msa_eval.surrogates.found.straight_through import looking_through, run
@@ -84,23 +84,30 @@ def stages_of(defense: Any, x: Tensor) -> list[Stage]:
         x: a batch of images ``(B, C, H, W)``.
     """
     seen: dict[int, _Seen] = {}
+    given: dict[int, Tensor] = {}
     thread = threading.get_ident()
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == thread and args and _is_like(args[0], x):
+            given[id(module)] = args[0].detach().clone()  # which the module may write into
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if threading.get_ident() != thread or not args or not _is_like(args[0], x):
             return
         known = seen.get(id(module))
         if known is None:
-            seen[id(module)] = _Seen(module, args[0].detach(), out.detach() if isinstance(out, Tensor) else None)
+            answer = out.detach().clone() if isinstance(out, Tensor) else None
+            seen[id(module)] = _Seen(module, given.get(id(module), args[0].detach()), answer)
         else:
             known.calls += 1
 
-    handle = register_module_forward_hook(note)
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(note)]
     try:
         with torch.no_grad():
             answer = run(defense, x, on_images=True)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     names = names_of(defense)
     return [one.stage(names, x, answer.shape[1]) for one in seen.values()]
 

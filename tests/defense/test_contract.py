@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,40 @@ def test_modules_are_found_wherever_they_are_kept() -> None:
     assert modules_of(object()) == []
 
 
-@pytest.mark.parametrize(("thing", "message"), [(lambda x: x, "but got function"), (Custom, "class Custom")])
+ONE, TWO = nn.Linear(1, 1), nn.Linear(1, 1)
+
+
+def _by_a_global(x: Tensor) -> Tensor:
+    out: Tensor = TWO(_inner(x))
+    return out
+
+
+def _inner(x: Tensor) -> Tensor:
+    out: Tensor = ONE(torch.relu(x))
+    return out
+
+
+def test_modules_are_found_in_what_a_function_names() -> None:
+    class Called:
+        def __call__(self, x: Tensor) -> Tensor:
+            return _inner(x)
+
+    own = nn.Linear(1, 1)
+    assert set(modules_of(_by_a_global)) == {ONE, TWO}
+    assert modules_of(WholeModel(lambda x: own(x) + 1)) == [own]
+    assert modules_of(functools.partial(lambda model, x: model(x), own)) == [own]
+    assert modules_of(own.forward) == [own]
+    assert modules_of(Called()) == [ONE]
+    assert modules_of(torch.relu) == []
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (3, "but got int"), (Custom, "class Custom"), (nn.Linear(1, 1).state_dict(), "a state dict; load it"),
+        (nn.ModuleList([nn.Flatten()]), "mean of its logits"), ([nn.Flatten()], "mean of its logits"),
+    ],
+)  # fmt: skip
 def test_what_can_not_be_a_defence(thing: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_defense(thing)

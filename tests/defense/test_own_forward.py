@@ -190,7 +190,7 @@ def test_the_model_that_is_run_is_the_model_that_was_given(tmp_path: Path) -> No
 
     assert verify(tmp_path / "own", model, samples).passed
     crosscheck(tmp_path / "own", model, samples, peers=["autoattack:apgd-ce"], steps=2)
-    with pytest.warns(UserWarning, match="audited as a whole"):
+    with pytest.warns(UserWarning, match="evaluated as a whole"):
         found = audit(model, samples, protocol="quick", overrides={"threat.eps": 0.1})
     assert next(sign for sign in found.signs if sign.name == "surrogate_disagrees").value == 0
     report = batch_size_report(

@@ -1,0 +1,148 @@
+"""One call of a target's code: what it is given, and what is taken of what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msa_eval.numerics import callers_device
+
+LOGITS = ("logits", "out", "output", "outputs", "scores", "predictions", "preds", "pred", "y_hat")
+"""What models that answer with more than one value call their logits."""
+
+PASSED_ON = (RuntimeError, ValueError, IndexError, MemoryError)
+"""Errors that callers look for; any other of the target's code becomes a `RuntimeError` that names it."""
+
+
+class Taken(NamedTuple):
+    """What is taken of an answer.
+
+    Attributes:
+        value: the logits, or the answer as it is.
+        note: which of its values that is, where there were more.
+    """
+
+    value: Any
+    note: str = ""
+
+
+def call(code: Callable[..., Any], given: Tensor, **settings: Any) -> Any:
+    """Call a target's code with a copy of a tensor, so that code which writes into what it is given changes only that.
+
+    Args:
+        code: the target's.
+        given: images or features ``(B, ...)``.
+        settings: passed on.
+
+    Returns:
+        its answer; tensors that are detached where gradients are off, whatever the code switches on for itself.
+
+    Raises:
+        RuntimeError: for any error of the code that is not among `PASSED_ON`.
+
+    >>> x = torch.ones(2, 3)
+    >>> call(lambda x: x.sub_(1), x).sum(), x.sum()
+    (tensor(0.), tensor(6.))
+    """
+    copy = given.clone()
+    if copy.requires_grad:
+        copy.retain_grad()  # for code that asks for the gradient of what it is given
+    device = callers_device()
+    try:
+        with nullcontext() if device is None else torch.device(device):
+            return _plain(code(copy, **settings))
+    except PASSED_ON:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _plain(answer: Any) -> Any:
+    """A tensor without the traces of how gradients were switched inside of the code."""
+    if not isinstance(answer, Tensor):
+        return answer
+    if answer.is_inference() and not torch.is_inference_mode_enabled():
+        answer = answer.clone()
+    return answer if torch.is_grad_enabled() else answer.detach()
+
+
+def logits_in(answer: Any) -> Taken:
+    """The logits in an answer: itself, the value of that name, or the only value of that shape.
+
+    Two values of different widths could both be logits: then none is taken.
+
+    >>> logits_in({"features": torch.zeros(2, 64), "logits": torch.zeros(2, 10)}).note
+    "it answers with a dict, of which 'logits' is taken"
+    """
+    if isinstance(answer, Tensor):
+        return Taken(answer)
+    kind = type(answer).__name__
+    values = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
+    named = [name for name in LOGITS if isinstance(_value(answer, name), Tensor)]
+    if named:
+        return Taken(_plain(_value(answer, named[0])), f"it answers with a {kind}, of which {named[0]!r} is taken")
+    listed = list(answer) if isinstance(answer, tuple | list) else list(values.values())
+    fitting = [value for value in listed if isinstance(value, Tensor) and value.ndim == 2]
+    if not fitting or len({value.shape for value in fitting}) > 1:
+        return Taken(answer)
+    return Taken(_plain(fitting[0]), f"it answers with a {kind}, of which the first value of shape (B, k) is taken")
+
+
+def _value(answer: Any, name: str) -> Any:
+    return answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name, None)
+
+
+def no_logits(answer: Any, count: int) -> str:
+    """What to say of an answer to so many images that is no logits ``(B, k)``; empty where it is.
+
+    >>> no_logits(torch.zeros(4, 2), 4)
+    ''
+    """
+    expected = f"expected logits of shape ({count}, k)"
+    if not isinstance(answer, Tensor):
+        return f"{expected}, but got {described(answer)}; return the logits alone"
+    shape = tuple(answer.shape)
+    if shape in ((count,), (count, 1)) and answer.is_floating_point():
+        z = "z" if answer.ndim == 2 else "z.view(-1, 1)"
+        return (
+            f"{expected} of at least 2 classes, but got shape {shape}; of one logit z return torch.cat([-{z}, {z}], 1)"
+        )
+    if shape in ((count,), (count, 1)):
+        return f"{expected}, but got shape {shape} of {answer.dtype}: return each class's logit, not the class's number"
+    if len(shape) > 2 and shape[0] == count and answer[:1].numel() == shape[1]:
+        return f"{expected}, but got shape {shape}; return z.flatten(1)"
+    if len(shape) != 2 or shape[0] != count or shape[1] < 2:
+        return f"{expected}, but got shape {shape}; return a row of logits an image"
+    return ""
+
+
+def described(value: object) -> str:
+    """A tensor's shape, or what else came in its place.
+
+    >>> described((torch.zeros(2, 10), torch.zeros(2, 64)))
+    'a tuple of shapes (2, 10), (2, 64)'
+    """
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else []
+    shapes = ", ".join(str(tuple(part.shape)) for part in parts if isinstance(part, Tensor))
+    return f"a {type(value).__name__}" + (f" of shapes {shapes}" if shapes else "")
+
+
+def not_finite(logits: Tensor) -> str:
+    """What logits that are not finite hold, and what to do; empty where all are finite.
+
+    >>> not_finite(torch.tensor([[0.0, -torch.inf]]))
+    'they hold -inf; use a finite number such as -1e9 for classes that are switched off'
+    """
+    if bool(logits.isnan().any()):
+        return "they hold NaN; look for a division by zero, a log or a root of what is not positive"
+    if bool((logits == torch.inf).any()):
+        return "they hold +inf; scale the logits down"
+    if bool((logits == -torch.inf).any()):
+        return "they hold -inf; use a finite number such as -1e9 for classes that are switched off"
+    return ""
