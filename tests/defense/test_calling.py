@@ -88,8 +88,8 @@ def test_errors_of_other_kinds_become_one_that_names_them(error: Exception) -> N
 def test_logits_are_taken_out_of_what_holds_them(answer: Any, said: str) -> None:
     taken = logits_in(answer)
     assert taken.value is LOGITS
-    assert said in taken.message
-    assert bool(taken.message) is bool(said)
+    assert said in taken.note
+    assert bool(taken.note) is bool(said)
 
 
 @pytest.mark.parametrize("answer", [(FEATURES, LOGITS), {"a": FEATURES, "b": LOGITS}, (), None, "logits"])
