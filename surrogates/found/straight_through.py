@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_eval.defense.contract import modules_of
 from msa_eval.surrogates.found.passing import Passing, StraightThrough
 
 _PATCHING = threading.RLock()
@@ -107,9 +108,22 @@ class OwnCode:
         held = x.grad if x.is_leaf else None
         with looking_through(self.passing):
             out: Tensor = run(defense, x.clone(), on_images=self.on_images)
+        _detach_state(defense)
         if x.is_leaf:
             x.grad = held  # code that calls backward() leaves one
         return out
+
+
+def _detach_state(defense: Any) -> None:
+    """Cut what a target keeps off the graph of the pass.
+
+    What it meant to keep without a gradient was given one too, and the graph would grow from pass to pass.
+    """
+    for module in modules_of(defense):
+        for state in (module._buffers, vars(module)):
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    state[name] = value.detach()
 
 
 def run(defense: Any, x: Tensor, *, on_images: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_eval.surrogates.found.passing import Passing
@@ -234,3 +234,30 @@ def test_an_input_given_by_name_and_other_kinds_of_arguments_are_let_be(x: Tenso
 
     leaf = x.clone().requires_grad_()
     assert OwnCode(Passing(), on_images=True)(Own(decide), leaf).requires_grad
+
+
+class Learning(nn.Module):
+    """What it keeps of a batch, in a buffer and in an attribute, it keeps without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.last = torch.zeros(3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
+
+    def logits(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(0.1 * z.mean(dim=0))
+            self.last = 0.5 * self.last + z.mean(dim=0)
+        return z - self.mean - self.last
+
+
+def test_what_a_target_keeps_holds_no_graph() -> None:
+    learning, x = Learning(), torch.rand(4, 3).requires_grad_()
+    out = OwnCode(Passing())(learning, x)
+    assert learning.mean.grad_fn is None
+    assert learning.last.grad_fn is None
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(found, torch.full_like(found, 1 - 0.1 - 1))
