@@ -74,6 +74,21 @@ def import_timm() -> ModuleType:
             raise ValueError(f"timm can't be imported ({error}); install it with: {_INSTALL}") from error
 
 
+def import_transformers() -> Any:
+    """Import Hugging Face's transformers.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    with _quietly():
+        try:
+            return importlib.import_module("transformers")
+        except ImportError as error:
+            raise ValueError(
+                f"transformers can't be imported ({error}); install it with: pip install 'msa-eval[hf]'"
+            ) from error
+
+
 def import_torchvision() -> ModuleType:
     """Import torchvision, with or without its compiled operators.
 

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,13 @@ from torch import nn
 
 from msa_eval.defense.contract import has_trunk
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 def make(word: str) -> tuple[object, Path | None]:
     """Import the user's code and call what it names; a model or a defence in its place is taken as it is.
+
+    So is a function that has to be given one thing, which can only be images.
 
     The folder of the file, or the current one, is put last on ``sys.path``, so that the code finds its neighbours.
 
@@ -55,20 +60,31 @@ def _make(word: str) -> tuple[object, Path | None]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{place} has no {part!r}{hint}")
         found = getattr(found, part)
-    if isinstance(found, type) or not (isinstance(found, nn.Module) or has_trunk(found)):
+    if isinstance(found, type) or not (isinstance(found, nn.Module) or has_trunk(found) or _takes_images(found)):
         if not callable(found):
             raise ValueError(f"{word} is a {type(found).__name__}, not a function that returns a model")
         try:
             found = found()
         except Exception as error:
             raise ValueError(f"{word} failed when it was called without arguments: {_said(error)}") from error
-    if not (isinstance(found, nn.Module) or has_trunk(found)):
+    if not (callable(found) or has_trunk(found)) or isinstance(found, type):
         raise ValueError(
-            f"{word} returned a {type(found).__name__}; expected a torch module from images to logits, or an object "
-            f"with features(x) and logits(z)"
+            f"{word} returned a {type(found).__name__}; expected a module or function from images to logits, or an "
+            f"object with features(x) and logits(z)"
         )
     file = getattr(module, "__file__", None)
     return found, None if file is None else Path(file)
+
+
+def _takes_images(found: object) -> bool:
+    """Whether something can only be the model itself: a function, or the like, that has to be given one thing."""
+    if isinstance(found, type) or not callable(found):
+        return False
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return sum(one.default is one.empty and one.kind in POSITIONAL for one in parameters) == 1
 
 
 def _from_file(path: Path, word: str) -> ModuleType:
@@ -103,7 +119,7 @@ def _from_module(name: str, word: str) -> ModuleType:
             raise ValueError(f"{word} can't be imported: {_said(error)}") from error
         raise ValueError(
             f"{word}: there is no module {error.name!r}; expected module:callable, path/to/file.py:callable, or one of "
-            f"robustbench:NAME, torchvision:NAME and timm:NAME{_meant(name)}"
+            f"robustbench:NAME, torchvision:NAME, timm:NAME and hf:NAME{_meant(name)}"
         ) from error
     except Exception as error:
         raise ValueError(f"{word} can't be imported: {_said(error)}") from error

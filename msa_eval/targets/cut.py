@@ -83,6 +83,19 @@ class Cut:
         return (Classifier(trunk, fc) if self.post is None else PostClassifier(trunk, fc, self.post)).eval()
 
 
+class CantSplitError(ValueError):
+    """A model can't be split into trunk and head, though it may be evaluated whole.
+
+    Args:
+        reason: why.
+        advice: what to do.
+    """
+
+    def __init__(self, reason: str, advice: str = "evaluate it whole (whole=True)") -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+
+
 class _Reached(Exception):  # noqa: N818 - it is no error
     """Carries the features out of the model when they reach the head."""
 

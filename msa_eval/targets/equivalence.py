@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from msa_eval.defense.architectures import Classifier
+from msa_eval.defense.calling import call
+from msa_eval.targets.cut import CantSplitError
 
 TOLERANCE = 1e-5
 """How far logits and input gradients of the split model may be off, as a share of their largest absolute value (of 1,
@@ -15,11 +17,10 @@ where logits stay below it)."""
 
 
 def check_steady(again: Tensor, out: Tensor) -> None:
-    """Raise a `ValueError` where the model answers the same images otherwise than before."""
+    """Raise a `CantSplitError` where the model answers the same images otherwise than before."""
     if not (drift := relative_difference(again, out)) <= TOLERANCE:
-        raise ValueError(
-            f"the model answers one batch differently from pass to pass (by {drift:.2g}), so its features can't be "
-            f"kept; evaluate it whole (whole=True)"
+        raise CantSplitError(
+            f"the model answers one batch differently from pass to pass (by {drift:.2g}), so its features can't be kept"
         )
 
 
@@ -27,14 +28,14 @@ def check_equivalence(model: nn.Module, classifier: Classifier, x: Tensor, out: 
     """Hold the split model to the whole one: logits, input gradients, and features without their companions."""
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        whole = model(leaf)
+        whole: Tensor = call(model, leaf)
         gradient = _gradient(whole, leaf)
-        z = classifier.features(leaf)
+        z: Tensor = call(classifier.features, leaf)
         logits = classifier.logits(z)
         split_gradient = _gradient(logits, leaf)
     with torch.no_grad():
         check_steady(whole.detach(), out)
-        apart = relative_difference(classifier.features(x[:1]), z[:1])
+        apart = relative_difference(call(classifier.features, x[:1]), z[:1])
         off, gradients_off = (
             relative_difference(logits, out),
             relative_difference(split_gradient, gradient, absolute=0.0),
@@ -47,9 +48,7 @@ def check_equivalence(model: nn.Module, classifier: Classifier, x: Tensor, out: 
     )  # fmt: skip
     if wrong:
         cut: Any = classifier.trunk.cut
-        raise ValueError(
-            f"the model was cut at its layer {cut.head!r}, but then {wrong}; evaluate it whole (whole=True)"
-        )
+        raise CantSplitError(f"the model was cut at its layer {cut.head!r}, but then {wrong}")
 
 
 def check_answers(model: nn.Module, classifier: Classifier, x: Tensor) -> None:
@@ -57,11 +56,10 @@ def check_answers(model: nn.Module, classifier: Classifier, x: Tensor) -> None:
     cut: Any = classifier.trunk.cut
     with torch.inference_mode(False), torch.no_grad():
         for images in (x, torch.stack([torch.zeros_like(x[0]), torch.ones_like(x[0])])):
-            whole, joined = (torch.nan_to_num(answer(images)) for answer in (model, classifier))
+            whole, joined = (torch.nan_to_num(call(answer, images)) for answer in (model, classifier))
             if not (off := relative_difference(joined, whole)) <= TOLERANCE:
-                raise ValueError(
-                    f"the model was cut at its layer {cut.head!r}, but then its logits change by {off:.2g}; evaluate "
-                    f"it whole (whole=True)"
+                raise CantSplitError(
+                    f"the model was cut at its layer {cut.head!r}, but then its logits change by {off:.2g}"
                 )
 
 

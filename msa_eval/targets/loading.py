@@ -4,7 +4,8 @@ A word is
 
 - ``hpm.safetensors``: a checkpoint of this toolkit;
 - ``module:callable`` or ``path/to/file.py:callable``: the user's own code, which is imported and called;
-- ``robustbench:NAME[@dataset][/norm]``, ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME[.TAG]``: a model of others.
+- ``robustbench:NAME[@dataset][/norm]``, ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME[.TAG]``: a model of others;
+- ``hf:OWNER/NAME`` or ``hf:FOLDER``: an image classifier of Hugging Face's transformers.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from torch import Tensor, nn
 
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Blueprint
-from msa_eval.defense.contract import WholeModel, has_trunk, modules_of, own_surrogates
+from msa_eval.defense.contract import WholeModel, as_defense, has_trunk, modules_of, own_surrogates
 from msa_eval.hashing import file_hash
 from msa_eval.targets import code
+from msa_eval.targets.building import RANDOM, Built, Wanted
 from msa_eval.targets.checkpoint import load_checkpoint
-from msa_eval.targets.cut import Trunk
+from msa_eval.targets.cut import CantSplitError, Trunk
 from msa_eval.targets.splitting import split
 from msa_eval.targets.target import Target
 from msa_eval.targets.weights import describe_file, load_weights, read_weights
-from msa_eval.targets.zoos import RANDOM, ZOOS, Built, Wanted
+from msa_eval.targets.zoos import ZOOS
+
+PACKAGES = {"hf": "transformers"}
+"""The package of a family of targets by name, where that has another name."""
 
 
 def load_target(
@@ -48,7 +53,7 @@ def load_target(
     """Make a target of its name.
 
     A plain model is split into trunk and head (see `msa_eval.targets.splitting.split`), so that attacks share its
-    passes.
+    passes; where that can't be done it stays whole, and its ``why`` says for which reason.
 
     Args:
         word: see this module.
@@ -139,7 +144,8 @@ def _origins(history: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: str | None, whole: bool) -> Target:
     family = word.partition(":")[0]
     random = built.about.get("weights") == RANDOM
-    release = f"{family} {importlib.metadata.version(family)}"
+    package = PACKAGES.get(family, family)
+    release = f"{package} {importlib.metadata.version(package)}"
     about = {"word": word, "kind": family, "package": release, **built.about, "random_weights": random}
     images = _images(example)
     notes = [f"{word} has random weights: no figure says anything of the trained model"] if random else []
@@ -177,7 +183,10 @@ def _own(
         return Target(
             WholeModel(made) if whole and isinstance(made, nn.Module) else made, short, about, None, tuple(notes)
         )
-    assert isinstance(made, nn.Module)
+    if not isinstance(made, nn.Module):
+        if head is not None:
+            raise ValueError(f"{word} is a function from images to logits, which has no head")
+        return Target(as_defense(made), short, about, None, tuple(notes))
     if own_surrogates(made):  # which take images, not the features of a trunk
         whole, notes = True, [*notes, f"kept whole, with its own surrogates: {', '.join(own_surrogates(made))}"]
     images = _images(example)
@@ -203,6 +212,10 @@ def _split(
     assert images is not None
     try:
         classifier = split(model, images, head=head)
+    except CantSplitError as error:
+        if head is not None:
+            raise ValueError(f"{word}: {error}") from error
+        return Target(WholeModel(model, why=error.reason), short, {**about, "cut": None}, None, tuple(notes))
     except ValueError as error:
         raise ValueError(f"{word}: {error}") from error
     assert isinstance(classifier.trunk, Trunk)
@@ -263,5 +276,5 @@ def _no_such_target(word: str) -> str:
     hint = f"; did you mean {close[0]}:NAME?" if close else ""
     return (
         f"there is no target {word!r}{hint}; expected a .safetensors checkpoint, module:callable, "
-        f"path/to/file.py:callable, robustbench:NAME[@dataset], torchvision:NAME or timm:NAME"
+        f"path/to/file.py:callable, robustbench:NAME[@dataset], torchvision:NAME, timm:NAME or hf:NAME_OR_FOLDER"
     )

@@ -80,7 +80,7 @@ def _leave_inference_mode(module: nn.Module) -> None:
 def remarks(targets: Mapping[str, Defense]) -> list[str]:
     """What a user should know of how targets are evaluated, a sentence each."""
     found = [
-        f"the {name} is evaluated as a whole, without a trunk, because {why}"
+        f"the {name} is evaluated as a whole, without a trunk, because {why}; every query costs a pass of all of it"
         for name, why in why_whole(targets).items()
     ]
     for name, defense in targets.items():

@@ -6,8 +6,9 @@ from torch import nn
 
 from msa_eval.defense.architectures import Blueprint, Classifier
 from msa_eval.targets import code
+from msa_eval.targets.building import Wanted
 from msa_eval.targets.cut import Cut
-from msa_eval.targets.zoos import ZOOS, Wanted
+from msa_eval.targets.zoos import ZOOS
 
 
 def rebuild(blueprint: Blueprint, *, trunk: str | None = None) -> Classifier:

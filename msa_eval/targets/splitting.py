@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msa_eval.defense import calling
 from msa_eval.defense.architectures import Classifier
-from msa_eval.defense.calling import described
-from msa_eval.targets.cut import POOLS, POSTS, Cut, first_tensor, is_conv, layer_named, linear_layers
+from msa_eval.targets.cut import POOLS, POSTS, CantSplitError, Cut, first_tensor, is_conv, layer_named, linear_layers
 from msa_eval.targets.equivalence import TOLERANCE, check_answers, check_equivalence, check_steady, relative_difference
 
 FACTORS = (0.01, 30.0, 1000.0)
@@ -52,8 +52,8 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
         the classifier; where it was cut stands in ``classifier.trunk.cut``.
 
     Raises:
-        ValueError: when the model is in training mode, can't take the images, answers at random or with anything but
-            logits, or no layer fits: with what was found.
+        CantSplitError: when the model can't take two images, answers at random or no layer fits: with what was found.
+        ValueError: when it is in training mode, or answers with anything but logits.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
     >>> split(model, torch.rand(2, 3, 2, 2)).trunk.cut
@@ -74,8 +74,8 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
                 after = _after(model, x, call) if reading == MORE else ""
                 found.append(f"{call.name or 'the model'} ({_layer(call.module)}) {reading}{after}")
             else:
-                check_steady(model(x), out)
-                raise ValueError(_nothing_found(model, out, found, head))
+                check_steady(calling.call(model, x), out)
+                raise CantSplitError(*_nothing_found(model, out, found, head))
     with _errors_described():
         check_equivalence(model, classifier, x, out)
         check_answers(model, classifier, _unit(example))
@@ -110,7 +110,7 @@ class _Reading(NamedTuple):
 def _distinct(example: Tensor) -> Tensor:
     """Two images that differ, near the given ones."""
     if example.ndim != 4 or not len(example):
-        raise ValueError(f"expected example images of shape (B, C, H, W), but got {described(example)}")
+        raise ValueError(f"expected example images of shape (B, C, H, W), but got {calling.described(example)}")
     x = _unit(example)
     x = torch.cat([x, x.flip(3)])[:2]
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -131,9 +131,7 @@ def _errors_described() -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"the model can't be split, it failed on the way: {reason}; evaluate it whole (whole=True)"
-        ) from error
+        raise CantSplitError(f"the model can't be split, it failed on the way: {reason}") from error
 
 
 def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, list[_Call]]:
@@ -151,15 +149,19 @@ def _watched(model: nn.Module, x: Tensor, head: str | None) -> tuple[Tensor, lis
 
     with _hooked({module: note(name) for name, module in modules.items()}):
         try:
-            out = model(x)
+            out = calling.call(model, x)
         except Exception as error:
-            raise ValueError(
-                f"the model can't take images of shape {tuple(x.shape[1:])}: {type(error).__name__}: {error}"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CantSplitError(
+                f"the model can't take two images of shape {tuple(x.shape[1:])}: {reason}",
+                "give images of the size that it takes, or evaluate it whole (whole=True)",
             ) from error
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
-        raise ValueError(f"expected logits of shape ({len(x)}, k) from the model, but got {described(out)}")
-    if not bool(torch.isfinite(out).all()):
-        raise ValueError("the model answers with NaN or infinite values")
+    if not isinstance(out, Tensor):
+        raise CantSplitError(f"the model answers with {calling.described(out)}, not with logits alone")
+    if wrong := calling.no_logits(out, len(x)):
+        raise ValueError(wrong)
+    if wrong := calling.not_finite(out):
+        raise ValueError(f"the model's logits are not finite: {wrong}")
     last = {call.module: call for call in calls}  # in the order of first calls
     times = {module: sum(call.module is module for call in calls) for module in last}
     order = sorted(last.values(), key=lambda call: max(i for i, c in enumerate(calls) if c.module is call.module))
@@ -196,16 +198,16 @@ def _intervene(model: nn.Module, x: Tensor, call: _Call) -> _Reading | str:
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randn(call.answer.shape, generator=generator).to(call.answer)
     with _hooked({call.module: lambda *_: numbers.clone()}):
-        out = model(x)
+        out = calling.call(model, x)
         reading = _read(_tokens(numbers, call.module), out)
-        if reading is None and relative_difference(model(x.flip(0)), out) <= TOLERANCE:
+        if reading is None and relative_difference(calling.call(model, x.flip(0)), out) <= TOLERANCE:
             return MORE
         if reading is None or (reading.shift is not None and _moves(model, x)):
             return "makes only a part of the logits"
     for factor in FACTORS:
         scaled = factor * numbers
         with _hooked({call.module: lambda *_, scaled=scaled: scaled.clone()}):
-            if not relative_difference(model(x), reading.of(_tokens(scaled, call.module))) <= TOLERANCE:
+            if not relative_difference(calling.call(model, x), reading.of(_tokens(scaled, call.module))) <= TOLERANCE:
                 return MORE
     return reading
 
@@ -215,7 +217,7 @@ def _after(model: nn.Module, x: Tensor, call: _Call) -> str:
     ran: list[nn.Module] = []
     names = {module: name for name, module in model.named_modules() if not list(module.children())}
     with _hooked({module: lambda module, *_: ran.append(module) for module in {**names, call.module: ""}}):
-        model(x)
+        calling.call(model, x)
     later = [*dict.fromkeys(ran[ran.index(call.module) + 1 :])] if call.module in ran else []
     more = ", ..." if len(later) > 3 else ""
     return f" (then run {', '.join(f'{names[m]} ({_layer(m)})' for m in later[:3])}{more})" if later else ""
@@ -225,7 +227,7 @@ def _moves(model: nn.Module, x: Tensor) -> bool:
     """Whether a model's answer depends on the images at all."""
     with torch.enable_grad():
         x = x.clone().requires_grad_()
-        out = model(x)
+        out = calling.call(model, x)
         (gradient,) = torch.autograd.grad(out.sum(), x, allow_unused=True) if out.requires_grad else (None,)
     return gradient is not None
 
@@ -304,9 +306,10 @@ def _affine(call: _Call) -> tuple[Tensor, Tensor | None]:
             return weight, bias
     except (RuntimeError, ValueError, IndexError):
         pass
-    raise ValueError(
+    raise CantSplitError(
         f"layer {call.name!r} ({_layer(module)}) makes the logits, but its answer is not linear in what it is given "
-        f"(its input may be normalised inside it); name another layer with head=NAME, or evaluate it whole (whole=True)"
+        f"(its input may be normalised inside it)",
+        "name another layer with head=NAME, or evaluate it whole (whole=True)",
     )
 
 
@@ -315,14 +318,15 @@ def _layer(module: nn.Module) -> str:
     return " ".join(text.split())
 
 
-def _nothing_found(model: nn.Module, out: Tensor, found: list[str], head: str | None) -> str:
+def _nothing_found(model: nn.Module, out: Tensor, found: list[str], head: str | None) -> tuple[str, str]:
+    """Why no layer is the head, and what to do."""
     advice = "name the layer with head=NAME, or evaluate the model whole (whole=True)"
     classes = out.shape[1]
     if found:
         advice = "evaluate the model whole (whole=True), or name another layer with head=NAME"
-        return f"the logits ({classes} classes) can't be traced to one linear layer: {'; '.join(found[:4])}; {advice}"
+        return f"the logits ({classes} classes) can't be traced to one linear layer: {'; '.join(found[:4])}", advice
     if head is not None:
-        return f"layer {head!r} has no answer of {classes} classes in a pass; {advice}"
+        return f"layer {head!r} has no answer of {classes} classes in a pass", advice
     names = [f"{name} ({_layer(module)})" for name, module in linear_layers(model).items()][-3:]
     held = f"the last of its linear layers are {', '.join(names)}" if names else "it has no linear layer"
-    return f"no nn.Linear or 1x1 convolution of the model answers with {classes} classes; {held}; {advice}"
+    return f"no nn.Linear or 1x1 convolution of the model answers with {classes} classes; {held}", advice

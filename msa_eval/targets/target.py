@@ -42,9 +42,10 @@ class Target:
         """
         plain = self.model if isinstance(self.model, Classifier) else getattr(self.model, "fc_target", None)
         if not isinstance(plain, Classifier) or self.blueprint is None:
+            why = getattr(self.model, "why", "")
             raise ValueError(
-                f"{self.word} is no classifier of a trunk and a fully connected head, which HPM needs; give a model "
-                f"that can be split"
+                f"{self.word} is no classifier of a trunk and a fully connected head, which HPM needs"
+                f"{f' ({why})' if why else ''}; give a model that can be split"
             )
         return plain
 

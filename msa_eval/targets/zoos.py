@@ -1,4 +1,4 @@
-"""Models of robustbench, torchvision and timm by name, with their own preprocessing.
+"""Models of robustbench, torchvision, timm and transformers by name, with their own preprocessing.
 
 Normalisation becomes part of the model, so that it takes images in [0, 1]. Weights are read by
 ``torch.load(weights_only=True)`` or from safetensors only.
@@ -6,15 +6,11 @@ Normalisation becomes part of the model, so that it takes images in [0, 1]. Weig
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -22,48 +18,10 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from msa_eval.defense.architectures import Normalize
 from msa_eval.installation.imports import import_robustbench, import_timm, import_torchvision
+from msa_eval.targets.building import RANDOM, Built, Wanted, normalised, plain_weights, quietly, reason_of, same_random
+from msa_eval.targets.huggingface import huggingface
 from msa_eval.targets.weights import describe_file, load_weights, other_classes, read_plain, read_weights
-
-RANDOM = "random"
-"""What stands for the weights file where the weights are random; they are the same at every call."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """A model by name.
-
-    Attributes:
-        model: maps images ``(B, 3, H, W)`` in [0, 1] to logits, in evaluation mode.
-        size: the side of the square images it was made for, if that is known.
-        about: the weights file's name and hash, normalisation and preprocessing, for ``run.json``.
-        notes: what its user should know, a sentence each.
-    """
-
-    model: nn.Module
-    size: int | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which weights a model is to have.
-
-    Attributes:
-        file: a weights file, or ``None`` for the pretrained ones.
-        random: random weights instead.
-        folder: where robustbench keeps its weights.
-        classes: how many classes a model of random weights has; ``None`` for its own number.
-        normalization: ``mean`` and ``std`` of each channel, in place of those that its weights were made with.
-    """
-
-    file: str | Path | None = None
-    random: bool = False
-    folder: Path = Path("models")
-    classes: int | None = None
-    normalization: Mapping[str, Sequence[float]] | None = None
 
 
 def torchvision(name: str, wanted: Wanted) -> Built:
@@ -96,7 +54,7 @@ def torchvision(name: str, wanted: Wanted) -> Built:
         build, f"torchvision:{name} ({weights.name})", wanted, cached, fetch=lambda: _download(weights.url, cached)
     )
     shown = weights.transforms()
-    return _normalised(filled, {"mean": shown.mean, "std": shown.std}, int(shown.crop_size[0]), wanted)
+    return normalised(filled, {"mean": shown.mean, "std": shown.std}, int(shown.crop_size[0]), wanted)
 
 
 def timm(name: str, wanted: Wanted) -> Built:
@@ -112,7 +70,7 @@ def timm(name: str, wanted: Wanted) -> Built:
         _known(name, package.list_pretrained(f"{plain}.*"), "timm")
 
     def build(classes: int | None) -> nn.Module:
-        with _quietly():
+        with quietly():
             model: nn.Module = package.create_model(name, pretrained=False, **_classes(classes))
         return model
 
@@ -134,7 +92,7 @@ def timm(name: str, wanted: Wanted) -> Built:
         return Path(held) if isinstance(held, str) else _download(hf_hub_url(repository, "model.safetensors"), cached)
 
     filled = _filled(build, f"timm:{full}", wanted, cached, fetch=fetch, adapt=_timm_filter)
-    return _normalised(filled, {"mean": cfg["mean"], "std": cfg["std"]}, int(cfg["input_size"][-1]), wanted)
+    return normalised(filled, {"mean": cfg["mean"], "std": cfg["std"]}, int(cfg["input_size"][-1]), wanted)
 
 
 def robustbench(name: str, wanted: Wanted) -> Built:
@@ -158,12 +116,10 @@ def robustbench(name: str, wanted: Wanted) -> Built:
         raise ValueError(f"{word} is built with its pretrained weights by its own package; it takes no weights file")
     if wanted.random:
         try:
-            with _quietly(), _same_random(), _plain_weights():
+            with quietly(), same_random(), plain_weights():
                 model: nn.Module = entry["model"]()
         except (OSError, RuntimeError, ImportError) as error:
-            raise ValueError(
-                f"{word} can't be built without its pretrained weights: {_describe_error(error)}"
-            ) from error
+            raise ValueError(f"{word} can't be built without its pretrained weights: {reason_of(error)}") from error
         return Built(model.eval(), size, {**about, "weights": RANDOM})
     place = wanted.folder / dataset / norm / f"{name}.pt"
     parts = [place] if not isinstance(entry["gdrive_id"], list) else [
@@ -177,7 +133,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
     for part in parts:
         if wanted.file is None and part.is_file():
             read_plain(part)
-    with tempfile.TemporaryDirectory() as scratch, _quietly(), _plain_weights():
+    with tempfile.TemporaryDirectory() as scratch, quietly(), plain_weights():
         folder = wanted.folder
         if wanted.file is not None:
             folder = Path(scratch)
@@ -188,7 +144,7 @@ def robustbench(name: str, wanted: Wanted) -> Built:
         try:
             model = load_model(name, model_dir=folder, dataset=dataset, threat_model=norm)
         except Exception as error:
-            reason = _describe_error(error)
+            reason = reason_of(error)
             if wanted.file is not None or held:
                 raise ValueError(f"{wanted.file or place} does not fit {word}: {reason}") from error
             if packaged:
@@ -215,6 +171,7 @@ ZOOS: Mapping[str, Callable[[str, Wanted], Built]] = {
     "robustbench": robustbench,
     "torchvision": torchvision,
     "timm": timm,
+    "hf": huggingface,
 }
 
 
@@ -240,12 +197,6 @@ def _comes_with_weights(name: str, dataset: str, norm: str) -> bool:
     return bool(import_timm().is_model(known)) or (dataset == "imagenet" and "Standard" in name)
 
 
-def _describe_error(error: Exception) -> str:
-    if any(sign in str(error) for sign in ("urlopen", "Max retries", "NameResolution", "Connection")):
-        return "there is no network"
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _known(name: str, names: Iterable[str], what: str) -> None:
     names = list(names)
     if name not in names:
@@ -264,7 +215,7 @@ def _filled(
     adapt: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda tensors, model: tensors,
 ) -> Built:
     """A model with the wanted weights, and what is to be said of them."""
-    with _same_random():
+    with same_random():
         model = build(wanted.classes)
     if wanted.random:
         return Built(model, None, {"weights": RANDOM})
@@ -273,11 +224,11 @@ def _filled(
         try:
             file = fetch()
         except (OSError, RuntimeError, ValueError, ImportError) as error:
-            raise ValueError(_not_to_be_had(word, [cached], _describe_error(error))) from error
+            raise ValueError(_not_to_be_had(word, [cached], reason_of(error))) from error
     held = read_weights(file)
     tensors = adapt(held.tensors, model)
     if wanted.file is not None and (classes := other_classes(model, tensors)) is not None:
-        with _same_random():
+        with same_random():
             model = build(classes)
     notes = load_weights(model, tensors, source=str(file))
     return Built(model, None, held.about, (*held.notes, *notes))
@@ -289,16 +240,6 @@ def _not_to_be_had(word: str, files: list[Path], reason: str) -> str:
         f"the weights of {word} are not here and can't be fetched ({reason}); put {names} into "
         f"{files[0].parent}, or name a file with weights=FILE, or take random ones with random_weights=True"
     )
-
-
-def _normalised(built: Built, own: Mapping[str, Sequence[float]], size: int, wanted: Wanted) -> Built:
-    """A model behind the normalisation that it was made with, or the one that is wanted."""
-    used = {name: [float(v) for v in (wanted.normalization or own)[name]] for name in ("mean", "std")}
-    whole = nn.Sequential(Normalize(**used), built.model).eval()
-    shown = " and ".join(f"{name} {', '.join(f'{v:.4g}' for v in used[name])}" for name in ("mean", "std"))
-    other = "" if wanted.normalization is None else ", as was asked for"
-    notes = (*built.notes, f"images are normalised by {shown} inside the model{other} (mean=, std= change it)")
-    return Built(whole, size, {**built.about, "normalization": used}, notes)
 
 
 def _timm_filter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -333,30 +274,3 @@ def _download(url: str, place: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     torch.hub.download_url_to_file(url, str(place), progress=False)
     return place
-
-
-@contextlib.contextmanager
-def _same_random() -> Any:
-    """Random weights that are the same at every call, and leave no trace in the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@contextlib.contextmanager
-def _plain_weights() -> Any:
-    """Other packages' ``torch.load`` reads plain weights only, whatever they and the environment ask for."""
-    load = torch.load
-    torch.load = lambda *given, **named: load(*given, **{**named, "weights_only": True})
-    try:
-        yield
-    finally:
-        torch.load = load
-
-
-@contextlib.contextmanager
-def _quietly() -> Any:
-    """No warnings and no printing of other packages."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

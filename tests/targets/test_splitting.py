@@ -356,12 +356,12 @@ class _Matrix(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: _Net(_linear(), after=lambda out: (out, out)), r"expected logits of shape \(2, k\).*tuple"),
+        (lambda: _Net(_linear(), after=lambda out: (out, out)), r"answers with a tuple of shapes .*whole=True"),
         (lambda: _Net(_linear(), after=lambda out: out[:, :1]), r"expected logits of shape \(2, k\)"),
         (lambda: _Net(_conv(), before=_same), "expected logits"),
         (_Averaged, r"two \(Linear.*makes only a part.*; one \(Linear.*makes only a part.*whole=True.*head=NAME"),
         (_Leaning, r"two \(Linear.*makes only a part.*; one \(Linear.*makes only a part"),
-        (lambda: _Net(_linear(), after=lambda out: out / 0), "answers with NaN or infinite values"),
+        (lambda: _Net(_linear(), after=lambda out: out / 0), r"not finite: they hold \+inf"),
         (_Twice, "top.head .*runs 2 times in a pass"),
         (_Random, "differently from pass to pass"),
         (_Batchwise, "features depend on the other images"),
@@ -382,8 +382,7 @@ class _Matrix(nn.Module):
         (lambda: _Double(torch.bfloat16), r"top.head .Linear.* computes in bfloat16, not in float32; .*whole=True"),
         (lambda: _Double(torch.float16), r"top.head .Linear.* computes in float16, not in float32; .*whole=True"),
         (_Blank, "logits change by .*evaluate it whole"),
-        (_InPlace, "can't be split, it failed on the way: RuntimeError: .*evaluate it whole"),
-        (lambda: _Net(_linear(7)), r"can't take images of shape \(3, 8, 8\): RuntimeError"),
+        (lambda: _Net(_linear(7)), r"can't take two images of shape \(3, 8, 8\): RuntimeError"),
     ],
 )
 def test_what_cannot_be_split_says_what_was_found(make: Callable[[], nn.Module], message: str, x: Tensor) -> None:
@@ -391,6 +390,12 @@ def test_what_cannot_be_split_says_what_was_found(make: Callable[[], nn.Module],
     with pytest.raises(ValueError, match=message):
         split(model, x)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_writes_into_its_input_is_split(x: Tensor) -> None:
+    before = x.clone()
+    assert split(_seeded(_InPlace), x).trunk.cut.head
+    assert torch.equal(x, before)
 
 
 def test_a_named_layer(x: Tensor) -> None:

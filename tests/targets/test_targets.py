@@ -49,6 +49,10 @@ SOURCE = """
     nothing = lambda: None
     broken = lambda: 1 / 0
     random = lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5).train(), nn.Linear(64, 10))
+    squared = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softplus()).eval()
+    function = lambda: ready.forward
+    def predict(x):
+        return ready(x)
     cosine = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softmax(1)).eval()
 """
 FAST = ("--limit", "16", "--set", "attack.apgd.steps=2", "--set", "attack.square.queries=2", "--set",
@@ -98,6 +102,31 @@ def test_own_code_is_imported_split_and_named(code: str, x: Tensor) -> None:
     with pytest.raises(ValueError, match="no classifier of a trunk and a fully connected head"):
         _ = defense.classifier
     assert isinstance(load_target(f"{code}:model", x, whole=True).model, WholeModel)
+
+
+def test_what_cannot_be_split_stays_whole_and_says_why_and_what_it_costs(code: str, x: Tensor, tmp_path: Path) -> None:
+    target = load_target(f"{code}:squared", x)
+    assert isinstance(target.model, WholeModel)
+    assert "followed by more than" in target.model.why
+    assert "whole=True" not in target.model.why
+    with pytest.raises(ValueError, match=r"which HPM needs \(the logits .*followed by more than"):
+        _ = target.classifier
+    with pytest.raises(ValueError, match=r"mine.py:squared: .*head=NAME"):
+        load_target(f"{code}:squared", x, head="1")
+    done = _run(
+        "evaluate", f"{code}:squared", "--data", "digits", "--protocol", "quick", "--out", tmp_path / "o", *FAST[:-1]
+    )
+    assert done.exit_code == 0, done.output
+    assert "every query costs a pass of all of it" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["predict", "function"])
+def test_a_function_is_taken_for_the_model_or_returned_by_one(name: str, code: str, x: Tensor) -> None:
+    target = load_target(f"{code}:{name}", x)
+    assert isinstance(target.model, WholeModel)
+    assert target.model.logits(x).shape == (4, 10)
+    with pytest.raises(ValueError, match="has no head"):
+        load_target(f"{code}:{name}", x, head="fc")
 
 
 def test_code_of_an_installed_module(x: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,7 +183,7 @@ def test_weights_that_are_refused(code: str, x: Tensor, tmp_path: Path, monkeypa
     [
         ("{}:modle", r"has no 'modle'; did you mean 'model'\?"),
         ("{}:number", "is a int, not a function"),
-        ("{}:nothing", "returned a NoneType; expected a torch module"),
+        ("{}:nothing", "returned a NoneType; expected a module or function"),
         ("{}:broken", "failed when it was called without arguments: ZeroDivisionError"),
         ("{}:training", r"training mode; call \.eval\(\)"),
         ("{}:random", "training mode"),
@@ -328,7 +357,7 @@ def test_a_checkpoint_that_could_not_be_loaded_again_is_not_begun(
     """Fine-tuning builds the model without its weights first."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("the extra [robustbench] is not installed")
-    from msa_eval.targets import zoos
+    from msa_eval.targets import building, zoos
 
     def made(*, random: bool) -> torch.nn.Module:
         if random:
@@ -337,7 +366,7 @@ def test_a_checkpoint_that_could_not_be_loaded_again_is_not_begun(
 
     samples = Samples(digits.x[:64].expand(-1, 3, -1, -1).contiguous(), digits.y[:64], "grey")
     np.savez(tmp_path / "d.npz", x=samples.x.numpy(), y=samples.y.numpy())
-    monkeypatch.setitem(zoos.ZOOS, "timm", lambda name, wanted: zoos.Built(made(random=wanted.random)))  # type: ignore[arg-type]
+    monkeypatch.setitem(zoos.ZOOS, "timm", lambda name, wanted: building.Built(made(random=wanted.random)))  # type: ignore[arg-type]
     arguments = ("finetune", "timm:net", "--data", tmp_path / "d.npz", "--out", tmp_path / "h.safetensors", "--quiet")
     refused = _run(*arguments)
     assert refused.exit_code == 2, refused.output
@@ -345,6 +374,6 @@ def test_a_checkpoint_that_could_not_be_loaded_again_is_not_begun(
     assert not (tmp_path / "h.safetensors").exists()
     wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10), torch.nn.BatchNorm1d(10)).eval()
     monkeypatch.setitem(  # type: ignore[arg-type]
-        zoos.ZOOS, "timm", lambda name, wanted: zoos.Built(wider if wanted.random else made(random=False))
+        zoos.ZOOS, "timm", lambda name, wanted: building.Built(wider if wanted.random else made(random=False))
     )
     assert "could not be loaded again: trunk.body.2.bias is missing" in _run(*arguments).stderr

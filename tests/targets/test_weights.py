@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msa_eval import load_checkpoint, load_target, save_checkpoint
-from msa_eval.targets import zoos
+from msa_eval.targets import building, zoos
+from msa_eval.targets.building import Built, Wanted
 from msa_eval.targets.weights import load_weights, read_weights
-from msa_eval.targets.zoos import Built, Wanted
 
 
 def _net(seed: int = 0) -> nn.Sequential:
@@ -149,7 +149,7 @@ with torch.random.fork_rng():
 
 
 def _zoo(name: str, wanted: Wanted) -> Built:
-    return zoos._normalised(
+    return building.normalised(
         Built(copy.deepcopy(ZOO_NET)), {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}, 2, wanted
     )
 

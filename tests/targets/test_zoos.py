@@ -14,7 +14,8 @@ from torch import Tensor
 
 from msa_eval import HPM, Classifier, load_checkpoint, load_target, save_checkpoint
 from msa_eval.installation.imports import import_robustbench, import_timm, import_torchvision
-from msa_eval.targets.zoos import Wanted, robustbench, torchvision
+from msa_eval.targets.building import Wanted
+from msa_eval.targets.zoos import robustbench, torchvision
 
 ABSENT = [name for name in ("torchvision", "timm", "robustbench") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"needs pip install '.[robustbench]': no {', '.join(ABSENT)}")
