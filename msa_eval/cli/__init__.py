@@ -27,6 +27,7 @@ COMMANDS = (
     "doctor",
     "entry",
     "evaluate",
+    "export",
     "figures",
     "finetune",
     "paper-table",
@@ -36,7 +37,10 @@ COMMANDS = (
     "tables",
     "verify",
 )
-"""Each is the function of its name, with underscores, in the file of this folder of that name."""
+"""Each is the function of its name, with underscores, in the file of that name of this folder, or of one in it."""
+
+OF_RESULTS = ("compare", "entry", "export", "figures", "report", "tables")
+"""The commands whose file is in the folder ``results``."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,7 +87,8 @@ class _Group(click.Group):
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
-        command: click.Command = getattr(importlib.import_module(f"msa_eval.cli.{name}"), name)
+        folder = "msa_eval.cli.results" if cmd_name in OF_RESULTS else "msa_eval.cli"
+        command: click.Command = getattr(importlib.import_module(f"{folder}.{name}"), name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

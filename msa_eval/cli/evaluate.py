@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from msa_eval.engine.executors import Executor
 
 
-@click.command()
+class _Evaluate(click.Command):
+    """Lets ``--save-adversarial`` stand alone, as a flag, or with ``=all``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        return super().parse_args(ctx, ["--save-all" if arg == "--save-adversarial=all" else arg for arg in args])
+
+
+@click.command(cls=_Evaluate)
 @options.target
 @options.data()
 @options.protocol
@@ -28,7 +36,13 @@ if TYPE_CHECKING:
     help="Evaluate the batch of this sample only (its index in the data), and move its companions to break it.",
 )
 @options.assignments
-@click.option("--save-adversarial", is_flag=True, help="Keep a verified adversarial batch for every broken sample.")
+@click.option(
+    "--save-adversarial",
+    is_flag=True,
+    help="Keep a verified adversarial batch for every broken sample; --save-adversarial=all keeps every other sample's "
+    "best point too, for 'msa-eval export'.",
+)
+@click.option("--save-all", is_flag=True, hidden=True)
 @click.option(
     "--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page)."
 )
@@ -82,6 +96,7 @@ def run(
     force: bool = False,
     quiet: bool,
     save_adversarial: bool = False,
+    save_all: bool = False,
     no_gallery: bool = False,
     no_found_surrogates: bool = False,
     engine: Executor | None = None,
@@ -103,7 +118,7 @@ def run(
         device=device,
         out=out,
         force=force,
-        save_adversarial=save_adversarial,
+        save_adversarial="all" if save_all else save_adversarial,
         save_gallery=not no_gallery,
         micro_batch=micro_batch,
         precision=precision,

@@ -13,7 +13,8 @@ import click
 from msa_eval.progress import Progress, silent
 
 _ARGUMENT = re.compile(
-    r"\b(whole|force|random_weights|save_adversarial|weights|head|trunk|device|precision|engine|address|cpus|gpus)"
+    r"\b(whole|force|random_weights|save_adversarial|weights|head|trunk|device|precision|engine|address|cpus|gpus|format"
+    r")"
     r"=(True\b|[^\s,;:)]*)"
 )
 _OVERRIDE = re.compile(r'overrides=\{"([\w.]+)": (.*?)\}')
@@ -28,6 +29,8 @@ def as_options(message: str) -> str:
 
     def option(found: re.Match[str]) -> str:
         name = {"cpus": "cpus-per-worker", "gpus": "gpus-per-worker"}.get(found[1], found[1].replace("_", "-"))
+        if name == "save-adversarial" and found[2] != "True":
+            return f"--{name}={found[2]}".replace('"', "")
         return f"--{name}" if found[2] == "True" else f"--{name} {found[2]}"
 
     return _ARGUMENT.sub(option, _OVERRIDE.sub(r"--set '\1=\2'", message)).replace("the same call", "the same command")

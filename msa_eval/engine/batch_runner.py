@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,19 +86,21 @@ class BatchRunner:
                     seconds.append(time.perf_counter() - started)
                     continue
                 yield step
-            history.add(step.outcome, step.trace)
+            history.add(step.outcome, step.trace, run.name)
             history.upheld += step.upheld
             history.taken_back = history.taken_back | step.taken_back
             outcomes.append(step.outcome)
             seconds.append(step.seconds)
+        proofs = self._proofs(batch, history) if job.keep else []
         yield BatchResult(
             tuple(outcomes),
             tuple(seconds),
             history.committed,
             int((history.taken_back & ~history.broken).sum()),
-            tuple(self._proofs(batch, history)) if job.keep else (),
+            tuple(proofs),
             () if guard is None else guard.so_far(),
             self._drift(batch, history),
+            tuple(history.others(proofs, **self._of(batch))) if job.every else (),
         )
 
     def _drift(self, batch: Batch, history: BatchHistory) -> float:
@@ -117,35 +120,39 @@ class BatchRunner:
         if job.lost is not None:
             raise AttackError(job.lost)
         started = time.perf_counter()
-        step = self._attempt(run, batch, history, keep=job.keep)
+        step = self._attempt(run, batch, history, job)
         return dataclasses.replace(step, seconds=time.perf_counter() - started)
 
     def _proofs(self, batch: Batch, history: BatchHistory) -> list[Proof]:
-        own = self.clean.chosen[self.clean.batch_plan[batch.number]]
-        return history.proofs(
-            self.plan.name, self.context, batch.number, rows_interact=self.clean.batch_dependent,
-            pool=own if self.pool is None else torch.cat([own, self.pool.indices]),
-        )  # fmt: skip
+        return history.proofs(**self._of(batch))
 
-    def _attempt(self, run: Run, batch: Batch, history: BatchHistory, *, keep: bool) -> RunResult:
+    def _of(self, batch: Batch) -> dict[str, Any]:
+        """What a proof says of its batch, and whom companions are chosen from."""
+        own = self.clean.chosen[self.clean.batch_plan[batch.number]]
+        pool = own if self.pool is None else torch.cat([own, self.pool.indices])
+        return {
+            "target": self.plan.name, "context": self.context, "number": batch.number,
+            "rows_interact": self.clean.batch_dependent, "pool": pool,
+        }  # fmt: skip
+
+    def _attempt(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
         """Make one run on one batch; where memory is short, again and again with a trunk that takes smaller parts.
 
         Raises:
             AttackError: when it fails.
         """
         try:
-            return retry_in_smaller_parts(
-                self.plan.defense, len(batch.x), lambda: self._step(run, batch, history, keep=keep)
-            )
+            return retry_in_smaller_parts(self.plan.defense, len(batch.x), lambda: self._step(run, batch, history, job))
         except Exception as error:
             raise AttackError(f"{self.plan.name}, run {run.name}, batch {batch.number}: {error}") from error
 
-    def _step(self, run: Run, batch: Batch, history: BatchHistory, *, keep: bool) -> RunResult:
+    def _step(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
         clean, context = self.clean, self.context
         together = not CONTEXTS[context].one_batch_per_sample
         target = clean.view(context, batch, history.companions)
         setting = run.setting(target, history, victim=self._victim(batch))
-        keep = (keep or clean.draws > 1) and together and clean.batch_dependent
+        shared = together and clean.batch_dependent
+        keep, near = (job.keep or clean.draws > 1) and shared, job.every and shared
         mixed = together and any(o.label in ("pursuit", "recombination") for o in self.runs)
         trail = mixed and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
         # External attacks are shown the target's own features; without a trunk a search has no others. Mixtures are
@@ -153,7 +160,7 @@ class BatchRunner:
         whole = isinstance(unwrap(self.plan.defense), WholeModel)
         search = EXACT if run.loss == OWN or whole or mixed else self.plan.search
         setting = dataclasses.replace(
-            setting, draws=clean.draws, eot=clean.eot, keep=keep, trail=trail, search=search
+            setting, draws=clean.draws, eot=clean.eot, keep=keep, nearest=near, trail=trail, search=search
         )  # fmt: skip
         judged = JudgedBatch(
             target, run.surrogate, batch, self.plan.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
@@ -165,10 +172,10 @@ class BatchRunner:
             points = attack(judged, generator) if bool(judged.counted.any()) else judged.start.x
             outcome, trace = judged.finish(points), judged.trace()
             if clean.draws > 1:
-                return self._upheld(outcome, trace, batch, history)
+                return self._upheld(outcome, trace, batch, history, run.name)
         return RunResult(outcome, trace, (), torch.zeros_like(history.taken_back))
 
-    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: BatchHistory) -> RunResult:
+    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: BatchHistory, name: str) -> RunResult:
         """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
 
         What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
@@ -176,7 +183,7 @@ class BatchRunner:
         sample that a proof has broken needs no other, so what later runs say of it stays as it is.
         """
         run = BatchHistory(batch, history.companions)
-        run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace)
+        run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace, name)
         taken, upheld = torch.zeros_like(history.taken_back), []
         for proof in self._proofs(batch, run):
             holds = self.plan.replay.clearly_breaks(proof).cpu()

@@ -37,11 +37,13 @@ class Evaluated(NamedTuple):
         proofs: an adversarial batch for every broken sample, where these are kept; of a target that ignores companions,
             in its first context only.
         exhibits: a few broken samples to be looked at, where these are asked for.
+        others: likewise where every other sample came nearest to falling.
     """
 
     record: TargetRecord
     proofs: list[Proof]
     exhibits: list[Exhibit]
+    others: list[Proof]
 
 
 class _Open:
@@ -98,7 +100,7 @@ class Collector:
         found = {place: self._evaluation.store.read(self._part(number, place), RunResult) for place in places}
         held = {place: step for place, step in found.items() if step is not None}
         self._open[number] = _Open(place for place in places if place not in held)
-        return BatchJob(number, self._evaluation.keep or self._looking, held)
+        return BatchJob(number, self._evaluation.keep or self._looking, held, every=self._evaluation.every)
 
     def take(self, number: int, made: Made, tick: Tick) -> None:
         """Note what came of a batch.
@@ -148,7 +150,8 @@ class Collector:
             ],
         )
         proofs = [proof for searched in done for proof in searched.proofs] if self._evaluation.keep else []
-        return Evaluated(record, proofs, _exhibits(self._candidates, self.runner.plan.replay))
+        others = [proof for searched in done for proof in searched.others]
+        return Evaluated(record, proofs, _exhibits(self._candidates, self.runner.plan.replay), others)
 
     @property
     def _looking(self) -> bool:

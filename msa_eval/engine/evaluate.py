@@ -61,7 +61,7 @@ def evaluate(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    save_adversarial: bool = False,
+    save_adversarial: bool | str = False,
     save_gallery: bool = True,
     micro_batch: int | None = None,
     precision: str = "auto",
@@ -93,7 +93,7 @@ def evaluate(
             is kept there, so that the same call goes on where an earlier one was interrupted.
         force: start anew there; other results, and what is unfinished, are kept under a dated name.
         save_adversarial: keep there, for every broken sample, an adversarial batch that breaks it, confirmed by a
-            pass of its own.
+            pass of its own; with ``"all"`` every other sample's best point too (see `Results.adversarial`).
         save_gallery: keep there a few broken samples as pictures, for the page.
         micro_batch: pass at most so many images through the trunk at once. Without it, a pass that runs out of memory
             is made again in halves, and in halves of these. The batch that is decided is the same.
@@ -120,6 +120,8 @@ def evaluate(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     if surrogates and protocol.apgd is None:
         raise ValueError(f"protocol {protocol.name} has no attack.apgd, so it has no use for surrogates")
+    if save_adversarial not in (False, True, "all"):
+        raise ValueError(f'expected save_adversarial to be True, False or "all", but got {save_adversarial!r}')
     if save_adversarial and out is None:
         raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
@@ -172,7 +174,7 @@ def _evaluate(
     device: str,
     out: Path | None,
     force: bool,
-    keep: bool,
+    keep: bool | str,
     show: bool,
     micro_batch: int | None,
     precision: str,
@@ -217,7 +219,7 @@ def _evaluate(
         with opened(
             out, about, options=options, where=here, force=force, device=device, notify=notify, started=started
         ) as store:
-            evaluation = EvaluationState(progress, store, keep)
+            evaluation = EvaluationState(progress, store, bool(keep), keep == "all")
             try:
                 return _carried_out(plans, about | where, evaluation, engine, out=out, show=show, force=force)
             except KeyboardInterrupt as stop:
@@ -295,6 +297,7 @@ def _carried_out(
     write = functools.partial(
         write_results, results=results, force=force, plans=plans,
         proofs=[proof for one in done for proof in one.proofs] if evaluation.keep else None,
+        others=[proof for one in done for proof in one.others] if evaluation.every else None,
         pictures=pictures([shown for one in done for shown in one.exhibits]), progress=evaluation.progress,
     )  # fmt: skip
     results = save(write, out)
@@ -317,7 +320,7 @@ def _evaluated(plan: TargetPlan, collectors: Sequence[Collector]) -> list[Evalua
     """What was made of each series of a target; one that ignores its companions answers the same in all contexts."""
     found = [collector.evaluated() for collector in collectors]
     others = plan.protocol.contexts[len(found) :]
-    return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], []) for one in others]
+    return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], [], []) for one in others]
 
 
 def _due(plans: Sequence[TargetPlan]) -> int:

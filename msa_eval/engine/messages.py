@@ -67,6 +67,7 @@ class BatchResult:
         changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
         drift: of a target taken to ignore companions: how much its answers to the points found change in other batches,
             as a share of the logits' range.
+        others: of the samples that no proof is about, where each came nearest to falling, where that was asked for.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -76,6 +77,7 @@ class BatchResult:
     proofs: tuple[Proof, ...]
     changes: tuple[str, ...]
     drift: float = 0.0
+    others: tuple[Proof, ...] = ()
 
 
 Made = RunResult | Failure | BatchResult
@@ -91,9 +93,11 @@ class BatchJob:
         keep: whether an adversarial batch is kept for every broken sample.
         held: the runs that are made already, by their place.
         lost: why the others can't be made, if so.
+        every: whether the best point of every other sample is kept too.
     """
 
     number: int
     keep: bool
     held: Mapping[int, RunResult]
     lost: str | None = None
+    every: bool = False

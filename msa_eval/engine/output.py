@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from msa_eval.attacks.ball import Ball
 from msa_eval.auditing.audit import Sign
 from msa_eval.auditing.rules import unconfirmed_breaks
 from msa_eval.engine.target_plan import TargetPlan
-from msa_eval.evidence import archive, gallery
-from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE
+from msa_eval.evidence import archive, gallery, points
+from msa_eval.evidence.folder import ARCHIVE, NEW_ARCHIVE, NEW_POINTS
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.results import INCOMPLETE, Results
+from msa_eval.judging.replay import Replay
 from msa_eval.progress import Progress
 
 
@@ -80,24 +82,56 @@ def write_results(
     force: bool,
     plans: Sequence[TargetPlan],
     proofs: Sequence[Proof] | None,
+    others: Sequence[Proof] | None,
     pictures: bytes | None,
     progress: Progress,
 ) -> Results:
-    """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first."""
+    """Write the tables and, where they are kept, the adversarial batches, each replayed on its target first.
+
+    Args:
+        out: the folder.
+        results: what is written.
+        force: whether other results there are replaced.
+        plans: the targets.
+        proofs: adversarial batches for all that is broken; ``None`` where they are not kept.
+        others: where every other sample came nearest to falling; ``None`` likewise.
+        pictures: the content of the gallery.
+        progress: shows how far it has come.
+    """
+    results = dataclasses.replace(results, folder=out)
     if proofs is None:
         results.save(out, force=force, gallery=pictures)
         return results
     replays = {plan.name: plan.replay for plan in plans}
-    path = out / NEW_ARCHIVE
+    path, ball = out / NEW_ARCHIVE, plans[0].protocol.ball
     try:
         written = archive.write(
-            path, progress(proofs, "writing proofs"), next(iter(replays.values())).images, plans[0].protocol.ball,
+            path, progress(proofs, "writing proofs"), next(iter(replays.values())).images, ball,
             confirm=lambda proof: replays[proof.target].breaks(proof),
             exact={name for name, replay in replays.items() if replay.draws > 1},
         )  # fmt: skip
         results = dataclasses.replace(results, run=dict(results.run) | {"adversarial": written.about(ARCHIVE)})
         results = _confirmed(results, written)
-        results.save(out, force=force, archive=path, gallery=pictures)
+        kept = None
+        if others is not None:
+            kept = _best_points(out / NEW_POINTS, progress([*proofs, *others], "writing points"), replays, ball)
+            results = dataclasses.replace(results, run=dict(results.run) | {"points": kept.about()})
+        results.save(
+            out, force=force, archive=path, gallery=pictures,
+            points=None if kept is None else (out / NEW_POINTS, kept.table),
+        )  # fmt: skip
     finally:
         path.unlink(missing_ok=True)
+        (out / NEW_POINTS).unlink(missing_ok=True)
     return results
+
+
+def _best_points(path: Path, proofs: Iterable[Proof], replays: Mapping[str, Replay], ball: Ball) -> points.Kept:
+    """Write every sample's best point, each judged once more as it is stored."""
+    first = next(iter(replays.values()))
+    return points.write(
+        path, proofs, first.images, ball,
+        answer=lambda proof: (replays[proof.target].logits(proof), replays[proof.target].labels(proof)),
+        indices=lambda proof: first.batches[proof.batch][proof.positions],
+        batch_dependent={name: replay.batch_dependent for name, replay in replays.items()},
+    )  # fmt: skip

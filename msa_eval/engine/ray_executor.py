@@ -8,6 +8,7 @@ costs the run it was at. Models and data go into the object store once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import socket
@@ -156,8 +157,9 @@ class RayEngine:
         held = {at: b"".join(pack(step)) for at, step in flight.job.held.items()}
         deterministic = torch.are_deterministic_algorithms_enabled()
         return task.remote(
-            [runner], flight.place, flight.job.number, flight.job.keep, held, self._device, self.cpus, deterministic
-        )
+            [runner], flight.place, flight.job.number, flight.job.keep, flight.job.every, held, self._device, self.cpus,
+            deterministic,
+        )  # fmt: skip
 
     def _take(self, message: Any, flight: _Flight, evaluation: EvaluationState, tick: Tick) -> bool:
         """Note what a worker sent; whether that was the last of its batch."""
@@ -190,7 +192,7 @@ class RayEngine:
                 f"is made again"
             )
             return _Flight(flight.place, flight.collector, job)
-        given_up = BatchJob(job.number, job.keep, job.held, lost=f"{reason_lost}, for the {count}th time")
+        given_up = dataclasses.replace(job, lost=f"{reason_lost}, for the {count}th time")
         for made in flight.collector.runner.search(given_up):
             flight.collector.take(job.number, made, tick)
         return None
@@ -328,6 +330,7 @@ def _search(
     at: int,
     number: int,
     keep: bool,
+    every: bool,
     held: dict[int, bytes],
     device: str,
     threads: int,
@@ -338,7 +341,9 @@ def _search(
     yield place(device)
     with full_precision(deterministic=deterministic):
         one, guard = _received(sent[0], at)
-        job = BatchJob(number, keep, {step: unpack(content, device=device) for step, content in held.items()})
+        job = BatchJob(
+            number, keep, {step: unpack(content, device=device) for step, content in held.items()}, every=every
+        )
         for made in one.search(job, guard):
             yield parts_of(one.plan.defense), b"".join(pack(made))
 

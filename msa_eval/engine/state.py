@@ -17,12 +17,14 @@ class EvaluationState:
         progress: shows how far each context has come.
         store: what is finished, and is not made again.
         keep: whether to keep an adversarial batch for every broken sample.
+        every: whether to keep every other sample's best point too.
         failures: what failed so far.
     """
 
     progress: Progress
     store: ResumeStore
     keep: bool = False
+    every: bool = False
     failures: list[Failure] = field(default_factory=list)
 
     def fail(self, target: str, run: str, error: BaseException) -> None:

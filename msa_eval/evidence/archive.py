@@ -180,6 +180,10 @@ class Archive:
             for i in range(len(self)):
                 yield self._proof(opened, i)
 
+    def __getitem__(self, number: int) -> Proof:
+        with self._open() as opened:
+            return self._proof(opened, number)
+
     def _open(self) -> Any:
         return safe_open(self.path, framework="pt", device="cpu")
 

@@ -24,6 +24,14 @@ NEW_ARCHIVE = f"new-{ARCHIVE}"
 """The same while the tables are not written yet, so that earlier results stay whole."""
 
 
+POINTS, POINTS_TABLE = "points.safetensors", "points.csv"
+"""Every sample's best point and the manifest of these (see `msa_eval.evidence.points`), where they are kept."""
+
+
+NEW_POINTS = f"new-{POINTS}"
+"""As `NEW_ARCHIVE`."""
+
+
 GALLERY = "gallery.safetensors"
 """Pictures of a few broken samples (see `msa_eval.evidence.gallery`), where these are kept."""
 
@@ -36,15 +44,19 @@ CROSSCHECK = "crosscheck.csv"
 """What external attacks broke of it (see `msa_eval.studies.crosscheck`); made later, so it has no hash either."""
 
 
-FIGURES = "figures"
-"""A folder of figures made from all this; no evidence either, and left to who made it."""
+FIGURES, EXPORT = "figures", "export"
+"""Folders of figures, and of points as other tools read them, made from all this; no evidence either, and left to who
+made them."""
 
 
 UNFINISHED, LOCK = "unfinished", ".lock"
 """What an evaluation keeps there while it is under way (see `msa_eval.engine.resume`)."""
 
 
-OURS = ("run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED)
+OURS = (
+    "run.json", *(f"{name}.csv" for name in (*TABLES, "audit")), ARCHIVE, GALLERY, PAGE, FIGURES, UNFINISHED, POINTS,
+    POINTS_TABLE, EXPORT,
+)  # fmt: skip
 """All that an evaluation or what is made from one leaves in its folder."""
 
 
@@ -71,7 +83,13 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
         )
     try:
         # What an interrupted evaluation left behind, perhaps as it wrote its results.
-        names = {ARCHIVE, NEW_ARCHIVE, *((*OURS, LOCK) if (folder / UNFINISHED).is_dir() else (LOCK,))}
+        names = {
+            ARCHIVE,
+            NEW_ARCHIVE,
+            POINTS,
+            NEW_POINTS,
+            *((*OURS, LOCK) if (folder / UNFINISHED).is_dir() else (LOCK,)),
+        }
         ours = names | {f"{name}.part" for name in names}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []
         if not force and run is None and held:

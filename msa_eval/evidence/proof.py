@@ -30,6 +30,7 @@ class Proof:
         own: images ``(n, C, H, W)`` of ``victims``.
         companions: in ``composed``, indices into the data set ``(n, B - 1)``: who sits beside each row, in batch order
             without the row itself, which sits at its position.
+        runs: where known, the run that found the batch, for each position.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Proof:
     x: Tensor
     own: Tensor | None = None
     companions: Tensor | None = None
+    runs: tuple[str, ...] = ()
 
     def only(self, keep: Tensor) -> Proof:
         """The proof of some of its positions, by a mask ``(n,)``."""
@@ -49,6 +51,7 @@ class Proof:
             x=self.x[keep] if self.kind == "rows" else self.x,
             own=None if self.own is None else self.own[keep],
             companions=None if self.companions is None else self.companions[keep],
+            runs=tuple(run for run, kept in zip(self.runs, keep.tolist(), strict=True) if kept) if self.runs else (),
         )
 
 

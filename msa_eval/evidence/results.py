@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence import schema as fields
-from msa_eval.evidence.folder import ARCHIVE, CROSSCHECK, FIGURES, GALLERY, PAGE, TABLES, claim_folder, read_run
+from msa_eval.evidence.folder import (
+    ARCHIVE,
+    CROSSCHECK,
+    FIGURES,
+    GALLERY,
+    PAGE,
+    POINTS,
+    POINTS_TABLE,
+    TABLES,
+    claim_folder,
+    read_run,
+)
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.files import write_all
+from msa_eval.protocols.loading import make_protocol
 from msa_eval.untrusted import check_inside, printable
+
+if TYPE_CHECKING:
+    from msa_eval.evidence.points import Adversarial
 
 SCHEMA_VERSION = 1
 
@@ -50,6 +67,7 @@ class Results:
         batches: a row a sample's place.
         run: protocol, seed, hashes, versions and all else that says how the tables were made.
         audit: a row a target and sign, where the results were audited.
+        folder: where they stand on disk, if they do.
     """
 
     summary: pd.DataFrame
@@ -59,9 +77,39 @@ class Results:
     batches: pd.DataFrame
     run: Mapping[str, Any]
     audit: pd.DataFrame = field(default_factory=pd.DataFrame)
+    folder: Path | None = field(default=None, compare=False)
+
+    def adversarial(self, target: str = "defense", context: str = "joint") -> Adversarial:
+        """Every sample's best point, broken or not, with what the target answers to it beside its companions.
+
+        Args:
+            target: ``defense`` or ``fc``.
+            context: what the attacker controls.
+
+        Raises:
+            ValueError: when they were not kept (by ``save_adversarial="all"``), or are not those of these results.
+        """
+        from msa_eval.evidence.points import read
+
+        if self.folder is None:
+            raise ValueError(
+                'no points of every sample were kept; make the evaluation with save_adversarial="all" and out=FOLDER'
+            )
+        if target not in TARGETS or context not in CONTEXTS:
+            raise ValueError(f"expected a target among {', '.join(TARGETS)} and a context among {', '.join(CONTEXTS)}, "
+                             f"but got {target!r:.40} and {context!r:.40}")  # fmt: skip
+        protocol = make_protocol(tomllib.loads(self.run["protocol"]["text"]), source="the protocol in run.json")
+        sizes = Counter(self.batches["batch"].tolist())
+        return read(self.folder, self.run, protocol.ball, sizes, target=target, context=context)
 
     def save(
-        self, folder: str | Path, *, force: bool = False, archive: Path | None = None, gallery: bytes | None = None
+        self,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        archive: Path | None = None,
+        gallery: bytes | None = None,
+        points: tuple[Path, pd.DataFrame] | None = None,
     ) -> None:
         """Write the tables as CSV and ``run.json``, all or none.
 
@@ -75,6 +123,7 @@ class Results:
             force: write over other results.
             archive: a file in the folder with adversarial batches, named by ``run``, to be moved to its place.
             gallery: the content of `GALLERY`.
+            points: a file in the folder with the best points, to be moved to its place, and their manifest.
 
         Raises:
             ValueError: when the folder holds something else.
@@ -83,10 +132,9 @@ class Results:
         folder = Path(folder)
         claim_folder(folder, self.run, force=force)
         before = (read_run(folder) or {}).get("key", self.run["key"])
-        if gallery is None and (folder / GALLERY).is_file():
-            held = (folder / GALLERY).read_bytes()
-            listed = self.run.get("files", {}).get(GALLERY)
-            gallery = held if hashlib.sha256(held).hexdigest() == listed else None
+        gallery = gallery or self._standing(folder / GALLERY)
+        manifest = points[1].to_csv(index=False, lineterminator="\n").encode() if points else None
+        manifest = manifest or self._standing(folder / POINTS_TABLE)
         tables = {name: getattr(self, name) for name in TABLES}
         tables["attacks"] = self.attacks.assign(seconds=None)
         if len(self.audit):
@@ -96,6 +144,8 @@ class Results:
         }
         if gallery is not None:
             contents[GALLERY] = gallery
+        if manifest is not None:
+            contents[POINTS_TABLE] = manifest
         run = dict(self.run) | {"seconds_by_run": dict(zip(_keys(self.attacks), self.attacks["seconds"], strict=True))}
         run["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         run["sha256"] = run_digest(run)
@@ -103,14 +153,21 @@ class Results:
         write_all(folder, {name: [content] for name, content in contents.items()})
         if archive is not None:
             archive.replace(folder / ARCHIVE)
-        stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK} - set(contents) | (
-            {ARCHIVE} if run.get("adversarial") is None else set()
-        )
+        if points is not None:
+            points[0].replace(folder / POINTS)
+        stale = {"audit.csv", GALLERY, PAGE, CROSSCHECK, POINTS_TABLE} - set(contents)
+        stale |= {file for file, name in ((ARCHIVE, "adversarial"), (POINTS, "points")) if run.get(name) is None}
         for name in stale:
             if (folder / name).is_file():
                 (folder / name).unlink()
         if before != self.run["key"] and (folder / FIGURES).is_dir():
             warnings.warn(f"{folder / FIGURES} is still of the results before; make the figures again", stacklevel=2)
+
+    def _standing(self, path: Path) -> bytes | None:
+        """The content of a file of these same results, as far as their hashes tell."""
+        held = path.read_bytes() if path.is_file() else None
+        listed = self.run.get("files", {}).get(path.name)
+        return held if held is not None and hashlib.sha256(held).hexdigest() == listed else None
 
     @classmethod
     def load(cls, folder: str | Path, *, trimmed: bool = False) -> Results:
@@ -144,7 +201,7 @@ class Results:
         fields.check_together(str(folder), tables, METRICS)
         seconds = run.get("seconds_by_run", {})
         tables["attacks"]["seconds"] = [seconds.get(key, np.nan) for key in _keys(tables["attacks"])]
-        return cls(**tables, run=run)
+        return cls(**tables, run=run, folder=folder)
 
 
 def run_digest(run: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ RUN: Mapping[str, Any] = {
     "seconds?": (float, None),
     "seconds_by_run?": {"*": (float, None)},
     "files?": {"*": str},
+    "points?": ({"file": str, "sha256": str, "image": [int], "*": object}, None),
     "adversarial?": ({"file": str, "sha256": str, "*": object}, None),
     "sha256?": str,
     "*": object,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.device import asynchronous
 from msa_eval.judging.deferred import Deferred
-from msa_eval.judging.outcomes import BreakingBatch
+from msa_eval.judging.outcomes import BreakingBatch, Nearest
 
 
 class BreakRecord:
@@ -22,6 +24,7 @@ class BreakRecord:
         later: for what depends on the verdicts' values.
         known: the samples broken before ``(B,)``, of which no finding is due.
         keep: whether findings are kept.
+        near: whether the batches in which each sample came nearest to falling are kept.
         companions: who sits beside each clean image ``(B, B - 1)``, where that is a choice.
 
     Attributes:
@@ -33,12 +36,22 @@ class BreakRecord:
         companions: who sat beside it.
         committed: right on the one batch shown that leaves the fewest right ``(B,)``.
         findings: adversarial batches that together break all that are broken and not known, where these are kept.
+        nearest: the batches in which each sample came nearest to falling, where these are kept.
     """
 
     def __init__(
-        self, batch: Batch, ball: Ball, later: Deferred, *, known: Tensor | None, keep: bool, companions: Tensor | None
+        self,
+        batch: Batch,
+        ball: Ball,
+        later: Deferred,
+        *,
+        known: Tensor | None,
+        keep: bool,
+        near: bool,
+        companions: Tensor | None,
     ) -> None:
         self._batch, self._ball, self._later, self._known, self._keep = batch, ball, later, known, keep
+        self._near = near
         self._answer: tuple[Tensor, Tensor, Tensor] | None = None
         self.broken = torch.zeros_like(batch.y, dtype=torch.bool)
         self.first = torch.full_like(batch.y, -1)
@@ -47,6 +60,7 @@ class BreakRecord:
         self.companions = companions
         self.committed, self._left = batch.correct, batch.correct.sum()
         self.findings: list[BreakingBatch] = []
+        self.nearest: list[Nearest] = []
         self._total = torch.zeros((), dtype=torch.float64, device=batch.y.device)
         self._far = self._low = self._high = torch.zeros((), device=batch.y.device)
 
@@ -100,7 +114,7 @@ class BreakRecord:
             claims: whether it may add to the record, as `claims` tells; if not, only margins are lowered by it.
         """
         wrong, margin = self._read(logits)
-        self._enter(iterate, logits, point if claims else None, None)
+        self._enter(iterate, logits, point, None, claims=claims)
         self._prefer(point, margin, margin < self.best_margin, companions)
         if not claims:
             return
@@ -138,11 +152,22 @@ class BreakRecord:
         return self._answer[1:]
 
     def _enter(
-        self, iterate: int, logits: Tensor, shown: AdversarialBatch | PartialBatch | None, own: Tensor | None
+        self,
+        iterate: int,
+        logits: Tensor,
+        shown: AdversarialBatch | PartialBatch,
+        own: Tensor | None,
+        *,
+        claims: bool = True,
     ) -> None:
         """Note which samples are broken for the first time, and by what, if by anything."""
         wrong, margin = self._read(logits)
-        if self._keep and shown is not None:
+        if self._near and bool((lower := margin < self.margin).any()):
+            # What claims nothing may be written over later.
+            x = shown.x if claims else shown.x.clone()
+            left = [replace(old, rows=old.rows & ~lower) for old in self.nearest]
+            self.nearest = [*(old for old in left if bool(old.rows.any())), Nearest(lower, margin, x, own)]
+        if self._keep and claims:
             known = self.broken if self._known is None else self.broken | self._known
             breaks = wrong & self._batch.correct
             self._later.when((breaks & ~known).any(), lambda: self._find(BreakingBatch(breaks, shown.x, own)))

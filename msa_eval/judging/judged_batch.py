@@ -62,8 +62,9 @@ class JudgedBatch:
         self._calls = 0
         self._later = Deferred()
         self._record = BreakRecord(
-            batch, ball, self._later, known=setting.known, keep=setting.keep, companions=companions_of(defense)
-        )
+            batch, ball, self._later, known=setting.known, keep=setting.keep, near=setting.nearest,
+            companions=companions_of(defense),
+        )  # fmt: skip
         self._state = state = SearchState(defense, surrogate, batch, setting, mixes_rows=mixes_rows)
         self._passes = Passes(surrogate, batch, state, self._record, setting.search)
         self._judge = Judge(
@@ -343,14 +344,9 @@ class JudgedBatch:
         """What later runs may go on from, once the run is finished."""
         seen = self._record
         return Trace(
-            self._final,
-            seen.best,
-            seen.best_margin,
-            seen.companions,
-            tuple(seen.findings),
-            tuple(self._trail),
-            self.ranking,
-        )
+            self._final, seen.best, seen.best_margin, seen.companions, tuple(seen.findings), tuple(self._trail),
+            self.ranking, tuple(seen.nearest),
+        )  # fmt: skip
 
     def _stop_early(self, point: AdversarialBatch) -> None:
         """Search no more for what is broken by more than rounding: it stays where it is."""

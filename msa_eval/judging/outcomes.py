@@ -20,11 +20,32 @@ class BreakingBatch:
         breaks: the samples it breaks, a mask ``(B,)``.
         x: the batch ``(B, C, H, W)``.
         own: where given, sample i is broken by the batch whose row i is ``own[i]`` ``(B, C, H, W)``.
+        run: that showed it.
     """
 
     breaks: Tensor
     x: Tensor
     own: Tensor | None = None
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """An adversarial batch, or several, in which some samples came nearer to falling than in any other.
+
+    Attributes:
+        rows: the samples of which that holds, a mask ``(B,)``.
+        margin: of each label there ``(B,)``.
+        x: the batch ``(B, C, H, W)``.
+        own: as in `BreakingBatch`.
+        run: that showed it.
+    """
+
+    rows: Tensor
+    margin: Tensor
+    x: Tensor
+    own: Tensor | None = None
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class Trace:
         findings: adversarial batches that break samples not broken before, where these are kept.
         trail: the points of every iterate, where these are kept.
         ranking: the classes of each sample, nearest first ``(B, k)``, where a run ranked them.
+        nearest: the batches in which each sample came nearest to falling, where these are kept.
     """
 
     final: AdversarialBatch
@@ -48,6 +70,7 @@ class Trace:
     findings: tuple[BreakingBatch, ...]
     trail: tuple[AdversarialBatch, ...]
     ranking: Tensor | None = None
+    nearest: tuple[Nearest, ...] = ()
 
 
 @dataclass(frozen=True)

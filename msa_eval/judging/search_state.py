@@ -31,6 +31,7 @@ class Setting:
             of `CONFIRM` times as many more.
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
         keep: whether findings are kept.
+        nearest: whether the batches in which each sample comes nearest to falling are kept.
         trail: whether the points of every iterate are kept, for a pursuit to mix.
         search: how the search passes its points; what it seems to break is passed again, as the target is.
         ranking: the classes of each sample, nearest first ``(B, k)``, where an earlier run ranked them.
@@ -45,6 +46,7 @@ class Setting:
     draws: int = 1
     eot: int = 1
     keep: bool = False
+    nearest: bool = False
     trail: bool = False
     search: SearchPrecision = EXACT
     ranking: Tensor | None = None

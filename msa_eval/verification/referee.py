@@ -56,12 +56,8 @@ class Referee:
         if proof.kind not in CONTEXTS[proof.context].proof_kinds and replay.batch_dependent:
             yield f"{where}: more than one image of a batch was moved, which the context does not allow"
             return
-        outside = self._outside(proof, replay)
-        if outside > 0:
-            yield f"{where}: a point lies {outside:.3g} outside the ball or the [0, 1] box"
-            return
-        if self.protocol.ball.levels is not None and (off := _off_grid(proof, self.protocol.ball.levels)) > 0:
-            yield f"{where}: a point lies {off:.3g} off the grid of {self.protocol.ball.levels} levels"
+        if (misplaced := self.misplaced(proof, replay)) is not None:
+            yield f"{where}: {misplaced}"
             return
         try:
             logits = replay.logits(proof)
@@ -73,6 +69,15 @@ class Referee:
     def reason(self, target: str, context: str, index: int) -> str:
         """Why a sample that is called broken counts as unproven."""
         return self.held.get((target, context, index), "no valid stored batch is about it")
+
+    def misplaced(self, proof: Proof, replay: Replay) -> str | None:
+        """Whether a point lies where the protocol lets none lie: how far, in words."""
+        outside = self._outside(proof, replay)
+        if outside > 0:
+            return f"a point lies {outside:.3g} outside the ball or the [0, 1] box"
+        if self.protocol.ball.levels is not None and (off := _off_grid(proof, self.protocol.ball.levels)) > 0:
+            return f"a point lies {off:.3g} off the grid of {self.protocol.ball.levels} levels"
+        return None
 
     def _outside(self, proof: Proof, replay: Replay) -> float:
         clean = replay.images(proof.batch).cpu()

@@ -24,13 +24,14 @@ from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.evidence.archive import Archive
-from msa_eval.evidence.folder import ARCHIVE
+from msa_eval.evidence.folder import ARCHIVE, POINTS
 from msa_eval.evidence.results import load_run
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import full_precision
 from msa_eval.progress import Progress, silent
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets
+from msa_eval.verification.best_points import check_points
 from msa_eval.verification.checks import (
     NotCheckedError,
     check_batches,
@@ -211,7 +212,10 @@ class _Case:
             self._skip("features do not come from their own image alone", "clean", "replay")
             return
         self._step("clean", lambda: check_clean(tables, replays))
-        self._replay(run, Referee(replays, protocol))
+        referee = Referee(replays, protocol)
+        self._replay(run, referee)
+        if run.get("points") is not None or (self.folder / POINTS).exists():
+            self._step("best points", lambda: check_points(self.folder, run, referee, tables.samples))
 
     def _step(self, name: str, make: Callable[[], tuple[str, Any]]) -> Any:
         """Make a check that says what it found and hands something on; ``None`` where it does not pass."""

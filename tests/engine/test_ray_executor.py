@@ -101,13 +101,13 @@ def _is_pickle(value: Any) -> bool:
 
 
 def _evaluate(out: Path, **more: Any) -> Results:
-    settings = {"protocol": make_protocol(SMALL), "save_adversarial": True, "notify": lambda _: None} | more
+    settings = {"protocol": make_protocol(SMALL), "save_adversarial": "all", "notify": lambda _: None} | more
     return evaluate(make_hpm(), make_samples(make_classifier(), 32), out=out, **settings)
 
 
 def _check_same(one: Path, other: Path) -> None:
     tables = {path.name for path in one.iterdir()} - {"run.json"}
-    assert {"outcomes.csv", "adversarial.safetensors"} <= tables
+    assert {"outcomes.csv", "adversarial.safetensors", "points.safetensors", "points.csv"} <= tables
     assert tables == {path.name for path in other.iterdir()} - {"run.json"}
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in tables)
 

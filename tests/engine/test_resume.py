@@ -55,7 +55,7 @@ def _quiet(text: str) -> None:
 
 def _evaluate(out: Path, model: Any = None, samples: Samples | None = None, **more: Any) -> Results:
     model = make_hpm() if model is None else model
-    settings = {"protocol": _protocol(), "save_adversarial": True, "notify": _quiet} | more
+    settings = {"protocol": _protocol(), "save_adversarial": "all", "notify": _quiet} | more
     return evaluate(model, samples or make_samples(make_classifier(), 16), out=out, **settings)
 
 
@@ -63,7 +63,14 @@ def _check_same(one: Path, other: Path) -> None:
     """The same bytes, but for measured times."""
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
-    assert {"run.json", "adversarial.safetensors", "gallery.safetensors", "outcomes.csv"} <= set(names)
+    assert {
+        "run.json",
+        "adversarial.safetensors",
+        "points.safetensors",
+        "points.csv",
+        "gallery.safetensors",
+        "outcomes.csv",
+    } <= set(names)
     for name in names:
         if name == "run.json":
             first, second = (json.loads((folder / name).read_text()) for folder in (one, other))
@@ -250,7 +257,7 @@ def test_another_evaluation_is_refused_and_told_apart(tmp_path: Path) -> None:
         },
         r"differs in the weights of defense, .* and \d more;": {"model": other},
         r"differs in what the data hold, ": {"samples": make_samples(make_classifier(), 16, seed=5)},
-        r"differs in save_adversarial \(True, now False\);": {"save_adversarial": False},
+        r"differs in save_adversarial \('all', now False\);": {"save_adversarial": False},
     }
     for message, more in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
     made = make_results(
         git={"commit": "0", "dirty": False}, adversarial={"file": "a", "sha256": "0"},
         verdicts={"some": {"verdict": "sound", "reasons": []}},
+        points={"file": "p", "sha256": "0", "image": [1, 8, 8]},
     )  # fmt: skip
     made.save(tmp_path / "r")
     return tmp_path / "r"
@@ -56,7 +57,7 @@ def _wrong_of(kinds: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         if isinstance(first, dict):
             found += _wrong_of(first, f"{field}.")
         if isinstance(first, list):
-            found.append((field, [WRONG["text"]]))
+            found.append((field, [WRONG["text" if first[0] is str else first[0].__name__]]))
     return found
 
 

@@ -1,0 +1,1 @@
+"""Commands that make something of finished results, from their evidence alone."""
