@@ -14,8 +14,33 @@ def asynchronous(values: Tensor) -> bool:
     return values.device.type in ASYNCHRONOUS
 
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Devices that have no float64."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device can compute in float64."""
+    return device.type not in WITHOUT_FLOAT64
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Values in float64: on their device, or on the CPU where their device has none.
+
+    >>> in_float64(torch.ones(2)).dtype
+    torch.float64
+    """
+    return (values if has_float64(values.device) else values.cpu()).double()
+
+
+def automatic_device() -> str:
+    """The accelerator of this machine, or its processor."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(device: str) -> str:
-    """Check that tensors can be made on a device, and return its name.
+    """Check that tensors can be made on a device, and return its name; ``auto`` is CUDA, else MPS, else the CPU.
 
     Raises:
         ValueError: when there is no such device here.
@@ -23,7 +48,7 @@ def check_device(device: str) -> str:
     >>> check_device("cpu")
     'cpu'
     """
-    name = str(device)
+    name = automatic_device() if str(device) == "auto" else str(device)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but CUDA is not available here; use device=cpu")
     try:

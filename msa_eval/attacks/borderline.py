@@ -129,6 +129,6 @@ def wrong_share(attacked: AttackedBatch) -> Tensor:
     whole = attacked.rows_interact or isinstance(attacked.target, OneAtATime)
     rows = torch.arange(len(y), device=y.device) if whole else attacked.rows
     with torch.no_grad():
-        wrong = sum((decide(attacked.target, z[rows]).argmax(dim=1) != y[rows]).double() for _ in range(ASKS))
+        wrong = sum((decide(attacked.target, z[rows]).argmax(dim=1) != y[rows]).float() for _ in range(ASKS))
     assert isinstance(wrong, Tensor)
-    return torch.zeros(len(y), dtype=torch.double, device=y.device).index_copy(0, rows, wrong / ASKS)
+    return torch.zeros(len(y), device=y.device).index_copy(0, rows, wrong / ASKS)

@@ -17,6 +17,7 @@ from msa_eval.attacks.companions import best_offer, descend
 from msa_eval.attacks.prototype_mixtures import Mixtures
 from msa_eval.defense.contexts import Companions
 from msa_eval.defense.exchange import Exchange
+from msa_eval.device import has_float64
 
 WIDTH = 48
 """So many points, drawn anew for each place, are tried for an image where a defence has no closed form for that."""
@@ -41,7 +42,8 @@ class MixtureSearch:
         self._capacity = capacity(attacked.batch.x)
         self._closed_form = hasattr(attacked.target, "logits_with")
         target: Any = attacked.target
-        self._exchange: Exchange | None = target.exchange() if hasattr(target, "exchange") else None
+        exact = hasattr(target, "exchange") and has_float64(points[0].z.device)
+        self._exchange: Exchange | None = target.exchange() if exact else None
         self._known = [] if self._exchange is None else [self._exchange.know(point.z) for point in points]
         with torch.no_grad():
             logits = torch.stack([attacked.target.logits(point.z).float() for point in points])

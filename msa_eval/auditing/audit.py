@@ -105,7 +105,7 @@ def audit(
         surrogates: more surrogates for the defence by name, as for `msa_eval.evaluate`.
         found_surrogates: whether to look for more in the target's own code, as `msa_eval.evaluate` does.
         seed: of everything drawn.
-        device: where to compute; modules are moved there.
+        device: where to compute; modules are moved there. ``auto`` is CUDA, else MPS, else the CPU.
         overrides: values to put in place of the protocol's, by dotted key.
         limit: look at the first whole batches of the plan with at most so many samples, and at one batch at least.
         progress: shows how far it has come.

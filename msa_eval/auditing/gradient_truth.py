@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import Defense, decide
-from msa_eval.device import onto
+from msa_eval.device import in_float64, onto
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Surrogate
 
@@ -161,8 +161,9 @@ class HardResponse:
     def _truth(self, predicted: Tensor, changes: Tensor) -> Truth:
         """From predictions ``(1 or 2, D, 2, B)`` and changes ``(D, 2, B)``: of a step, at the point and nearby."""
         # Unit lengths: a step's change by its length.
-        lengths = torch.tensor(STEPS, device=changes.device).view(1, 2, 1)
-        p, d = (values[..., self._counted].double() / lengths for values in (predicted, changes))
+        p, d = (in_float64(values[..., self._counted]) for values in (predicted, changes))
+        lengths = torch.tensor(STEPS, device=d.device).view(1, 2, 1)
+        p, d = p / lengths, d / lengths
         size_p = p.pow(2).sum(dim=(1, 2)).prod(dim=0).pow(1 / len(p)).clamp_min(1e-30)
         size_d = d.pow(2).sum(dim=(0, 1)).clamp_min(1e-30)
         moved = d.pow(2).sum(dim=(0, 1)) > 0

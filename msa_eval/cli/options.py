@@ -91,7 +91,24 @@ def assignments(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
-device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def device(command: Callable[..., None]) -> Callable[..., None]:
+    """The option --device; a device that was found, not named, is told in one line."""
+
+    @functools.wraps(command)
+    def gathered(device: str, **given: Any) -> None:
+        if device == "auto":
+            from msa_eval.device import automatic_device
+
+            device = automatic_device()
+            if not given.get("quiet"):
+                click.echo(f"note: computing on {device} (--device changes it)", err=True)
+        command(device=device, **given)
+
+    return click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or mps; auto: the first there is."
+    )(gathered)
+
+
 precision = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),

@@ -87,7 +87,7 @@ def evaluate(
         found_surrogates: whether to look for surrogates in the target's own code and submodules, where no gradient is
             true enough; what is found, and how, stands in ``run.json``.
         seed: of every attack; samples and batches have seeds of their own in the protocol.
-        device: where to compute; modules are moved there.
+        device: where to compute; modules are moved there. ``auto`` is CUDA, else MPS, else the CPU.
         overrides: values to put in place of the protocol's, by dotted key.
         out: a folder to write the results to; it is checked after the clean pass, before any attack. What is finished
             is kept there, so that the same call goes on where an earlier one was interrupted.

@@ -108,7 +108,7 @@ def finetune(
             f"expected labels below {num_classes}, the classifier's number of classes, "
             f"but {samples.name} has label {int(samples.y.max())}"
         )
-    check_device(device)
+    device = check_device(device)
     if absent := sorted(set(range(num_classes)) - set(samples.y.unique().tolist())):
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         raise ValueError(

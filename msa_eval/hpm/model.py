@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from msa_eval.defense.architectures import Classifier
 from msa_eval.defense.exchange import Exchange
+from msa_eval.device import in_float64
 
 Assignment = Literal["ste", "soft", "frozen"]
 """How features are assigned to classes: the hard forward with its straight-through gradient, the softmax in
@@ -262,7 +263,7 @@ class HPM(nn.Module):
             else:
                 # In float64, because a class that row i alone belongs to must come out at zero, not at a rounding
                 # error over ε.
-                q, others = q.double(), companions.double()
+                q, others = in_float64(q), in_float64(companions)
                 rest = q.T @ others - q.unsqueeze(2) * others.unsqueeze(1)
                 total, count = total + rest.to(z), count + (q.sum(dim=0) - q).to(z)
         prototypes = self.mix(total / (count + EPSILON).unsqueeze(2))

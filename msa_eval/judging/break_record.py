@@ -61,7 +61,7 @@ class BreakRecord:
         self.committed, self._left = batch.correct, batch.correct.sum()
         self.findings: list[BreakingBatch] = []
         self.nearest: list[Nearest] = []
-        self._total = torch.zeros((), dtype=torch.float64, device=batch.y.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=batch.y.device)
         self._far = self._low = self._high = torch.zeros((), device=batch.y.device)
 
     def claims(self, logits: Tensor) -> Tensor:
@@ -83,12 +83,7 @@ class BreakRecord:
 
     def watch(self, logits: Tensor) -> None:
         """Watch out for logits ``(B, k)`` that are not finite, a surrogate's too."""
-        self._total = self._total + logits.sum(dtype=torch.float64)  # finite float32 values can't overflow it
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether all logits were ``()``."""
-        return torch.isfinite(self._total)
+        self.finite = self.finite & torch.isfinite(logits).all()
 
     @property
     def excess(self) -> Tensor:

@@ -320,7 +320,10 @@ class JudgedBatch:
         self._later.finish()
         record = self._record
         if not bool(record.finite):
-            raise AttackError("the defence or its surrogate returned logits that are not finite")
+            raise AttackError(
+                "the defence or its surrogate returned logits that are not finite; use finite numbers, such as -1e9 "
+                "for -inf"
+            )
         if float(record.excess) > 0:
             raise AttackError(
                 f"the attack left the {self.ball.norm} ball of radius {self.ball.eps:.6g} or the [0, 1] box "

@@ -21,6 +21,7 @@ import torch
 from msa_eval._version import __version__
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
+from msa_eval.device import check_device
 from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.provenance import environment
 from msa_eval.evidence.results import INCOMPLETE, WITHOUT_AUDIT, Results
@@ -131,7 +132,7 @@ def ablate(
     classifier = (
         start.fc_target if isinstance(start, HPM) else start if isinstance(start, Classifier) else start.classifier
     )
-    settings = settings or settings_of(start)
+    settings, device = settings or settings_of(start), check_device(device)
     variants = {FULL: VARIANTS[FULL], **variants}
     _check(classifier, train, test, variants)
     common = {

@@ -143,7 +143,7 @@ def crosscheck(
         passes: each attack is run again, from other starts, until it has made so many passes a sample; by default once.
             It is also the number of queries of one that has any.
         seed: of all that peers draw.
-        device: where to compute; modules are moved there.
+        device: where to compute; modules are moved there. ``auto`` is CUDA, else MPS, else the CPU.
         progress: shows how far it has come.
 
     Raises:

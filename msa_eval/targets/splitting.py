@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from msa_eval.defense import calling
 from msa_eval.defense.architectures import Classifier
+from msa_eval.device import in_float64
 from msa_eval.targets.cut import POOLS, POSTS, CantSplitError, Cut, first_tensor, is_conv, layer_named, linear_layers
 from msa_eval.targets.equivalence import TOLERANCE, check_answers, check_equivalence, check_steady, relative_difference
 
@@ -261,7 +262,7 @@ def _line(h: Tensor, out: Tensor) -> tuple[float, Tensor | None] | None:
     """The scale and the shift ``(k,)`` with which ``out`` is ``scale * h + shift`` in both rows; ``None`` if not."""
     if not bool(torch.isfinite(out).all()):
         return None
-    dh, do = (h[0] - h[1]).double(), (out[0] - out[1]).double()
+    dh, do = in_float64(h[0] - h[1]), in_float64(out[0] - out[1])
     scale = float((dh @ do) / (dh @ dh))
     scale = 1.0 if abs(scale - 1) <= TOLERANCE else float(f"{scale:.7g}")
     if not scale > 0 or relative_difference(scale * dh, do, absolute=scale) > TOLERANCE:

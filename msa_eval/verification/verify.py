@@ -127,7 +127,7 @@ def verify(
         y: labels ``(N,)``, unless ``x`` is `Samples`.
         fc: the plain classifier, if it was given to `msa_eval.evaluate`; by default the defence's own, if the results
             are of it too, and ``False`` for none.
-        device: where to compute; modules are moved there.
+        device: where to compute; modules are moved there. ``auto`` is CUDA, else MPS, else the CPU.
         progress: shows how far the replay has come.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa_eval.device import onto
+from msa_eval.device import in_float64, onto
 from msa_eval.surrogates.registry import Surrogate
 
 DRAWS, PAIRS = 8, 12
@@ -82,7 +82,7 @@ class _Estimate(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         defense, step, pairs = ctx.printable
         # The directions follow from the point, so that a search meets new ones at each of its points.
-        seed = int(x.detach().double().abs().sum().mul(1e6).item()) % 2**31
+        seed = int(in_float64(x.detach()).abs().sum().mul(1e6).item()) % 2**31
         generator = torch.Generator().manual_seed(seed)
         found = torch.zeros_like(x)
         for number in range(pairs):

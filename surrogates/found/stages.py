@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from msa_eval.device import in_float64
 from msa_eval.surrogates.found.passing import Passing
 from msa_eval.surrogates.found.straight_through import looking_through, run
 
@@ -143,7 +144,7 @@ def scaling(x: Tensor, given: Tensor) -> Scaling:
     >>> fit.exact, round(float(fit.scale), 3)
     (True, 2.0)
     """
-    a, b = (value.double().transpose(0, 1).flatten(1) for value in (x, given))
+    a, b = (in_float64(value).transpose(0, 1).flatten(1) for value in (x, given))
     a_mean, b_mean = a.mean(dim=1, keepdim=True), b.mean(dim=1, keepdim=True)
     variance = (a - a_mean).pow(2).mean(dim=1, keepdim=True)
     scale = ((a - a_mean) * (b - b_mean)).mean(dim=1, keepdim=True) / variance.clamp_min(1e-12)
