@@ -29,8 +29,9 @@ from msa_eval.auditing.sign import Sign, Verdict, verdict_of
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.data import Samples
-from msa_eval.defense.contract import Defense, own_surrogates, without_weight_gradients
+from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.micro_batches import retry_in_smaller_parts
+from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
 from msa_eval.judging.batch_plan import plan_batches, select

@@ -21,7 +21,9 @@ class StateGuard:
     """Whether defences are afterwards as they were before.
 
     It compares SHA-256 hashes of every parameter and buffer and the mode of every module, taken when it is made, and
-    the answers to a clean batch under one seed, which show what is kept in other attributes too.
+    the answers to a clean batch under one seed, which show what is kept in other attributes too. Hashes are taken after
+    that batch was answered, each time: weights that a target adapts to a batch, and sets back before the next, are the
+    same then.
 
     Args:
         defenses: the defences, on their device.
@@ -45,9 +47,9 @@ class StateGuard:
 
     def changes(self) -> tuple[str, ...]:
         """What has changed since the guard was made, such as ``buffer prototypes`` or ``training mode of trunk.3``."""
-        now = self._state()
+        answers, now = self._ask(), self._state()
         names = [name for name in {**self._before, **now} if self._before.get(name) != now.get(name)]
-        for defense, before, after in zip(self._defenses, self._answers, self._ask(), strict=True):
+        for defense, before, after in zip(self._defenses, self._answers, answers, strict=True):
             if not change(before, after).drift <= SAME:
                 names.append(f"the answer of {type(unwrap(defense)).__name__} to a clean batch")
         return tuple(names)

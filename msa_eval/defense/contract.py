@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from msa_eval.defense.calling import call, logits_in, no_logits
+from msa_eval.defense.own_gradients import OwnGradients, followed
 
 TORCHS_OWN = ("torch.nn.", "torch.ao.nn.")
 """Modules of torch's layers."""
@@ -65,6 +66,7 @@ class WholeModel:
 
     Attributes:
         note: which of the model's answers are its logits, where it answers with more than one.
+        own_gradients: what gradients the model takes by itself, once that was tried.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class WholeModel:
         self.model = model
         self.batch_dependent = batch_dependent
         self.why, self.note = why, ""
+        self.own_gradients = OwnGradients.NONE
 
     def features(self, x: Tensor) -> Tensor:
         """Return the images as they are."""
@@ -80,6 +83,11 @@ class WholeModel:
 
     def logits(self, z: Tensor) -> Tensor:
         """Run the model on a batch of images."""
+        if self.own_gradients is OwnGradients.NONE:
+            return self._answer(z)
+        return followed(self._answer, z, modules_of(self.model), self.own_gradients)
+
+    def _answer(self, z: Tensor) -> Tensor:
         out: Tensor
         out, self.note = logits_in(call(self.model, z))
         return out
@@ -261,22 +269,3 @@ def _has_modes(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return float(module.dropout) > 0
     return isinstance(module, _NormBase | nn.RReLU) or not type(module).__module__.startswith(TORCHS_OWN)
-
-
-@contextmanager
-def without_weight_gradients(*defenses: object) -> Iterator[None]:
-    """Switch weight gradients off for a while, and leave every parameter as it was found.
-
-    Raises:
-        ValueError: when a model is in training mode, where batch statistics and dropout would be measured.
-    """
-    check_evaluating(*defenses)
-    modules = [module for defense in defenses for module in modules_of(defense)]
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

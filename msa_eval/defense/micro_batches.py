@@ -12,7 +12,8 @@ from torch import Tensor
 
 from msa_eval.defense.calling import call, logits_in
 from msa_eval.defense.channels_last import channels_last, takes_channels_last
-from msa_eval.defense.contract import Defense, WholeModel
+from msa_eval.defense.contract import Defense, WholeModel, modules_of
+from msa_eval.defense.own_gradients import OwnGradients, followed
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ class MicroBatched:
         size: the largest part that fits, as far as was found out; ``None`` while all batches have fitted.
         channels_last: whether images are passed so; ``None`` before the first were.
         note: which of the decision's answers are its logits, where it answers with more than one.
+        own_gradients: what gradients the defence takes by itself, once that was tried.
     """
 
     def __init__(self, defense: Defense, size: int | None = None, channels_last: bool | None = None) -> None:
@@ -55,12 +57,13 @@ class MicroBatched:
         self.whole, self.size = defense, size
         self.channels_last = self._asked_channels_last = channels_last
         self.note = ""
+        self.own_gradients = OwnGradients.NONE
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
     def __reduce__(self) -> tuple[Any, ...]:  # else unpickling would ask for attributes before there are any
-        return MicroBatched, (self.whole, self.size, self._asked_channels_last)
+        return MicroBatched, (self.whole, self.size, self._asked_channels_last), {"own_gradients": self.own_gradients}
 
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
@@ -87,8 +90,15 @@ class MicroBatched:
 
     def passed(self, part: Tensor) -> Tensor:
         """Features of what fits."""
-        z: Tensor = call(self.whole.features, channels_last(part) if self.channels_last else part)
+        given = channels_last(part) if self.channels_last else part
+        z = self.followed(lambda x: call(self.whole.features, x), given)
         return z.contiguous() if self.channels_last else z
+
+    def followed(self, answer: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """The answer of one of the defence's methods, which may take gradients by itself."""
+        if self.own_gradients is OwnGradients.NONE:
+            return answer(given)
+        return followed(answer, given, modules_of(self.whole), self.own_gradients)
 
     def _features(self, x: Tensor) -> Tensor:
         if self.size is None or len(x) <= self.size:
@@ -124,9 +134,13 @@ class Decision:
 
     def __call__(self, z: Tensor, **settings: Any) -> Tensor:
         """Logits ``(B, k)`` of a whole batch of features ``(B, ...)``."""
-        out: Tensor
-        out, self.of.note = logits_in(call(self.own, z, **settings))
-        return out
+
+        def answer(z: Tensor) -> Tensor:
+            out: Tensor
+            out, self.of.note = logits_in(call(self.own, z, **settings))
+            return out
+
+        return self.of.followed(answer, z)
 
 
 class _Joined(torch.autograd.Function):

@@ -16,7 +16,6 @@ from msa_eval.auditing.rules import without_advice
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.engine.messages import Failure
 from msa_eval.engine.target_plan import TargetPlan
-from msa_eval.evidence.provenance import defense_hash
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
 from msa_eval.hashing import bytes_of
@@ -83,8 +82,17 @@ def taken_back(records: Sequence[TargetRecord], draws: Mapping[str, int]) -> dic
     return taken
 
 
-def identity(protocol: Protocol, plans: Sequence[TargetPlan], seed: int) -> dict[str, Any]:
-    """What the results depend on, and a key made of it."""
+def identity(
+    protocol: Protocol, plans: Sequence[TargetPlan], seed: int, weights: Mapping[str, str]
+) -> dict[str, Any]:  # fmt: skip
+    """What the results depend on, and a key made of it.
+
+    Args:
+        protocol: that they are made under.
+        plans: the targets.
+        seed: of everything drawn.
+        weights: a hash of each target's weights before it was asked about any batch, which it may adapt to.
+    """
     clean = plans[0].clean
     if len({plan.clean.num_classes for plan in plans}) > 1:
         raise ValueError(
@@ -108,7 +116,7 @@ def identity(protocol: Protocol, plans: Sequence[TargetPlan], seed: int) -> dict
         "targets": {
             plan.name: {
                 "type": type(unwrap(plan.defense)).__name__,
-                "sha256": defense_hash(plan.defense),
+                "sha256": weights[plan.name],
                 "num_classes": plan.clean.num_classes,
                 "runs": list(dict.fromkeys(run.name for runs in plan.runs.values() for run in runs)),
                 "not_applicable": list(plan.surrogates.missing),

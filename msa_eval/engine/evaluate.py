@@ -17,9 +17,10 @@ from msa_eval.auditing.audit import Sign, StateGuard
 from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.defense.contract import Defense, own_surrogates, without_weight_gradients
+from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import SearchPrecision, choose
+from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
 from msa_eval.engine.audit_step import probe_target
@@ -32,7 +33,7 @@ from msa_eval.engine.state import EvaluationState
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
 from msa_eval.evidence.folder import UNFINISHED
-from msa_eval.evidence.provenance import environment, place
+from msa_eval.evidence.provenance import defense_hash, environment, place
 from msa_eval.evidence.results import Results
 from msa_eval.evidence.tables import tabulate
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
@@ -191,6 +192,7 @@ def _evaluate(
     samples = samples.decoded(chosen, progress=progress).leveled(protocol.ball.levels, chosen)
     if samples.levels is not None:
         notify(f"the images are none of {samples.levels} levels: they are rounded to these first, and evaluated so")
+    weights = {name: defense_hash(model) for name, model in targets.items()}
     with without_weight_gradients(*targets.values()):
         plans = [
             TargetPlan.enter(
@@ -207,7 +209,7 @@ def _evaluate(
         for plan in plans:
             if note := answers(plan.defense):
                 notify(f"of the {plan.name}: {note}")
-        about = identity(protocol, plans, seed) | ({} if named is None else {"target": dict(named)})
+        about = identity(protocol, plans, seed, weights) | ({} if named is None else {"target": dict(named)})
         options = {
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
             "deterministic": deterministic,

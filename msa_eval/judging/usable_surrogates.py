@@ -179,13 +179,11 @@ def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -
     x = batch.x.detach().requires_grad_()
     try:
         logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+        gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         with torch.no_grad():  # a decision in NumPy, which a tensor with a gradient can't enter, answers here
             surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
         return None
-    if not logits.requires_grad:
-        return None
-    (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
     return None if gradient is None else logits.detach()

@@ -20,7 +20,8 @@ from msa_eval.attacks.external.faults import Fault, describe_faults
 from msa_eval.attacks.external.libraries import LIBRARIES, find, installed
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.defense.contract import Defense, without_weight_gradients
+from msa_eval.defense.contract import Defense
+from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.engine.external_runs import external_runs
 from msa_eval.engine.schedule import Run

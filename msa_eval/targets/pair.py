@@ -11,6 +11,7 @@ from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, WholeModel, as_defense, left_training, modules_of
 from msa_eval.defense.micro_batches import in_parts
 from msa_eval.defense.own_forward import IMAGES, counted
+from msa_eval.defense.weight_gradients import find_own_gradients
 from msa_eval.device import onto
 
 
@@ -52,6 +53,8 @@ def make_targets(
     if fc is not None and fc is not False:
         classifier = _counted(fc, images, device)
         targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
+    for one in targets.values():
+        find_own_gradients(one, onto(images(), device))
     return targets
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
-from msa_eval.defense.contract import Defense, without_weight_gradients
+from msa_eval.defense.contract import Defense
+from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.evidence.archive import Archive
 from msa_eval.evidence.folder import ARCHIVE, POINTS

@@ -18,7 +18,7 @@ from torch import Tensor
 from msa_eval.attacks import apgd
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import LOSSES
-from msa_eval.defense.contract import without_weight_gradients
+from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.judging.batch_plan import plan_batches
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.judged_batch import JudgedBatch

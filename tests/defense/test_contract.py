@@ -13,7 +13,8 @@ from toys import make_classifier, make_hpm, make_samples
 
 from msa_eval import WholeModel, as_defense, evaluate
 from msa_eval.defense.checks import check_trunk, looks_batch_dependent
-from msa_eval.defense.contract import decide, left_training, modules_of, own_surrogates, without_weight_gradients
+from msa_eval.defense.contract import decide, left_training, modules_of, own_surrogates
+from msa_eval.defense.weight_gradients import without_weight_gradients
 
 
 class Custom:
