@@ -46,6 +46,7 @@ class _Evaluate(click.Command):
 @click.option(
     "--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page)."
 )
+@click.option("--all-runs", is_flag=True, help="Give runs that broke no new sample a line each in the table.")
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.found_surrogates
 @options.seed
@@ -101,6 +102,7 @@ def run(
     no_found_surrogates: bool = False,
     engine: Executor | None = None,
     strict: bool = False,
+    all_runs: bool = False,
 ) -> None:
     """Evaluate a target, show the table and write the results."""
     from msa_eval.engine.evaluate import evaluate as evaluate_target
@@ -127,7 +129,7 @@ def run(
         progress=messages.bars(quiet),
         notify=messages.notes(quiet),
     )
-    click.echo(render_table(results))
+    click.echo(render_table(results, all_runs=all_runs))
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
     click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")

@@ -29,15 +29,10 @@ from msa_eval.report.comparison import points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits, pictures_of
 from msa_eval.report.inline import csv_link, inline_svg, script_json
 from msa_eval.report.samples import sample_table
+from msa_eval.report.statements import NOT_AUDITED, VERDICTS, statements
 from msa_eval.report.style import NAMES
 from msa_eval.report.text import named_data
 
-VERDICTS = {
-    "sound": "No sign was found that these numbers should not be believed.",
-    "suspect": "There are signs that these numbers may be too high.",
-    "unreliable": "These numbers should not be believed.",
-    "incomplete": "Something failed, so what was not broken is not known to be robust.",
-}
 SECTIONS = (
     ("verdict", "Verdict"), ("waterfall", "Waterfall"), ("transfer", "Surrogates"), ("spending", "Passes"),
     ("classes", "Classes"), ("agreement", "Agreement"), ("gallery", "Broken samples"), ("batches", "Batches"),
@@ -96,7 +91,7 @@ def render_page(results: Results, pictures: Pictures = NONE) -> str:
         sections=SECTIONS,
         targets=targets,
         headlines=_headlines(results, targets),
-        headline_told=_headline_told(results, targets),
+        statements=statements(results),
         numbers=[_numbers(results, context, metric) for context, metric in itertools.product(found_in, METRICS)],
         n=run["data"]["n"],
         runs=[one],
@@ -236,7 +231,7 @@ def _verdict(results: Results, target: str) -> dict[str, Any]:
         verdict, reasons = str(results.run.get("verdict", "not audited")), []
     else:
         verdict, reasons = about["verdict"], list(about["reasons"])
-    described = VERDICTS.get(verdict, "Nobody looked for signs that these numbers should not be believed.")
+    described = VERDICTS.get(verdict, VERDICTS[NOT_AUDITED]).capitalize() + "."
     if len(results.audit):
         fired = results.audit[(results.audit["target"] == target) & results.audit["fired"].astype(bool)]
         told_by = [f"{row['reason']} ({row['severity']})" for row in fired.to_dict(orient="records")] or reasons
@@ -265,22 +260,6 @@ def _headlines(results: Results, targets: Sequence[str]) -> list[dict[str, Any]]
         about = {"title": f"{title} of the {NAMES[target]}, {context}", "target": target, "beside": beside}
         shown.append(about | {name: float(row[name]) for name in ("value", "low", "high")})
     return shown
-
-
-def _headline_told(results: Results, targets: Sequence[str]) -> str:
-    context = frames.contexts_of(results)[0]
-
-    def described(target: str) -> str:
-        clean, worst, paper = (
-            frames.number(results, target, context, metric)["value"] for metric in ("clean", "worst_case", "paper")
-        )
-        less = f"{100 * (paper - worst):.1f} points less than" if paper > worst else "as"
-        return (
-            f"Of the {NAMES[target]}'s {percent(clean)} % on clean batches {percent(worst)} % are left in the worst "
-            f"case, {less} the paper's number ({percent(paper)} %) says."
-        )
-
-    return " ".join(described(target) for target in reversed(targets))
 
 
 def listed(groups: Iterable[tuple[str, pd.DataFrame]]) -> list[tuple[str, list[int], int]]:

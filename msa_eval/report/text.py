@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,22 +14,41 @@ from msa_eval.auditing.rules import NO_TRANSFER
 from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.report import frames
+from msa_eval.report.statements import statements
 from msa_eval.studies.ablation import Ablation
 from msa_eval.studies.crosscheck import Crosscheck
 
 QUERY = ("square", "spsa")
 
+WIDTH = 100
+"""Columns of a table in a terminal."""
 
-def render_table(results: Results) -> str:
-    """The table of an evaluation as text: the FC head's column beside the defence's, in percent.
+_Rows = Mapping[tuple[str, str], Mapping[Hashable, Any]]
+"""Rows of `attacks` by target and run."""
+
+
+def render_table(results: Results, *, all_runs: bool = False) -> str:
+    """The tables of an evaluation as text, at most 100 columns wide: the FC head beside the defence, in percent.
 
     Runs show ``final (any)``: right on the final batch, and on every iterate; and what they cost, in forward passes of
-    the trunk a sample and in seconds, summed up beside the worst case. Numbers come with their Wilson 95 % interval.
+    the trunk per sample and in seconds. Numbers come with their Wilson 95 % interval. What is to be quoted stands last.
+
+    Args:
+        results: of an evaluation.
+        all_runs: whether runs that broke no new sample have a line each; by default they share one.
     """
     targets = sorted(results.summary["target"].unique(), key=["fc", "defense"].index)
     contexts = list(results.summary["context"].unique())
-    tables = [_context_table(results, context, targets) for context in contexts]
-    return "\n\n".join([_title(results), *tables, _verdicts(results, targets)])
+    tables = [_context_table(results, context, targets, all_runs=all_runs) for context in contexts]
+    said = [line for text in statements(results) for line in _quoted(text)]
+    return "\n\n".join([_title(results), *tables, _verdicts(results, targets), "\n".join(said)])
+
+
+def _quoted(text: str) -> list[str]:
+    """A sentence in marked lines; a number stays beside its unit, and an interval whole."""
+    held = re.sub(r" (?=%)|(?<=\[[\d.]{3},) |(?<=\[[\d.]{4},) ", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.wrap(held, WIDTH, initial_indent="> ", subsequent_indent="> ")
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def _verdicts(results: Results, targets: list[str]) -> str:
@@ -44,7 +64,7 @@ def _verdicts(results: Results, targets: list[str]) -> str:
         lines += ["  " + NO_TRANSFER] if len(untried) else []
         for row in fired.to_dict(orient="records"):
             described = f"{row['severity']}: {row['reason']} [{row['sign']}]"
-            lines += textwrap.wrap(described, 110, initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(described, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -55,30 +75,30 @@ def _failures(results: Results, targets: list[str]) -> list[str]:
         if failed["target"] in targets:
             where = "" if failed["batch"] is None else f" on batch {failed['batch']}, {failed['context']}"
             described = f"failed: {failed['target']}, {failed['run']}{where}: {failed['error']}"
-            lines += textwrap.wrap(described, 110, initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(described, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def _alarm(attacks: Mapping[tuple[str, str], Mapping[Hashable, Any]], targets: list[str]) -> str:
+def _alarm(attacks: _Rows, targets: list[str]) -> list[str]:
     """What gradient-free attacks broke that no run before them had: where gradients are sound, next to nothing."""
     added = {
         target: sum(row["newly_broken"] for (t, _), row in attacks.items() if t == target and row["attack"] in QUERY)
         for target in targets
     }
     if not any(row["attack"] in QUERY for row in attacks.values()):
-        return ""
-    return "\nbroken by gradient-free attacks alone: " + ", ".join(f"{added[t]} ({t})" for t in targets)
+        return []
+    return ["broken by gradient-free attacks alone: " + ", ".join(f"{added[t]} ({t})" for t in targets)]
 
 
 def _title(results: Results) -> str:
     run = results.run
     protocol = run["protocol"]
     changed = " (modified: " + ", ".join(f"{k}={v}" for k, v in protocol["overrides"].items()) + ")"
-    return (
+    title = (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
         f"{named_data(run)}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
-        f"{_untrained(run)}{_whole(run)}"
     )
+    return f"{textwrap.fill(title, WIDTH, subsequent_indent='  ')}{_untrained(run)}{_whole(run)}"
 
 
 def named_data(run: Mapping[str, Any]) -> str:
@@ -90,7 +110,7 @@ def named_data(run: Mapping[str, Any]) -> str:
 def _whole(run: Mapping[str, Any]) -> str:
     """Which targets count whole although they have a trunk, and why, a line each."""
     described = [f"the {name} was evaluated as a whole, because {why}" for name, why in run.get("whole", {}).items()]
-    return "".join(f"\n{line}" for each in described for line in textwrap.wrap(each, 110, subsequent_indent="  "))
+    return "".join(f"\n{line}" for each in described for line in textwrap.wrap(each, WIDTH, subsequent_indent="  "))
 
 
 def _untrained(run: Mapping[str, Any]) -> str:
@@ -98,60 +118,81 @@ def _untrained(run: Mapping[str, Any]) -> str:
     return "\nRANDOM WEIGHTS: no figure says anything of a trained model" if random else ""
 
 
-def _context_table(results: Results, context: str, targets: list[str]) -> str:
-    summary = {
-        (row["target"], row["metric"]): row
-        for row in results.summary.to_dict(orient="records")
-        if row["context"] == context
-    }
-    attacks = {
-        (row["target"], row["run"]): row
-        for row in results.attacks.to_dict(orient="records")
-        if row["context"] == context
-    }
+def _context_table(results: Results, context: str, targets: list[str], *, all_runs: bool) -> str:
+    """The runs in a context, and below them the numbers that sum them up."""
+    attacks = results.attacks[results.attacks["context"] == context]
+    found = {(row["target"], row["run"]): row for row in attacks.to_dict(orient="records")}
+    named = list(dict.fromkeys(run for _, run in found))
+    idle = [] if all_runs else _idle(found, named, targets)
+    shown = [run for run in named if run not in idle]
 
-    def number(target: str, metric: str) -> str:
-        row = summary[target, metric]
-        return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    def costs(names: Iterable[str], accuracy: Callable[[str], str]) -> list[str]:
+        return [cell for target in targets for cell in (accuracy(target), *_cost(results, found, target, names))]
 
-    def shown(target: str, name: str) -> str:
-        if (target, name) not in attacks:
-            return "-"
-        row = attacks[target, name]
-        if pd.isna(row["final"]):
-            return "failed"
-        return f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
-
-    def cost(target: str, names: Iterable[str]) -> list[str]:
-        made = [attacks[target, name] for name in names if (target, name) in attacks]
-        passes = sum(row["forwards"] for row in made) / results.run["data"]["n"]
-        seconds = sum(row["seconds"] for row in made)
-        return [f"{passes:.1f}", "" if pd.isna(seconds) else f"{seconds:.1f}"] if made else ["", ""]
-
-    def line(answer: Callable[[str, str], str], name: str, runs: Sequence[str] = ()) -> list[str]:
-        return [cell for target in targets for cell in (answer(target, name), *cost(target, runs))]
-
-    named = list(dict.fromkeys(run for _, run in attacks))
-    clean, *others = METRICS
-    rows = {clean: line(number, clean)} | {name: line(shown, name, [name]) for name in named}
-    rows |= {metric: line(number, metric, named if metric == others[-1] else ()) for metric in others}
-    columns = [column for target in targets for column in (target, "passes", "s")]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    heading = (
-        f"{context}: accuracy in %, runs as final (any), numbers with their 95 % interval; passes of a sample, seconds"
+    rows = [[name, *costs([name], lambda target, name=name: _accuracy(found.get((target, name))))] for name in shown]
+    if idle:
+        rows.append([f"{len(idle)} runs that broke nothing new", *costs(idle, lambda _: "")])
+    rows.append(["all runs", *costs(named, lambda _: "")])
+    columns = [f"{context}: final (any)", *(cell for target in targets for cell in (f"{target}, %", "passes", "s"))]
+    numbers = [
+        [metric, *(_interval(frames.number(results, target, context, metric)) for target in targets)]
+        for metric in METRICS
+    ]
+    heads = [f"{context}: accuracy [95 %]", *(f"{target}, %" for target in targets)]
+    return "\n".join(
+        [*_aligned(columns, rows), "", *_aligned(heads, numbers), *_alarm(found, targets), *_faults(results, context)]
     )
-    return f"{heading}\n{frame.to_string()}{_alarm(attacks, targets)}{_faults(results, context)}"
 
 
-def _faults(results: Results, context: str) -> str:
+def _idle(found: _Rows, named: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Runs that broke no new sample of any target; those that failed are not among them."""
+
+    def is_idle(row: Mapping[Hashable, Any] | None) -> bool:
+        return row is None or (row["newly_broken"] == 0 and not pd.isna(row["final"]))
+
+    idle = [name for name in named if all(is_idle(found.get((target, name))) for target in targets)]
+    return idle if len(idle) > 1 else []
+
+
+def _accuracy(row: Mapping[Hashable, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return "failed" if pd.isna(row["final"]) else f"{100 * row['final']:.1f} ({100 * row['any']:.1f})"
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def _cost(results: Results, found: _Rows, target: str, names: Iterable[str]) -> list[str]:
+    """Forward passes per sample, and seconds."""
+    made = [found[target, name] for name in names if (target, name) in found]
+    passes = sum(row["forwards"] for row in made) / results.run["data"]["n"]
+    seconds = sum(row["seconds"] for row in made)
+    return [f"{passes:.1f}", "" if pd.isna(seconds) else f"{seconds:.1f}"] if made else ["", ""]
+
+
+def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    first, *others = widths
+    return [
+        "  ".join(
+            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
+        ).rstrip()
+        for row in (heads, *rows)
+    ]
+
+
+def _faults(results: Results, context: str) -> list[str]:
     """What attacks of others did that had to be mended; the rest stands in ``attacks.csv``."""
     lines = []
     for row in frames.notes(results).to_dict(orient="records"):
         loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]
         if loud and row["context"] == context:
             described = f"{row['run']} ({row['target']}): {'; '.join(loud)}"
-            lines += textwrap.wrap(described, 110, subsequent_indent="  ", break_on_hyphens=False)
-    return "".join(f"\n{line}" for line in lines)
+            lines += textwrap.wrap(described, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
 
 
 def render_sample(results: Results, index: int) -> str:
@@ -183,7 +224,7 @@ def render_crosscheck(found: Crosscheck) -> str:
         more = [f"{row['unconfirmed']} samples were broken, but not when replayed"] if row["unconfirmed"] else []
         described = [f"FAILED: {row['error']}"] if row["error"] else []
         for note in (*loud, *more, *described):
-            lines += textwrap.wrap(f"{where}: {note}", 110, subsequent_indent="  ", break_on_hyphens=False)
+            lines += textwrap.wrap(f"{where}: {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     if found.left_out:
         lines.append(f"not installed, so left out: {', '.join(found.left_out)}")
     each = found.found.groupby(["target", "context", "index", "label"], sort=True)
@@ -244,7 +285,7 @@ def _verdicts_by(table: pd.DataFrame, of: str, word: str = "") -> list[str]:
     lines = [""]
     for row in table.drop_duplicates(of).to_dict(orient="records"):
         because = f": {row['reasons']}" if row["reasons"] else ""
-        lines += textwrap.wrap(f"verdict on {word}{row[of]}: {row['verdict']}{because}", 110, subsequent_indent="  ")
+        lines += textwrap.wrap(f"verdict on {word}{row[of]}: {row['verdict']}{because}", WIDTH, subsequent_indent="  ")
     return lines
 
 
@@ -287,7 +328,7 @@ def render_paper_table(table: pd.DataFrame, *, dataset: str) -> str:
         line
         for (model, note), heads in described.items()
         for line in textwrap.wrap(
-            f"{model}, {' and '.join(heads)}: {note}", 110, subsequent_indent="  ",
+            f"{model}, {' and '.join(heads)}: {note}", WIDTH, subsequent_indent="  ",
             break_long_words=False, break_on_hyphens=False,
         )
     ]  # fmt: skip
