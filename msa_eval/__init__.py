@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from msa_eval.protocols import Protocol, load_protocol
     from msa_eval.studies.ablation import Ablation, ablate
     from msa_eval.studies.batch_sizes import batch_size_report
+    from msa_eval.studies.curve import Curve, curve
     from msa_eval.targets import Target, load_target
     from msa_eval.targets.checkpoint import Checkpoint, load_bare_classifier, load_checkpoint, save_checkpoint
     from msa_eval.targets.splitting import split
@@ -43,6 +44,7 @@ __all__ = [
     "Blueprint",
     "Checkpoint",
     "Classifier",
+    "Curve",
     "Defense",
     "FinetuneSettings",
     "Protocol",
@@ -56,6 +58,7 @@ __all__ = [
     "as_defense",
     "audit",
     "batch_size_report",
+    "curve",
     "evaluate",
     "finetune",
     "load_bare_classifier",
@@ -83,6 +86,7 @@ _FILES = {
     "msa_eval.engine.evaluate": ("evaluate",),
     "msa_eval.evidence.results": ("Results",),
     "msa_eval.studies.batch_sizes": ("batch_size_report",),
+    "msa_eval.studies.curve": ("Curve", "curve"),
     "msa_eval.verification.verify": ("verify",),
     "msa_eval.targets.splitting": ("split",),
     "msa_eval.targets": ("Target", "load_target"),

@@ -104,6 +104,12 @@ class ApgdAttack:
             start = drawn if attacked.among_others else attacked.start.x.index_copy(0, rows, drawn[rows])
         return climb(attacked, self._loss, steps=self.steps, generator=generator, start=start)
 
+    def going_on(self, attacked: AttackedBatch, generator: torch.Generator, *, points: Tensor) -> Tensor:
+        """The same from given points ``(B, C, H, W)``, for the samples searched for; the others stay at the start."""
+        rows = attacked.rows
+        start = attacked.start.x.index_copy(0, rows, points.index_select(0, rows))
+        return climb(attacked, self._loss, steps=self.steps, generator=generator, start=start)
+
     def _loss(self, attacked: AttackedBatch, rows: Tensor) -> Loss:
         loss = self._one(attacked, rows)
         if attacked.among_others:

@@ -23,6 +23,7 @@ COMMANDS = (
     "batch-sizes",
     "compare",
     "crosscheck",
+    "curve",
     "demo",
     "doctor",
     "entry",

@@ -14,6 +14,7 @@ from msa_eval._version import __version__
 from msa_eval.auditing.audit import Sign, signs_from, verdict_of
 from msa_eval.auditing.rules import without_advice
 from msa_eval.defense.micro_batches import unwrap
+from msa_eval.engine.continued import digest_of
 from msa_eval.engine.messages import Failure
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.evidence.records import TargetRecord
@@ -101,7 +102,7 @@ def identity(
         )
     samples, chosen, batch_plan = clean.samples, clean.chosen, clean.batch_plan
     plan = hashlib.sha256(b"".join(bytes_of(chosen[indices]) + b"|" for indices in batch_plan)).hexdigest()
-    decisive = {
+    decisive: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "seed": seed,
         "protocol": {
@@ -128,6 +129,9 @@ def identity(
         "batches": {"sha256": plan, "count": len(batch_plan)},
         "msa_eval": __version__,
     }
+    for one in plans:
+        if one.starts:
+            decisive["targets"][one.name]["continued_sha256"] = digest_of(one.starts, one.ratio)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     dependent = {plan.name: plan.clean.batch_dependent for plan in plans}
     draws = {plan.name: plan.clean.draws for plan in plans}

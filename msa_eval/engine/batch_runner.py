@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import Attack
+from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.batch import Batch
 from msa_eval.attacks.companions import CompositionAttack
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.pursuit import PursuitAttack
 from msa_eval.auditing.sign import NO_ANSWER, change
 from msa_eval.auditing.state_guard import StateGuard
@@ -101,6 +103,7 @@ class BatchRunner:
             () if guard is None else guard.so_far(),
             self._drift(batch, history),
             tuple(history.others(proofs, **self._of(batch))) if job.every else (),
+            history.best.x.cpu() if job.best else None,
         )
 
     def _drift(self, batch: Batch, history: BatchHistory) -> float:
@@ -166,7 +169,7 @@ class BatchRunner:
             target, run.surrogate, batch, self.plan.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
         generator = run.generator(self.plan.seed, self.plan.name, context, batch.number)
-        attack = run.attack or self._choice(run, batch, history)
+        attack = self._continuing(run, batch) if run.continues else run.attack or self._choice(run, batch, history)
         # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
         with seeded(generator.initial_seed()):
             points = attack(judged, generator) if bool(judged.counted.any()) else judged.start.x
@@ -174,6 +177,15 @@ class BatchRunner:
             if clean.draws > 1:
                 return self._upheld(outcome, trace, batch, history, run.name)
         return RunResult(outcome, trace, (), torch.zeros_like(history.taken_back))
+
+    def _continuing(self, run: Run, batch: Batch) -> Attack:
+        """The search from points of another evaluation, each as much further away as the radius has grown."""
+        points = self.plan.starts[self.context][self.clean.batch_plan[batch.number]].to(batch.x)
+        ball = self.plan.protocol.ball
+        points = ball.project(batch.x + self.plan.ratio * (points - batch.x), batch.x)
+        if isinstance(run.attack, ApgdAttack):
+            return functools.partial(run.attack.going_on, points=points)
+        return lambda attacked, _: torch.where(per_image(attacked.counted, points), points, attacked.start.x)
 
     def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: BatchHistory, name: str) -> RunResult:
         """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.

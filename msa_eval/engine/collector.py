@@ -38,12 +38,14 @@ class Evaluated(NamedTuple):
             in its first context only.
         exhibits: a few broken samples to be looked at, where these are asked for.
         others: likewise where every other sample came nearest to falling.
+        best: each sample's own best point ``(N, C, H, W)``, where these are kept.
     """
 
     record: TargetRecord
     proofs: list[Proof]
     exhibits: list[Exhibit]
     others: list[Proof]
+    best: Tensor | None = None
 
 
 class _Open:
@@ -100,7 +102,13 @@ class Collector:
         found = {place: self._evaluation.store.read(self._part(number, place), RunResult) for place in places}
         held = {place: step for place, step in found.items() if step is not None}
         self._open[number] = _Open(place for place in places if place not in held)
-        return BatchJob(number, self._evaluation.keep or self._looking, held, every=self._evaluation.every)
+        return BatchJob(
+            number,
+            self._evaluation.keep or self._looking,
+            held,
+            every=self._evaluation.every,
+            best=self._evaluation.best,
+        )
 
     def take(self, number: int, made: Made, tick: Tick) -> None:
         """Note what came of a batch.
@@ -151,7 +159,9 @@ class Collector:
         )
         proofs = [proof for searched in done for proof in searched.proofs] if self._evaluation.keep else []
         others = [proof for searched in done for proof in searched.others]
-        return Evaluated(record, proofs, _exhibits(self._candidates, self.runner.plan.replay), others)
+        parts = [searched.best for searched in done if searched.best is not None]
+        best = torch.from_numpy(_place(parts, clean.batch_plan)) if parts else None
+        return Evaluated(record, proofs, _exhibits(self._candidates, self.runner.plan.replay), others, best)
 
     @property
     def _looking(self) -> bool:

@@ -26,6 +26,7 @@ from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
 from msa_eval.engine.audit_step import probe_target
 from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.engine.collector import Collector, Evaluated
+from msa_eval.engine.continued import Continued
 from msa_eval.engine.executors import Executor, executor_of
 from msa_eval.engine.output import pictures, save, write_results
 from msa_eval.engine.resume import ResumeStore, opened
@@ -68,6 +69,7 @@ def evaluate(
     precision: str = "auto",
     deterministic: bool = False,
     engine: str | Executor = "local",
+    continued: Continued | None = None,
     progress: Progress = silent,
     notify: Notify = warn,
 ) -> Results:
@@ -104,6 +106,8 @@ def evaluate(
         deterministic: use deterministic algorithms alone, on GPUs too.
         engine: where the runs are made: ``"local"``, in this process; ``"ray"``, on the Ray cluster that this machine
             is part of; or an engine such as `msa_eval.RayEngine`. The evidence is the same.
+        continued: points of another evaluation to start one more run from, and where to leave this one's own (see
+            `msa_eval.studies.curve`).
         progress: shows how far each run has come.
         notify: told of what a user should know: where it goes on, what was damaged and is made again.
 
@@ -158,6 +162,7 @@ def evaluate(
             precision=precision,
             deterministic=deterministic,
             engine=maker,
+            continued=continued,
             progress=progress,
             notify=notify,
         )
@@ -181,6 +186,7 @@ def _evaluate(
     precision: str,
     deterministic: bool,
     engine: Executor,
+    continued: Continued | None,
     progress: Progress,
     notify: Notify,
 ) -> Results:
@@ -202,7 +208,7 @@ def _evaluate(
                     model, samples, chosen, batch_plan, device=device, stochastic=protocol.stochastic,
                     ball=protocol.ball, progress=progress,
                 ),
-                protocol=protocol, own=own, seed=seed, find=find,
+                protocol=protocol, own=own, seed=seed, find=find, continued=continued,
             )
             for name, model in targets.items()
         ]  # fmt: skip
@@ -213,7 +219,7 @@ def _evaluate(
         options = {
             "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
             "deterministic": deterministic,
-        }  # fmt: skip
+        } | ({} if continued is None else {"continued": True})  # fmt: skip
         search = _search(precision, plans[0], progress)
         plans = [dataclasses.replace(plan, search=_fitted(search, plan)) for plan in plans]
         where = environment(device) | {"search": search.about(), "deterministic": deterministic}
@@ -221,9 +227,11 @@ def _evaluate(
         with opened(
             out, about, options=options, where=here, force=force, device=device, notify=notify, started=started
         ) as store:
-            evaluation = EvaluationState(progress, store, bool(keep), keep == "all")
+            evaluation = EvaluationState(progress, store, bool(keep), keep == "all", continued is not None)
             try:
-                return _carried_out(plans, about | where, evaluation, engine, out=out, show=show, force=force)
+                return _carried_out(
+                    plans, about | where, evaluation, engine, out=out, show=show, force=force, continued=continued
+                )
             except KeyboardInterrupt as stop:
                 raise type(stop)(_stopped(plans, evaluation, out, force=force)) from None
 
@@ -248,6 +256,7 @@ def _carried_out(
     out: Path | None,
     show: bool,
     force: bool,
+    continued: Continued | None,
 ) -> Results:
     """Make all runs that are not made yet, judge the targets, and write the results."""
     if finished := _finished(plans, evaluation.store):
@@ -303,6 +312,9 @@ def _carried_out(
         pictures=pictures([shown for one in done for shown in one.exhibits]), progress=evaluation.progress,
     )  # fmt: skip
     results = save(write, out)
+    if continued is not None:
+        best = {(one.record.target, one.record.context): one.best for one in done if one.best is not None}
+        continued.leave(str(results.run["key"]), best)
     if not evaluation.failures:
         evaluation.store.finish()
     return results

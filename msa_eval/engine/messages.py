@@ -67,6 +67,7 @@ class BatchResult:
         changes: what had changed in the target by then (see `StateGuard`), where that was asked for.
         drift: of a target taken to ignore companions: how much its answers to the points found change in other batches,
             as a share of the logits' range.
+        best: each sample's own best point ``(B, C, H, W)``, where that was asked for.
         others: of the samples that no proof is about, where each came nearest to falling, where that was asked for.
     """
 
@@ -78,6 +79,7 @@ class BatchResult:
     changes: tuple[str, ...]
     drift: float = 0.0
     others: tuple[Proof, ...] = ()
+    best: Tensor | None = None
 
 
 Made = RunResult | Failure | BatchResult
@@ -94,6 +96,7 @@ class BatchJob:
         held: the runs that are made already, by their place.
         lost: why the others can't be made, if so.
         every: whether the best point of every other sample is kept too.
+        best: whether each sample's own best point is kept for an evaluation that goes on from there.
     """
 
     number: int
@@ -101,3 +104,4 @@ class BatchJob:
     held: Mapping[int, RunResult]
     lost: str | None = None
     every: bool = False
+    best: bool = False

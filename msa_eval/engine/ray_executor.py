@@ -157,8 +157,8 @@ class RayEngine:
         held = {at: b"".join(pack(step)) for at, step in flight.job.held.items()}
         deterministic = torch.are_deterministic_algorithms_enabled()
         return task.remote(
-            [runner], flight.place, flight.job.number, flight.job.keep, flight.job.every, held, self._device, self.cpus,
-            deterministic,
+            [runner], flight.place, flight.job.number, flight.job.keep, (flight.job.every, flight.job.best), held,
+            self._device, self.cpus, deterministic,
         )  # fmt: skip
 
     def _take(self, message: Any, flight: _Flight, evaluation: EvaluationState, tick: Tick) -> bool:
@@ -330,7 +330,7 @@ def _search(
     at: int,
     number: int,
     keep: bool,
-    every: bool,
+    points: tuple[bool, bool],
     held: dict[int, bytes],
     device: str,
     threads: int,
@@ -342,8 +342,9 @@ def _search(
     with full_precision(deterministic=deterministic):
         one, guard = _received(sent[0], at)
         job = BatchJob(
-            number, keep, {step: unpack(content, device=device) for step, content in held.items()}, every=every
-        )
+            number, keep, {step: unpack(content, device=device) for step, content in held.items()},
+            every=points[0], best=points[1],
+        )  # fmt: skip
         for made in one.search(job, guard):
             yield parts_of(one.plan.defense), b"".join(pack(made))
 

@@ -48,6 +48,7 @@ class Run:
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
         moves: which images it moves, as in `ApgdBudget`.
         passes: a sample, after which it searches a batch no more; it makes the verifying pass alone.
+        continues: whether it starts at the points of another evaluation (see `msa_eval.engine.continued`).
     """
 
     surrogate: Surrogate | Ensemble | None
@@ -58,6 +59,7 @@ class Run:
     chained: bool = False
     moves: str = "batch"
     passes: int | None = None
+    continues: bool = False
 
     @property
     def surrogate_name(self) -> str:
@@ -186,6 +188,22 @@ def _composed_runs(runs: list[Run], surrogates: UsableSurrogates, num_classes: i
         turns = range(COMPOSED_ROUNDS * min(num_classes - 1, RANKS))
         found += [Run(surrogates.exact, None, "pursuit", "margin", turn, chained=True) for turn in turns]
     return found
+
+
+def continuing_run(protocol: Protocol, surrogates: UsableSurrogates, runs: Sequence[Run]) -> Run:
+    """The run that starts at the points of another evaluation, after all others: APGD, or a look at these points."""
+    budget = protocol.apgd
+    if budget is None or not surrogates.usable:
+        return Run(None, None, "square", "margin", 1 + _latest(runs, "target", "square"), chained=True, continues=True)
+    surrogate = surrogates.exact
+    restart = 1 + _latest(runs, surrogate.name, "apgd")
+    return Run(surrogate, ApgdAttack("margin", budget.steps), "apgd", "margin", restart, chained=True, continues=True)
+
+
+def _latest(runs: Sequence[Run], surrogate: str, attack: str) -> int:
+    """The last restart of a surrogate and attack with the margin loss, -1 for none."""
+    same = [run for run in runs if (run.surrogate_name, run.attack_name, run.loss) == (surrogate, attack, "margin")]
+    return max((run.restart for run in same), default=-1)
 
 
 def _check_losses(budget: ApgdBudget, num_classes: int) -> None:

@@ -18,6 +18,7 @@ class EvaluationState:
         store: what is finished, and is not made again.
         keep: whether to keep an adversarial batch for every broken sample.
         every: whether to keep every other sample's best point too.
+        best: whether to keep each sample's own best point for an evaluation that goes on from there.
         failures: what failed so far.
     """
 
@@ -25,6 +26,7 @@ class EvaluationState:
     store: ResumeStore
     keep: bool = False
     every: bool = False
+    best: bool = False
     failures: list[Failure] = field(default_factory=list)
 
     def fail(self, target: str, run: str, error: BaseException) -> None:

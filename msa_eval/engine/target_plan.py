@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from msa_eval.auditing.surrogate_search import Finding, SurrogateSearch
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import retry_in_smaller_parts
 from msa_eval.defense.precision import EXACT, SearchPrecision
+from msa_eval.engine.continued import Continued
 from msa_eval.engine.external_runs import external_runs
-from msa_eval.engine.schedule import Run, plan_runs
+from msa_eval.engine.schedule import Run, continuing_run, plan_runs
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.replay import Replay
 from msa_eval.judging.usable_surrogates import UsableSurrogates, select_surrogates
@@ -35,6 +38,8 @@ class TargetPlan:
     seed: int
     search: SearchPrecision = EXACT
     finding: Finding | None = None
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    ratio: float = 1.0
 
     @classmethod
     def enter(
@@ -47,6 +52,7 @@ class TargetPlan:
         own: Mapping[str, SurrogateLike],
         seed: int,
         find: bool = True,
+        continued: Continued | None = None,
     ) -> TargetPlan:
         """Plan the runs of a target; the caller's own surrogates are the defence's.
 
@@ -58,6 +64,7 @@ class TargetPlan:
             own: the caller's own surrogates.
             seed: of everything drawn.
             find: whether to look for surrogates where the target's own gradients are not true.
+            continued: points of another evaluation to go on from.
         """
         surrogates, finding = UsableSurrogates((), (), ""), None
         if protocol.apgd is not None:
@@ -95,7 +102,13 @@ class TargetPlan:
                 f"passes of a batch as the batch has images (up to {protocol.batch_size})",
                 stacklevel=2,
             )
-        return cls(name, defense, clean, runs, surrogates, protocol, seed, finding=finding)
+        starts = {} if continued is None else continued.of(name)
+        runs = {
+            context: [*made, continuing_run(protocol, surrogates, made)] if context in starts else made
+            for context, made in runs.items()
+        }
+        ratio = 1.0 if continued is None else continued.ratio
+        return cls(name, defense, clean, runs, surrogates, protocol, seed, finding=finding, starts=starts, ratio=ratio)
 
     @functools.cached_property
     def replay(self) -> Replay:

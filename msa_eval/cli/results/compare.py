@@ -13,7 +13,13 @@ import click
     "--out", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page to write."
 )
 def compare(results: tuple[Path, ...], out: Path) -> None:
-    """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page."""
+    """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page.
+
+    Folders of 'msa-eval curve' become one table and one figure, as PDF and SVG.
+    """
+    if any((path / "curve.csv").is_file() for path in results):
+        _compare_curves(results, out)
+        return
     from msa_eval.report.comparison import compare as compare_results
     from msa_eval.report.comparison import load_all, name_all, render_comparison
     from msa_eval.report.exhibits import pictures_of
@@ -26,3 +32,15 @@ def compare(results: tuple[Path, ...], out: Path) -> None:
     pictures = {name: pictures_of(path, comparison.results[name]) for name, path in name_all(results).items()}
     path = write_comparison(comparison, out, pictures)
     click.echo(f"\npage in {path}, {path.stat().st_size / 1000:.0f} kB")
+
+
+def _compare_curves(folders: tuple[Path, ...], out: Path) -> None:
+    from msa_eval.report.curves import compare_curves, draw_curves, render_curves
+    from msa_eval.report.style import save
+
+    tables, notes = compare_curves(folders)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(render_curves(tables))
+    for path in save(draw_curves(tables), out.with_suffix("")):
+        click.echo(path)
