@@ -30,12 +30,13 @@ class Taken(NamedTuple):
     note: str = ""
 
 
-def call(code: Callable[..., Any], given: Tensor, **settings: Any) -> Any:
+def call(code: Callable[..., Any], given: Tensor, *more: Any, **settings: Any) -> Any:
     """Call a target's code with a copy of a tensor, so that code which writes into what it is given changes only that.
 
     Args:
         code: the target's.
         given: images or features ``(B, ...)``.
+        more: passed on.
         settings: passed on.
 
     Returns:
@@ -54,7 +55,7 @@ def call(code: Callable[..., Any], given: Tensor, **settings: Any) -> Any:
     device = callers_device()
     try:
         with nullcontext() if device is None else torch.device(device):
-            return _plain(code(copy, **settings))
+            return _plain(code(copy, *more, **settings))
     except PASSED_ON:
         raise
     except Exception as error:

@@ -132,12 +132,12 @@ class Decision:
     def __hash__(self) -> int:
         return hash(self.own)
 
-    def __call__(self, z: Tensor, **settings: Any) -> Tensor:
+    def __call__(self, z: Tensor, *more: Any, **settings: Any) -> Tensor:
         """Logits ``(B, k)`` of a whole batch of features ``(B, ...)``."""
 
         def answer(z: Tensor) -> Tensor:
             out: Tensor
-            out, self.of.note = logits_in(call(self.own, z, **settings))
+            out, self.of.note = logits_in(call(self.own, z, *more, **settings))
             return out
 
         return self.of.followed(answer, z)

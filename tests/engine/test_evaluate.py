@@ -510,7 +510,7 @@ ONLY_SQUARE = {key: value for key, value in SMALL.items() if key != "attack"} | 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: evaluate(_Tuple().eval(), _samples(4), protocol=_small()), "but got tuple"),
+        (lambda: evaluate(_Tuple().eval(), _samples(4), protocol=_small()), "but got a tuple"),
         (lambda: evaluate(_InTraining(), _samples(4), protocol=_small()), "training mode"),
         (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), protocol=_small()), "labels y"),
         (lambda: evaluate(make_hpm(4), _samples(4), protocol=_small(), fc=make_classifier(7)), "the same classes"),
