@@ -201,6 +201,8 @@ def read(
     if missing := [place for place in wanted if place not in own]:
         raise ValueError(f"{POINTS_TABLE} names point {missing[0]}, which {POINTS} does not hold")
     x = torch.stack([own[place] for place in wanted])
+    if bool((x < 0).any()) or bool((x > 1).any()):
+        raise ValueError(f"{POINTS} holds points outside [0, 1]")
     return Adversarial(x, torch.tensor(manifest["label"].tolist()), manifest, ball.levels, opened)
 
 
@@ -221,9 +223,13 @@ def reopen(
     if not path.is_file() or file_hash(path) != about["sha256"]:
         raise ValueError(f"{POINTS}, which run.json names, is missing or does not match the hash there")
     shape = tuple(about["image"])
+    if not shape or min(shape) < 1:
+        raise ValueError(f"run.json states images of shape {shape} in points")
 
     def blank(number: int) -> Tensor:
-        return torch.zeros(sizes[number], *shape)
+        if number not in sizes:
+            raise LookupError(number)
+        return torch.zeros(1).expand(sizes[number], *shape)  # which takes no memory, whatever the file claims
 
     table = _manifest(folder / POINTS_TABLE, run)
     opened = archive.Archive(path, blank, ball)

@@ -52,7 +52,7 @@ def draw_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 rows = table[table["context"] == context]
                 for target, held in rows.groupby("target", sort=True):
                     ours = NAMES.get(str(target), str(target))
-                    told = ours if len(tables) == 1 else label(f"{name}, {ours}")
+                    told = label(ours if len(tables) == 1 else f"{name}, {ours}")
                     colour, dash = PALETTE[number % len(PALETTE)], DASHES[number // len(PALETTE) % len(DASHES)]
                     part = held.sort_values("eps")
                     axes.fill_between(part["eps"], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)

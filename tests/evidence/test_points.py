@@ -151,6 +151,23 @@ def test_a_manifest_that_lies_is_found(
     assert message in last.detail
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [([100_000, 100_000, 100_000], "expected x of shape"), ([0, 2, 2], "states images"), ([-1, 2, 2], "states images")],
+)
+def test_a_shape_that_lies_takes_no_memory(
+    image: list[int], message: str, held: tuple[Path, HPM, Samples], tmp_path: Path
+) -> None:
+    for path in held[0].iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["points"]["image"] = image
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=message):
+        Results.load(tmp_path).adversarial()
+
+
 def test_what_was_not_kept_is_refused_in_a_sentence(tmp_path: Path) -> None:
     classifier = make_classifier()
     protocol = make_protocol(SMALL, overrides={"threat.contexts": ["solo"]})
