@@ -129,7 +129,10 @@ def _context_table(results: Results, context: str, targets: list[str], *, all_ru
     def costs(names: Iterable[str], accuracy: Callable[[str], str]) -> list[str]:
         return [cell for target in targets for cell in (accuracy(target), *_cost(results, found, target, names))]
 
-    rows = [[name, *costs([name], lambda target, name=name: _accuracy(found.get((target, name))))] for name in shown]
+    def accuracy_in(run: str) -> Callable[[str], str]:
+        return lambda target: _accuracy(found.get((target, run)))
+
+    rows = [[name, *costs([name], accuracy_in(name))] for name in shown]
     if idle:
         rows.append([f"{len(idle)} runs that broke nothing new", *costs(idle, lambda _: "")])
     rows.append(["all runs", *costs(named, lambda _: "")])
