@@ -125,11 +125,14 @@ class SpsaBudget:
 
 @dataclass(frozen=True)
 class RecombinationBudget:
-    """In ``joint``, on a batch-dependent target with a trunk: mixtures of the points that the runs found.
+    """In ``joint``, on a batch-dependent target: mixtures of the points that the runs found, and pursuits of samples.
+
+    Without a trunk there are no mixtures. Where a decision has no closed form for them, and where there is no trunk,
+    pursuits start from other points than mixtures.
 
     Attributes:
         sweeps: how often each image of the batch is given another of its points, for each sample that stands.
-        passes: of a batch, for a pursuit: steps from a mixture against one sample at a time. 0 for none.
+        passes: of a batch, for a pursuit: steps against one sample at a time. 0 for none.
         classes: towards so many of them every image is moved first, from these passes, to be assigned there.
         runs: what gathers the points, each run on its own, in place of those of ``attack.apgd``; by default those
             are made, and recombined after the last.

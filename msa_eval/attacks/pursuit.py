@@ -7,7 +7,7 @@ anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
-from msa_eval.attacks.losses import margin_loss
+from msa_eval.attacks.losses import by_likelihood, margin_loss
 from msa_eval.attacks.mixtures import MixtureSearch
 from msa_eval.surrogates.builtin import FC_ORACLE, FROZEN_ASSIGNMENT
 
@@ -91,7 +91,7 @@ def gather(
     target: Any = attacked.target
     y = torch.full_like(attacked.batch.y, number)
     start = attacked.ball.random(attacked.batch.x, generator)
-    return _climb(attacked, start, GATHERING, lambda z, _: -margin_loss(target.fc_logits(z), y).sum(), keep)
+    return ascend(attacked, start, GATHERING, lambda z, _: -margin_loss(target.fc_logits(z), y).sum(), keep)
 
 
 class _Pursuit:
@@ -133,7 +133,7 @@ class _Pursuit:
 
         cast = turn % 4 < 2 and FC_ORACLE.applies(attacked.target) and FROZEN_ASSIGNMENT.applies(attacked.target)
         rise = roles(attacked, mixture.z, row, toward) if cast else follow
-        return _climb(attacked, start, STEPS, rise, keep)
+        return ascend(attacked, start, STEPS, rise, keep)
 
 
 def roles(attacked: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Rise:
@@ -179,7 +179,7 @@ def roles(attacked: AttackedBatch, mixture: Tensor, row: int, toward: int) -> Ri
     return rise
 
 
-def _climb(
+def ascend(
     attacked: AttackedBatch, start: Tensor, steps: int, rise: Rise, keep: Callable[[AdversarialBatch], object]
 ) -> int:
     """Steps with momentum, their length falling from ε to nearly nothing; passes made.
@@ -208,3 +208,94 @@ def _climb(
 
 def _median_margin(logits: Tensor) -> Tensor:
     return margin_loss(logits.float(), logits.argmax(dim=1)).abs().median().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class VictimAttack:
+    """Steps of the whole batch against one sample at a time, towards each class in turn, the lowest margin first.
+
+    They follow a surrogate's gradient and ask nothing else of a target, so they serve where no closed form says what
+    another companion would change: for targets without a trunk, and for decisions that can only be asked.
+
+    Attributes:
+        passes: of the whole batch.
+    """
+
+    passes: int
+
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the starting points; every batch is in the batch's record."""
+        search = _VictimSearch(attacked, generator)
+        left, turn, needed = self.passes, 0, (STEPS + 1) * attacked.eot
+        while left >= needed and len(rows := search.nearest_first()):
+            for row in rows[: -(-len(rows) // (1 + turn % 2))].tolist():  # every other turn, half of them
+                if left >= needed and search.is_unbroken(row):
+                    left -= search.climb(row, turn)
+            turn += 1
+        return attacked.start.x
+
+
+@dataclass
+class _VictimSearch:
+    """What is known of the samples of a batch.
+
+    Attributes:
+        attacked: the batch.
+        generator: draws starts.
+        lowest: each sample's lowest margin by the surrogate, seen while any of them was pursued ``(B,)``.
+        nearest: the points it was seen at, and the class that came nearest there, by sample.
+    """
+
+    attacked: AttackedBatch
+    generator: torch.Generator
+    lowest: Tensor = field(init=False)
+    nearest: dict[int, tuple[Tensor, int]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch = self.attacked.batch
+        self.lowest = torch.full_like(batch.y, torch.inf, dtype=torch.float32)
+        self.classes = by_likelihood(batch.logits, batch.y)
+
+    def is_unbroken(self, row: int) -> bool:
+        """Whether a sample is searched for, right and not yet broken."""
+        attacked = self.attacked
+        return bool((attacked.counted & attacked.batch.correct & ~attacked.broken)[row])
+
+    def nearest_first(self) -> Tensor:
+        """The samples of which that holds, the one with the lowest margin so far first."""
+        attacked = self.attacked
+        rows = (attacked.counted & attacked.batch.correct & ~attacked.broken).nonzero().flatten()
+        return rows[attacked.margin[rows].argsort()]
+
+    def climb(self, row: int, turn: int) -> int:
+        """Move the whole batch against one sample; passes made.
+
+        From a random start towards the next of the classes, the likeliest first; every third turn from where its margin
+        was lowest, towards the class that came nearest there.
+        """
+        attacked = self.attacked
+        y, again = int(attacked.batch.y[row]), turn % 3 == 2 and row in self.nearest
+        if again:
+            start, toward = self.nearest[row]
+        else:
+            rank = (turn - turn // 3) % (self.classes.shape[1] - 1)
+            start, toward = attacked.ball.random(attacked.batch.x, self.generator), int(self.classes[row, rank])
+
+        def rise(_: Tensor, answers: list[Tensor]) -> Tensor:
+            logits = [answer[turn % len(answer)] if answer.ndim == 3 else answer for answer in answers]
+            self._look(torch.stack(logits).mean(dim=0))
+            return torch.stack([each[row, toward] - each[row, y] for each in logits]).sum()
+
+        def keep(_: AdversarialBatch) -> bool:
+            return not self.is_unbroken(row)
+
+        return ascend(attacked, start, STEPS, rise, keep)
+
+    def _look(self, logits: Tensor) -> None:
+        """Note where the samples came nearest, by a surrogate's logits ``(B, k)``."""
+        logits, y = logits.detach().float(), self.attacked.batch.y
+        margin = -margin_loss(logits, y)
+        other = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(dim=1)
+        for row in (margin < self.lowest).nonzero().flatten().tolist():
+            self.nearest[row] = self.attacked.latest.x, int(other[row])
+        self.lowest = torch.minimum(self.lowest, margin)

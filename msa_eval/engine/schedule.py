@@ -15,13 +15,14 @@ from msa_eval.attacks.borderline import BorderlineAttack, OddsAttack
 from msa_eval.attacks.companions import RANKS
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
+from msa_eval.attacks.pursuit import VictimAttack
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import JOINT, AmongOthers, Context, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.search_state import Setting
 from msa_eval.judging.usable_surrogates import UsableSurrogates
-from msa_eval.protocols.schema import ApgdBudget, Protocol, RunSpec, SpsaBudget, SquareBudget
+from msa_eval.protocols.schema import ApgdBudget, Protocol, RecombinationBudget, RunSpec, SpsaBudget, SquareBudget
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 
@@ -141,8 +142,10 @@ def plan_runs(
     runs: list[Run] = []
     budget, mixing = protocol.apgd, protocol.recombination
     together = batch_dependent and not context.one_batch_per_sample
-    if not together or not caches or (budget is not None and budget.victim is not None):
+    if not together or (budget is not None and budget.victim is not None):
         mixing = None
+    elif not caches and (mixing is None or not mixing.passes or surrogates.pursued is None):
+        mixing = None  # without a trunk, nothing is mixed from what is cached
     if budget is not None and not surrogates.usable:
         return _query_runs(protocol, more=_passes_of(budget))
     if budget is not None:
@@ -150,10 +153,7 @@ def plan_runs(
         budget = budget if mixing is None else mixing.gathering(budget)
         runs += _apgd_runs(budget, surrogates, num_classes, apart=not context.one_batch_per_sample)
     if mixing is not None:
-        label, surrogate = (
-            ("pursuit", surrogates.pursued) if mixing.passes and surrogates.among else ("recombination", None)
-        )
-        runs.append(Run(surrogate, None, label, "margin", 0, chained=True))
+        runs += _joint_runs(mixing, surrogates, caches=caches, exchanges=exchanges)
     if budget is not None and budget.overtime and not together and not (context.chooses_companions and batch_dependent):
         runs += _borderline_runs(budget, surrogates, num_classes)
     if context.chooses_companions and batch_dependent:
@@ -161,6 +161,20 @@ def plan_runs(
     if randomized and protocol.apgd is not None and protocol.apgd.combine == "cascade":
         runs.append(Run(surrogates.exact, OddsAttack(protocol.apgd.steps), "odds", "margin", 0, chained=True))
     return runs + _query_runs(protocol)
+
+
+def _joint_runs(
+    mixing: RecombinationBudget, surrogates: UsableSurrogates, *, caches: bool, exchanges: bool
+) -> list[Run]:
+    """Mixtures of what was found, and a pursuit of each sample: from mixtures where they have a closed form."""
+    pursued = surrogates.pursued if mixing.passes else None
+    mixed = Run(None, None, "recombination", "margin", 0, chained=True)
+    if pursued is None:
+        return [mixed]
+    if exchanges:
+        return [Run(pursued, None, "pursuit", "margin", 0, chained=True)]
+    pursuit = Run(pursued, VictimAttack(mixing.passes), "pursuit", "margin", 0, chained=True)
+    return [mixed, pursuit] if caches else [pursuit]
 
 
 def _borderline_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_classes: int) -> list[Run]:

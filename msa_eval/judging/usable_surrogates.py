@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msa_eval.attacks.batch import Batch
 from msa_eval.defense.contexts import AmongOthers
-from msa_eval.defense.contract import Defense
+from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.hashing import bytes_of
 from msa_eval.protocols.schema import ApgdBudget, RecombinationBudget
@@ -30,7 +30,8 @@ class UsableSurrogates:
         sha256: over the usable ones' answers on a clean batch, so that a changed function is noticed.
         among: the names of those whose gradient reaches the companions of an image.
         together: those of ``attack.apgd`` as an ensemble, where there are several.
-        pursued: those of ``among`` that a pursuit follows in turn.
+        pursued: those of ``among`` that a pursuit follows in turn; of a target without a trunk, the best one whose
+            gradient reaches companions.
         own: the names of the caller's own.
         turns: where surrogates were found, the names that the runs of a list take in turn.
     """
@@ -154,6 +155,9 @@ def select_surrogates(
     if budget.combine in ("mean", "alternate") and len(attacked := surrogates.of(budget)) > 1:
         surrogates = replace(surrogates, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
     moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
+    pursues = batch_dependent and len(batch.x) > 1 and recombination.passes and budget.victim is None
+    if pursues and isinstance(defense, WholeModel):
+        return replace(surrogates, pursued=next((s for s in usable if _reaches(s, defense, batch)), None))
     if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
         view = AmongOthers(defense, batch.z)
         among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
@@ -187,3 +191,11 @@ def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -
             surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
         return None
     return None if gradient is None else logits.detach()
+
+
+def _reaches(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:
+    """Whether the gradient of one image's logits leads to its companions."""
+    x = batch.x.detach().requires_grad_()
+    logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
+    (gradient,) = torch.autograd.grad(logits[0].sum(), x, allow_unused=True)
+    return gradient is not None and bool((gradient[1:] != 0).any())

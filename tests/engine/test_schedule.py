@@ -223,10 +223,12 @@ def test_the_default_protocol_runs_on_two_classes() -> None:
 
 
 def test_recombination_and_composition_are_for_those_who_have_companions() -> None:
-    def labels(defense: Any, context: str) -> set[str]:
-        return {run.label for run in _runs(defense, "msa", classes=10, context=context)} - {"apgd", "square", "spsa"}
+    def labels(defense: Any, context: str, *, exchanges: bool = False) -> set[str]:
+        runs = _runs(defense, "msa", classes=10, context=context, exchanges=exchanges)
+        return {run.label for run in runs} - {"apgd", "square", "spsa"}
 
-    assert labels(make_hpm(), "joint") == {"pursuit"}
+    assert labels(make_hpm(), "joint", exchanges=True) == {"pursuit"}
+    assert labels(make_hpm(), "joint") == {"recombination", "pursuit"}
     assert labels(make_hpm(), "solo") == {"overtime"}
     assert labels(make_hpm(), "composed") == {"composition"}
     assert labels(make_classifier(), "joint") == labels(make_classifier(), "composed") == {"overtime"}
