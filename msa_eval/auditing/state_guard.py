@@ -87,7 +87,10 @@ def _fingerprints(module: nn.Module) -> dict[str, str]:
     """A hash of each parameter and buffer, and the mode of each module, by what a user calls them."""
     kinds = (("parameter", module.named_parameters()), ("buffer", module.named_buffers()))
     found = {f"{kind} {name}": tensor_hash(tensor) for kind, named in kinds for name, tensor in named}
-    modes = {f"training mode of {name or 'the model'}": str(part.training) for name, part in module.named_modules()}
+    modes = {
+        f"training mode of {name or 'the model'}": str(getattr(part, "training", False))
+        for name, part in module.named_modules()
+    }
     return found | modes
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +81,9 @@ def logits_in(answer: Any) -> Taken:
     "it answers with a dict, of which 'logits' is taken"
     """
     if isinstance(answer, Tensor):
-        return Taken(answer)
+        return Taken(answer if answer.layout == torch.strided else answer.to_dense())
+    if isinstance(answer, np.ndarray):
+        return Taken(torch.from_numpy(answer), "it answers with a NumPy array, which has no gradient")
     kind = type(answer).__name__
     values = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
     named = [name for name in LOGITS if isinstance(_value(answer, name), Tensor)]
@@ -105,20 +108,21 @@ def no_logits(answer: Any, count: int) -> str:
     """
     expected = f"expected logits of shape ({count}, k)"
     if not isinstance(answer, Tensor):
-        return f"{expected}, but got {described(answer)}; return the logits alone"
-    shape = tuple(answer.shape)
-    if shape in ((count,), (count, 1)) and answer.is_floating_point():
-        z = "z" if answer.ndim == 2 else "z.view(-1, 1)"
-        return (
-            f"{expected} of at least 2 classes, but got shape {shape}; of one logit z return torch.cat([-{z}, {z}], 1)"
-        )
-    if shape in ((count,), (count, 1)):
-        return f"{expected}, but got shape {shape} of {answer.dtype}: return each class's logit, not the class's number"
-    if len(shape) > 2 and shape[0] == count and answer[:1].numel() == shape[1]:
-        return f"{expected}, but got shape {shape}; return z.flatten(1)"
-    if len(shape) != 2 or shape[0] != count or shape[1] < 2:
-        return f"{expected}, but got shape {shape}; return a row of logits an image"
-    return ""
+        return f"{expected}, but got {described(answer)}; return the logits alone, as a tensor"
+    shape, z = tuple(answer.shape), "z" if answer.ndim == 2 else "z.view(-1, 1)"
+    if answer.is_complex():
+        advice = f"but got {answer.dtype}; return real numbers"
+    elif shape in ((count,), (count, 1)) and answer.is_floating_point():
+        advice = f"of at least 2 classes, but got shape {shape}; of one logit z return torch.cat([-{z}, {z}], 1)"
+    elif shape in ((count,), (count, 1)):
+        advice = f"but got shape {shape} of {answer.dtype}: return each class's logit, not the class's number"
+    elif len(shape) > 2 and shape[0] == count and answer[:1].numel() == shape[1]:
+        advice = f"but got shape {shape}; return z.flatten(1)"
+    elif len(shape) != 2 or shape[0] != count or shape[1] < 2:
+        advice = f"but got shape {shape}; return a row of logits an image"
+    else:
+        return ""
+    return f"{expected}{' ' if advice.startswith('of') else ', '}{advice}"
 
 
 def described(value: object) -> str:

@@ -237,15 +237,18 @@ def check_evaluating(*defenses: object) -> None:
         ValueError: when one is.
     """
     modules = (module for defense in defenses for module in modules_of(defense))
-    if training := [module for module in modules if module.training and not _mode_is_fixed(module)]:
+    if training := [module for module in modules if is_training(module)]:
         raise ValueError(
             f"the model is in training mode ({type(training[0]).__name__}); call .eval() on it before it is evaluated"
         )
 
 
-def _mode_is_fixed(module: nn.Module) -> bool:
-    """Whether a module has no modes: ``torch.export`` fixes them, and its modules' ``eval()`` raises an error."""
-    return "eval" in vars(module)
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode.
+
+    ``torch.export`` and ``torch.jit.freeze`` fix the mode: their modules' ``eval()`` raises, or they have none.
+    """
+    return "eval" not in vars(module) and bool(getattr(module, "training", False))
 
 
 def left_training(defense: object) -> list[str]:
@@ -258,8 +261,13 @@ def left_training(defense: object) -> list[str]:
     >>> left_training(model)
     ['1 (Dropout)']
     """
-    named = (pair for model in modules_of(defense) for pair in model.named_modules() if not model.training)
-    return [f"{name} ({type(module).__name__})" for name, module in named if module.training and _has_modes(module)]
+    named = (pair for model in modules_of(defense) for pair in _named_parts(model))
+    return [f"{name} ({type(module).__name__})" for name, module in named if is_training(module) and _has_modes(module)]
+
+
+def _named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules within a model in evaluation mode."""
+    return [] if getattr(model, "training", False) else list(model.named_modules())
 
 
 def _has_modes(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from msa_eval.defense.contract import Defense, WholeModel, check_evaluating, decide, modules_of
+from msa_eval.defense.contract import Defense, WholeModel, check_evaluating, decide, is_training, modules_of
 from msa_eval.defense.micro_batches import MicroBatched
 from msa_eval.defense.own_gradients import OwnGradients
 from msa_eval.randomness import seeded
@@ -44,7 +44,7 @@ def find_own_gradients(defense: Defense, x: Tensor) -> None:
         defense: the target.
         x: a few clean images ``(N, C, H, W)``, on its device.
     """
-    if not isinstance(defense, WholeModel | MicroBatched) or any(one.training for one in modules_of(defense)):
+    if not isinstance(defense, WholeModel | MicroBatched) or any(map(is_training, modules_of(defense))):
         return
     x, learning = x[:PROBED], _learning(defense)
     defense.own_gradients = OwnGradients.NONE

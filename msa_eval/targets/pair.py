@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, WholeModel, as_defense, left_training, modules_of
@@ -62,6 +63,11 @@ def _counted(target: object, images: Callable[[], Tensor], device: str) -> Defen
     """The defence that a target is, on the device."""
     defense = as_defense(target)
     for module in modules_of(defense):
+        if any(
+            isinstance(weight, UninitializedParameter | UninitializedBuffer)
+            for weight in (*module.parameters(), *module.buffers())
+        ):
+            raise ValueError("the model has lazy layers, which take their size from a first batch; pass one through it")
         module.to(device)
         _leave_inference_mode(module)
     if isinstance(defense, WholeModel):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from msa_eval.defense import calling
 from msa_eval.defense.architectures import Classifier
+from msa_eval.defense.contract import is_training
 from msa_eval.device import in_float64
 from msa_eval.targets.cut import POOLS, POSTS, CantSplitError, Cut, first_tensor, is_conv, layer_named, linear_layers
 from msa_eval.targets.equivalence import TOLERANCE, check_answers, check_equivalence, check_steady, relative_difference
@@ -60,7 +61,7 @@ def split(model: nn.Module, example: Tensor, *, head: str | None = None) -> Clas
     >>> split(model, torch.rand(2, 3, 2, 2)).trunk.cut
     Cut(head='3', features=5, classes=3, bias=True, pool=None, post=None)
     """
-    if any(module.training for module in model.modules()):
+    if "eval" not in vars(model) and any(map(is_training, model.modules())):
         raise ValueError("the model is in training mode; call .eval() on it before it is split")
     x = _distinct(example)
     with torch.inference_mode(False), torch.no_grad():

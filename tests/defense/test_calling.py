@@ -83,11 +83,13 @@ def test_errors_of_other_kinds_become_one_that_names_them(error: Exception) -> N
         (Heads(LOGITS, LOGITS), "a Heads, of which 'logits'"),
         ((LOGITS, torch.zeros(())), "a tuple, of which the first value of shape (B, k)"),
         ([LOGITS, LOGITS + 1], "a list, of which the first value"),
+        (LOGITS.to_sparse(), ""),
+        (LOGITS.numpy(), "a NumPy array, which has no gradient"),
     ],
 )
 def test_logits_are_taken_out_of_what_holds_them(answer: Any, said: str) -> None:
     taken = logits_in(answer)
-    assert taken.value is LOGITS
+    assert torch.equal(taken.value, LOGITS)
     assert said in taken.note
     assert bool(taken.note) is bool(said)
 
@@ -107,6 +109,7 @@ def test_what_could_be_anything_is_not_guessed_at(answer: Any) -> None:
         (torch.zeros(4, 3, 5), "a row of logits an image"),
         (torch.zeros(3, 5), "a row of logits an image"),
         ((FEATURES, LOGITS), r"a tuple of shapes \(4, 9\), \(4, 3\); return the logits alone"),
+        (LOGITS.to(torch.complex64), "return real numbers"),
     ],
 )
 def test_an_answer_without_logits_is_told_what_to_return(answer: Any, advice: str) -> None:

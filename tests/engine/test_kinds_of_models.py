@@ -124,6 +124,13 @@ def _exported() -> nn.Module:
     return torch.export.export(_plain(), (torch.rand(4, 3, 2, 2),), dynamic_shapes=({0: batch},)).module()
 
 
+def _frozen() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen: nn.Module = torch.jit.freeze(torch.jit.script(_plain()))
+    return frozen
+
+
 def _function() -> Callable[[Tensor], Tensor]:
     model = _plain()
     return lambda x: model(x) + 0
@@ -164,7 +171,7 @@ def _check_same(found: Results, expected: Results) -> None:
         (Trunk, "a dict, of which 'logits' is taken"), (_function, "taken for a function from images to logits"),
         (_partial, "taken for a function"), (Called, "Called, which is taken for a function"),
         (_compiled, "evaluated as it was written"), (_compiled_in_place, "evaluated as it was written"),
-        (_exported, ""), (_made_in_inference_mode, ""),
+        (_exported, ""), (_frozen, ""), (_made_in_inference_mode, ""),
     ],
 )  # fmt: skip
 def test_a_model_in_any_wrapping_has_the_figures_of_the_plain_one(
@@ -246,6 +253,11 @@ def test_a_model_without_a_gradient_is_evaluated_and_what_its_pass_raises_is_sai
     assert 0 <= found.summary.set_index("metric")["value"]["worst_case"] <= 1
     with pytest.raises(ValueError, match=rf"no surrogate.*{raised}.*black-box"):
         _evaluated(make(), found_surrogates=False)
+
+
+def test_a_model_with_lazy_layers_is_told_to_be_passed_first() -> None:
+    with pytest.raises(ValueError, match=r"has lazy layers.*pass one through it"):
+        _evaluated(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)).eval())
 
 
 def test_a_model_that_takes_one_size_of_batches_is_evaluated_in_these() -> None:

@@ -53,7 +53,8 @@ class BatchModel(nn.Module):
         self._ask = ask
         self._margin = torch.full(y.shape, torch.inf, device=x.device)
         # In a tuple, or they would become parts of this module.
-        self._modes = [(part, part.training) for one in parts for part in one.modules()]
+        modules = [part for one in parts for part in one.modules() if hasattr(part, "training")]
+        self._modes = [(part, part.training) for part in modules]
         self._handed: Tensor | None = None
         self._version = 0
         self.eval()
