@@ -24,7 +24,7 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.auditing.evidence_signs import signs_from
 from msa_eval.auditing.probes import Probes
-from msa_eval.auditing.rules import without_advice
+from msa_eval.auditing.rules import weighed, without_advice
 from msa_eval.auditing.sign import Sign, Verdict, verdict_of
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.auditing.surrogate_search import SurrogateSearch
@@ -204,7 +204,7 @@ def _audit(
     found = retry_in_smaller_parts(defense, max(len(batch.x) for batch in batches), measure)
     if search.finding is not None and protocol.follows_gradients:
         found.append(search.finding.sign())
-    found = without_advice([*found, guard.sign()])
+    found = weighed(without_advice([*found, guard.sign()]))
     seconds = round(time.perf_counter() - started, 3)
     return AuditReport(name, tuple(found), sum(len(batch.y) for batch in batches), seconds, fc)
 

@@ -90,6 +90,10 @@ class HardResponse:
         interacting: whether a sample's margin may depend on companions.
         seed: of the steps.
         draws: answers averaged, of a target that answers at random; their seeds are the same at all points.
+
+    Attributes:
+        defense: the target.
+        points: the clean images, and points of a short search from them.
     """
 
     def __init__(
@@ -105,13 +109,13 @@ class HardResponse:
         seed: int = 0,
         draws: int = 1,
     ) -> None:
-        self._defense, self._x, self._y, self._ball = defense, x, y, ball
+        self.defense, self._x, self._y, self._ball = defense, x, y, ball
         self._counted = torch.ones_like(y, dtype=torch.bool) if counted is None else counted
         self._seed, self._draws = seed, draws
         one = (len(x), *[1] * (x.ndim - 1))
         # Where rows are decided apart a second gradient would be the first.
         self._signs = [self._random_signs(self._generator(7 + i), one) for i in range(2 if interacting else 1)]
-        self._points = [x, self._reached(climber)]
+        self.points = [x, self._reached(climber)]
         self._directions = DIRECTIONS * max(1, min(4, round(ROWS / max(int(self._counted.sum()), 1))))
         changes = [self.margin_loss(step.forth) - self.margin_loss(step.back) for step in self._steps()]
         self._changes = torch.stack(changes).view(2, 2, self._directions, 2, -1)
@@ -121,7 +125,7 @@ class HardResponse:
         total = torch.zeros_like(x[:, 0].flatten(1)[:, 0])
         for draw in range(self._draws):
             with seeded(self._seed + draw), torch.no_grad():
-                logits = decide(self._defense, self._defense.features(x))
+                logits = decide(self.defense, self.defense.features(x))
             value, wrong = margin_loss(logits, self._y), logits.argmax(dim=1) != self._y
             total = total + torch.where(wrong, value.clamp_min(1e-20), value).nan_to_num(0.0, 0.0, 0.0)
         return total / self._draws
@@ -136,7 +140,7 @@ class HardResponse:
 
     def _predicted(self, surrogate: Surrogate, signs: Tensor) -> Tensor:
         """What the gradient predicts of each step, shaped as the changes are."""
-        gradients = [self.gradient(surrogate, x, signs) for x in self._points]
+        gradients = [self.gradient(surrogate, x, signs) for x in self.points]
         steps = ((gradients[step.point] * (step.forth - step.back)).flatten(1).sum(dim=1) for step in self._steps())
         return torch.stack(list(steps)).view(self._changes.shape)
 
@@ -150,7 +154,7 @@ class HardResponse:
         for draw in range(self._draws):
             leaf = x.detach().clone().requires_grad_()
             with seeded(self._seed + draw), torch.enable_grad():
-                logits = surrogate.logits(self._defense, leaf if surrogate.on_images else self._defense.features(leaf))
+                logits = surrogate.logits(self.defense, leaf if surrogate.on_images else self.defense.features(leaf))
                 if not logits.requires_grad:
                     continue
                 value = (margin_loss(logits.float(), self._y) * signs.flatten()).sum()
@@ -179,7 +183,7 @@ class HardResponse:
     def _steps(self) -> Iterator[_Step]:
         """All steps, the same each time they are asked for: none is kept, since images may be large."""
         generator = self._generator(1)
-        for point, x in enumerate(self._points):
+        for point, x in enumerate(self.points):
             for kind in range(2):
                 for _ in range(self._directions):
                     direction = self._direction(generator, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,27 @@ def without_advice(signs: Iterable[Sign]) -> list[Sign]:
     if not any(sign.name == "clean_at_chance" and sign.fired for sign in found):
         return found
     return [sign for sign in found if sign.name not in OF_ATTACKS]
+
+
+def weighed(signs: Iterable[Sign], *, left: int | None = None) -> list[Sign]:
+    """All signs; those that say nothing against a figure become notes.
+
+    Where no sample is left there is nothing that attacks missed. Where the best gradient is true enough, that another
+    one leads astray costs nothing.
+
+    Args:
+        signs: of one target.
+        left: samples that no attack broke, in all contexts; ``None`` where that is not known.
+
+    >>> astray = transfer_beats_direct(np.zeros(99, dtype=bool), {"soft": np.ones(99, dtype=bool)})
+    >>> truth = Sign("gradient_truth", False, "suspect", 0.9, 0.75, "It is true.")
+    >>> [[sign.severity for sign in weighed(signs)] for signs in ([astray], [astray, truth])]
+    [['suspect'], ['note', 'suspect']]
+    """
+    found = list(signs)
+    true = any(sign.name == "gradient_truth" and not sign.fired for sign in found)
+    settled = OF_ATTACKS if left == 0 else {"transfer_beats_direct"} if true else set()
+    return [replace(sign, severity="note") if sign.fired and sign.name in settled else sign for sign in found]
 
 
 def probabilities(logits: Tensor) -> Sign:
@@ -298,11 +320,17 @@ def large_eps(left: int, n: int, ball: str, *, failure: str = "") -> Sign:
 
 
 def one_step_beats_forty(one: Mapping[str, int], forty: Mapping[str, int], n: int) -> Sign:
-    """Whether a single step through a surrogate breaks more samples than forty through the same."""
-    worst = max(one, key=lambda name: one[name] - forty[name])
-    lead = one[worst] - forty[worst]
+    """Whether a single step through some surrogate breaks more samples than forty through any.
+
+    That forty steps through one of them break less than one does is no fault where another leads further.
+    """
+    first, last = (max(broken, key=lambda name: broken[name]) for broken in (one, forty))
+    lead = one[first] - forty[last]
     fired = lead > 2 and lead / n > 0.02
-    reason = f"through {worst} a single step breaks {one[worst]} of {n} samples, forty steps {forty[worst]}"
+    reason = (
+        f"a single step (through {first}) breaks {one[first]} of {n} samples, forty steps (through {last}) "
+        f"{forty[last]}"
+    )
     if fired:
         reason += ": the gradient leads astray away from clean images; add restarts, losses and surrogates"
     return Sign("one_step", fired, "suspect", lead / n, 0.02, _sentence(reason))

@@ -12,8 +12,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +31,10 @@ from msa_eval.auditing.candidates import (
     passed_over,
     renamed,
 )
+from msa_eval.auditing.companion_gradients import companions_matter, reaches_companions
+from msa_eval.auditing.finding import Finding, Tried
 from msa_eval.auditing.gradient_truth import HardResponse, Truth
-from msa_eval.auditing.sign import Sign
-from msa_eval.auditing.truth_sign import gradient_truth, limit_of
+from msa_eval.auditing.truth_sign import CLEARLY, limit_of
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.judging.clean_batches import CleanBatches
@@ -43,8 +42,8 @@ from msa_eval.judging.usable_surrogates import More
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Surrogate
 
-TRUE, CLEARLY = 0.97, 0.03
-"""A gradient of at least this figure is not doubted; a difference of figures that is no chance."""
+TRUE = 0.97
+"""A gradient of at least this figure is not doubted."""
 
 PLAIN = frozenset({"ste", "fc-oracle"})
 """The surrogates of a target that brings none."""
@@ -54,76 +53,6 @@ AGREES = 0.9
 
 ROWS, STEPS, KEPT, TRIED = 32, 10, 3, 8
 """Images and steps of a short attack; surrogates kept; candidates that are tried by an attack, at most."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A candidate that was tried.
-
-    Attributes:
-        name: as tables would call it.
-        how: how it was made, in words.
-        truth: how true its gradient is; ``None`` where it failed.
-        broken: samples that a short attack through it broke, of those tried; ``None`` where it was not attacked.
-        kept: whether it is used.
-        reason: why it is not.
-    """
-
-    name: str
-    how: str
-    truth: float | None
-    broken: int | None
-    kept: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is known of a target's gradients.
-
-    Attributes:
-        surrogates: those found and kept, the best first.
-        truths: how true each gradient is, by name: of the surrogates there were, and of those kept.
-        tried: all candidates, in the order they were made.
-        signal: the share of the hard target's changes that a gradient could predict.
-        agreement: where that is little: the share of the points of a short attack on which the best surrogate's class
-            is the target's.
-        failure: what went wrong, where nothing could be measured.
-        interacting: whether the target looks at its batch.
-    """
-
-    surrogates: Sequence[Surrogate]
-    truths: dict[str, Truth]
-    tried: Sequence[Tried] = ()
-    signal: float = 1.0
-    agreement: float = 1.0
-    failure: str = ""
-    interacting: bool = False
-
-    def sign(self) -> Sign:
-        """What it means for a figure."""
-        figures = {name: truth.figure for name, truth in self.truths.items()}
-        kept = {surrogate.name for surrogate in self.surrogates}
-        tried = [one.name for one in self.tried if one.truth is not None and one.name not in kept]
-        return gradient_truth(
-            figures,
-            signal=self.signal,
-            agreement=self.agreement,
-            interacting=self.interacting,
-            tried=tried,
-            failure=self.failure,
-        )
-
-    def about(self) -> dict[str, Any]:
-        """What `run.json` says of the surrogates that were tried, the ones that are used first."""
-        return {
-            one.name: asdict(one) for one in sorted(self.tried, key=lambda one: not one.kept) if one.truth is not None
-        }
-
-    @property
-    def best(self) -> float:
-        """The truest gradient's figure; 0 where there is none."""
-        return max((truth.figure for truth in self.truths.values()), default=0.0)
 
 
 def find_surrogates(
@@ -139,6 +68,7 @@ def find_surrogates(
     draws: int = 1,
     seed: int = 0,
     search: bool = True,
+    together: bool = True,
 ) -> Finding:
     """Measure how true the gradients of a target's surrogates are, and find better ones where they are not.
 
@@ -156,8 +86,9 @@ def find_surrogates(
         draws: answers averaged, of a target that answers at random.
         seed: of everything drawn.
         search: whether to look for more.
+        together: whether the attacker moves companions too.
     """
-    looked = _Search(defense, x, y, correct, ball, batch_dependent, draws, seed)
+    looked = _Search(defense, x, y, correct, ball, batch_dependent, draws, seed, together)
     return looked.find(existing, brought=brought, search=search)
 
 
@@ -169,13 +100,16 @@ class SurrogateSearch:
         ball: the protocol's.
         seed: of everything drawn.
         search: whether to look for more surrogates than there are.
+        together: whether the attacker moves companions too.
 
     Attributes:
         finding: what was found; ``None`` before `more` was asked for.
     """
 
-    def __init__(self, clean: CleanBatches, ball: Ball, *, seed: int, search: bool = True) -> None:
-        self._clean, self._ball, self._seed, self._search = clean, ball, seed, search
+    def __init__(
+        self, clean: CleanBatches, ball: Ball, *, seed: int, search: bool = True, together: bool = True
+    ) -> None:  # fmt: skip
+        self._clean, self._ball, self._seed, self._search, self._together = clean, ball, seed, search, together
         self.finding: Finding | None = None
 
     def more(self, existing: Sequence[Surrogate]) -> More:
@@ -186,6 +120,7 @@ class SurrogateSearch:
                 clean.defense, batch.x, batch.y, batch.correct, self._ball, existing,
                 brought=any(surrogate.name not in PLAIN for surrogate in existing),
                 batch_dependent=clean.batch_dependent, draws=clean.eot, seed=self._seed, search=self._search,
+                together=self._together,
             )  # fmt: skip
         except Exception as error:
             if is_out_of_memory(error):
@@ -203,7 +138,7 @@ class _Search:
 
     def __init__(
         self, defense: Defense, x: Tensor, y: Tensor, correct: Tensor, ball: Ball,
-        batch_dependent: bool, draws: int, seed: int,
+        batch_dependent: bool, draws: int, seed: int, together: bool = True,
     ) -> None:  # fmt: skip
         if not batch_dependent:
             rows = (correct if bool(correct.any()) else torch.ones_like(correct)).nonzero().flatten()[:ROWS]
@@ -211,6 +146,7 @@ class _Search:
         self.defense, self.x, self.y, self.ball = defense, x, y, ball
         self.counted = correct if bool(correct.any()) else torch.ones_like(correct)
         self.batch_dependent, self.draws, self.seed = batch_dependent, draws, seed
+        self.together, self.unreached = together and batch_dependent and len(x) > 1, False
 
     def find(self, existing: Sequence[Surrogate], *, brought: bool, search: bool) -> Finding:
         """Find what there is."""
@@ -222,11 +158,13 @@ class _Search:
         truths = {surrogate.name: self.hard.truth_of(surrogate) for surrogate in existing}
         best = max((truth.figure for truth in truths.values()), default=0.0)
         signal = max((truth.signal for truth in truths.values()), default=0.0)
-        if not search or (brought and best >= limit_of(self.batch_dependent)):
-            return Finding((), truths, signal=signal, interacting=self.batch_dependent)
+        self.unreached = self.together and companions_matter(self.hard) and not any(map(self._reaches, existing))
+        if not search or (brought and best >= limit_of(self.batch_dependent) and not self.unreached):
+            return Finding((), truths, signal=signal, interacting=self.batch_dependent, brought=brought,
+                           unreached=self.unreached)  # fmt: skip
         stages = find_stages(self.defense, self.x, seed=self.seed)
         candidates = list(inner_models(self.defense, self.x, stages, seed=self.seed))
-        if best < TRUE:
+        if best < TRUE or self.unreached:
             candidates += [*own_code(self.defense), *passed_over(self.defense, self.x, stages)]
         candidates = renamed(candidates)
         self._measure(candidates, existing)
@@ -247,8 +185,12 @@ class _Search:
         ]  # fmt: skip
         signal = max([signal, *(truth.signal for truth in found.values())])
         return Finding(
-            [c.surrogate for c in kept], truths | found, tried, signal, agreement, interacting=self.batch_dependent
-        )
+            [c.surrogate for c in kept], truths | found, tried, signal, agreement,
+            interacting=self.batch_dependent, brought=brought, unreached=self.unreached,
+        )  # fmt: skip
+
+    def _reaches(self, surrogate: Surrogate) -> bool:
+        return reaches_companions(self.hard, surrogate)
 
     def _measure(self, candidates: Sequence[Candidate], existing: Sequence[Surrogate]) -> None:
         """Find each candidate's figure; one that fails, or does what another does, is dropped with the reason."""
@@ -278,7 +220,9 @@ class _Search:
         ranked = sorted((c for c in candidates if c.truth), key=lambda c: -(c.truth or Truth(0, 0, 0)).figure)
         best = max((truth.figure for truth in truths.values()), default=0.0)
         worth = [c for c in ranked if c.always or (c.truth and c.truth.figure > max(best, c.least) + CLEARLY)]
-        worth = sorted(worth[:TRIED], key=candidates.index)
+        worth = worth[:TRIED]
+        reaching = self._reaching(ranked)
+        worth = sorted([*worth, *(c for c in reaching if c not in worth)], key=candidates.index)
         for candidate in ranked:
             if candidate not in worth:
                 candidate.reason = "no truer than what there is"
@@ -295,11 +239,21 @@ class _Search:
             close = [c for c in worth if c.attacked and c.attacked.agreement > AGREES and c not in kept]
             close.sort(key=lambda c: (-int(c.attacked.broken.sum()), c.surrogate.passes) if c.attacked else (0, 0))
             kept = [*kept, *close][:KEPT]
+        if reaching and not any(c.attacked and self._reaches(c.surrogate) for c in kept):
+            kept = [*reaching, *kept][:KEPT]
         for candidate in worth:
             if candidate not in kept and not candidate.reason:
                 candidate.reason = "a short attack through it did no more than others"
         agreements = [c.attacked.agreement for c in kept if c.attacked] + ([] if base is None else [base.agreement])
         return kept, max(agreements, default=0.0)
+
+    def _reaching(self, ranked: Sequence[Candidate]) -> list[Candidate]:
+        """Where no gradient of the target's own reaches companions: the truest one that does, on features if any is."""
+        if not self.unreached:
+            return []
+        limit = limit_of(self.batch_dependent)
+        found = [c for c in ranked if c.truth and c.truth.figure >= limit and self._reaches(c.surrogate)]
+        return sorted(found, key=lambda c: c.surrogate.on_images)[:1]
 
     def _greedy(self, worth: Sequence[Candidate], base: Attacked | None, best: float) -> list[Candidate]:
         """The best first, then whatever adds to those before it."""

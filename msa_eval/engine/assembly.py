@@ -12,7 +12,7 @@ import pandas as pd
 
 from msa_eval._version import __version__
 from msa_eval.auditing.audit import Sign, signs_from, verdict_of
-from msa_eval.auditing.rules import without_advice
+from msa_eval.auditing.rules import weighed, without_advice
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.engine.continued import digest_of
 from msa_eval.engine.messages import Failure
@@ -55,7 +55,8 @@ def judged(results: Results, signs: Mapping[str, Sequence[Sign]]) -> Results:
             # Of what a few batches show and what all runs show, the graver counts; of clean accuracy, all samples.
             if sign.name == "clean_at_chance" or _gravity(sign) >= _gravity(found.get(sign.name, sign)):
                 found[sign.name] = sign
-        kept = without_advice(found.values())
+        robust = results.samples.loc[results.samples["target"] == target, "robust"]
+        kept = weighed(without_advice(found.values()), left=int(robust.sum()))
         verdicts[target] = verdict_of(kept)
         rows += [{"target": target, **dataclasses.asdict(sign)} for sign in kept]
     summary = results.summary.assign(

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from msa_eval.auditing.surrogate_search import Finding, SurrogateSearch
+from msa_eval.auditing.finding import Finding
+from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import retry_in_smaller_parts
@@ -68,7 +69,8 @@ class TargetPlan:
         """
         surrogates, finding = UsableSurrogates((), (), ""), None
         if protocol.apgd is not None:
-            search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find)
+            together = any(not CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)
+            search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find, together=together)
             look = functools.partial(
                 select_surrogates, protocol.apgd, defense, batch := next(iter(clean)), own=own,
                 use_own=name == "defense",

@@ -157,10 +157,11 @@ def select_surrogates(
     moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
     pursues = batch_dependent and len(batch.x) > 1 and recombination.passes and budget.victim is None
     if pursues and isinstance(defense, WholeModel):
-        return replace(surrogates, pursued=next((s for s in usable if _reaches(s, defense, batch)), None))
+        # On clean images none may reach companions, and elsewhere one may.
+        return replace(surrogates, pursued=next((s for s in usable if _reaches(s, defense, batch)), usable[0]))
     if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
         view = AmongOthers(defense, batch.z)
-        among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch) is not None]
+        among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch, moves=True) is not None]
         surrogates = replace(surrogates, among=[s.name for s in among])
         if among:
             pursued = among[0] if len(among) == 1 else ensemble("pursued", among, defense, batch.x, batch.z)
@@ -178,8 +179,13 @@ def raised_by(surrogate: Surrogate, defense: Defense, batch: Batch) -> str:
     return ""
 
 
-def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -> Tensor | None:
-    """The surrogate's logits on a clean batch, or ``None`` where no gradient leads back to the images."""
+def answer_with_gradient(
+    surrogate: Surrogate, defense: Defense, batch: Batch, *, moves: bool = False
+) -> Tensor | None:  # fmt: skip
+    """The surrogate's logits on a clean batch, or ``None`` where no gradient leads back to the images.
+
+    Where it has to move them it must not be zero throughout.
+    """
     x = batch.x.detach().requires_grad_()
     try:
         logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
@@ -190,7 +196,8 @@ def answer_with_gradient(surrogate: Surrogate, defense: Defense, batch: Batch) -
         with torch.no_grad():  # a decision in NumPy, which a tensor with a gradient can't enter, answers here
             surrogate.logits(defense, batch.x if surrogate.on_images else batch.z)
         return None
-    return None if gradient is None else logits.detach()
+    dead = gradient is None or (moves and not bool((gradient != 0).any()))
+    return None if dead else logits.detach()
 
 
 def _reaches(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:

@@ -24,6 +24,7 @@ from msa_eval.auditing.rules import (
     one_step_beats_forty,
     surrogate_disagrees,
     transfer_beats_direct,
+    weighed,
 )
 from msa_eval.defense.contract import decide
 from msa_eval.errors import AttackError
@@ -505,9 +506,13 @@ class Misleading(OwnDecision):
 
 
 def test_transfer_beats_direct() -> None:
+    """A note, since the head's own gradient is true, and the figure rests on it."""
     signs = _signs(Misleading())
     assert signs["transfer_beats_direct"].fired
-    assert signs["transfer_beats_direct"].severity == "suspect"
+    assert signs["transfer_beats_direct"].severity == "note"
+    assert not signs["gradient_truth"].fired
+    by_itself = transfer_beats_direct(np.zeros(99, dtype=bool), {"fc-oracle": np.ones(99, dtype=bool)})
+    assert (by_itself.fired, by_itself.severity) == (True, "suspect")
     assert "fc-oracle" in signs["transfer_beats_direct"].reason
     assert not signs["loss_not_rising"].fired
 
@@ -808,3 +813,24 @@ def test_probe_takes_a_surrogate_the_protocol_does_not_name() -> None:
     )  # fmt: skip
     assert "soft-hybrid@2" in {sign.name: sign for sign in found}["zero_gradients"].reason
     assert "state_guard" not in {sign.name for sign in found}
+
+
+def test_where_nothing_is_left_and_where_a_gradient_is_true_signs_against_attacks_are_notes() -> None:
+    astray = transfer_beats_direct(np.zeros(99, dtype=bool), {"soft": np.ones(99, dtype=bool)})
+    steps = one_step_beats_forty({"ste": 50}, {"ste": 40}, 99)
+    chance = Sign("batch_dependence", True, "unreliable", 0.5, 0.1, "It looks.")
+    true, untrue = (Sign("gradient_truth", fired, "suspect", 0.5, 0.75, "A figure.") for fired in (False, True))
+
+    def grave(signs: list[Sign], left: int) -> list[str]:
+        return [sign.name for sign in weighed(signs, left=left) if sign.fired and sign.severity != "note"]
+
+    assert grave([astray, steps, chance, untrue], 3) == [
+        "transfer_beats_direct", "one_step", "batch_dependence", "gradient_truth"
+    ]  # fmt: skip
+    assert grave([astray, steps, chance, true], 3) == ["one_step", "batch_dependence"]
+    assert grave([astray, steps, chance, untrue], 0) == ["batch_dependence"]
+
+
+def test_a_step_through_one_that_beats_forty_through_it_is_no_fault_where_another_leads_further() -> None:
+    assert one_step_beats_forty({"ste": 13, "soft": 20}, {"ste": 8, "soft": 30}, 32).fired is False
+    assert one_step_beats_forty({"ste": 13, "soft": 5}, {"ste": 8, "soft": 6}, 32).fired

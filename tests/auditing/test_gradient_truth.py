@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_points_are_reached_along_the_gradient_within_the_ball() -> None:
     x, y = data(defense)
     ball = Ball("Linf", 0.1)
     hard = HardResponse(defense, x, y, ball, climber=STE)
-    reached = hard._points[1]
+    reached = hard.points[1]
     assert float(ball.excess(reached, x).max()) == 0
     assert bool((hard.margin_loss(reached) > hard.margin_loss(x)).all())
 
@@ -165,7 +166,30 @@ def test_company_blurs_a_figure_and_the_limit_is_lower() -> None:
     assert gradient_truth({"ste": 0.5}, signal=0.9, agreement=1.0, interacting=True).fired
 
 
+@pytest.mark.parametrize(
+    ("own", "found", "options", "fired"),
+    [
+        ({"ste": 0.95}, {}, {}, False),
+        ({"ste": 0.85}, {}, {}, True),
+        ({"ste": 0.85}, {}, {"brought": True}, False),
+        ({"ste": 0.85}, {}, {"interacting": True}, False),
+        ({"ste": 0.95}, {"inner:net": 0.9}, {}, False),
+        ({"ste": 0.92}, {"straight-through": 0.98}, {}, True),
+        ({"ste": 0.83}, {"straight-through": 0.93}, {"interacting": True}, True),
+        ({}, {"straight-through": 0.98}, {}, True),
+        ({}, {"inner:net": 0.8}, {"signal": 0.05}, True),
+        ({"ste": 0.0}, {}, {"signal": 0.05}, False),
+    ],
+)  # fmt: skip
+def test_a_figure_that_rests_on_what_was_found_is_an_upper_bound(
+    own: dict[str, float], found: dict[str, float], options: dict[str, Any], fired: bool
+) -> None:
+    sign = gradient_truth(own, found=found, **({"signal": 0.9, "agreement": 1.0} | options))
+    assert (sign.fired, sign.severity) == (fired, "suspect")
+    assert ("upper bound" in sign.reason) == (fired and bool(found))
+
+
 def test_what_could_not_be_measured_says_so() -> None:
     sign = gradient_truth({}, signal=0.0, agreement=0.0, failure="RuntimeError: no")
-    assert not sign.fired
+    assert (sign.fired, sign.severity) == (True, "suspect")
     assert "could not be measured" in sign.reason

@@ -16,7 +16,8 @@ from toys import make_hpm
 from msa_eval import WholeModel
 from msa_eval.attacks.ball import Ball
 from msa_eval.auditing.candidates import guarded
-from msa_eval.auditing.surrogate_search import Finding, find_surrogates
+from msa_eval.auditing.finding import Finding
+from msa_eval.auditing.surrogate_search import find_surrogates
 from msa_eval.defense.contract import as_defense
 from msa_eval.surrogates import STE
 from msa_eval.surrogates.registry import Surrogate, get
@@ -231,3 +232,27 @@ def test_what_was_found_can_be_sent_to_another_process() -> None:
         model, sent = cloudpickle.loads(cloudpickle.dumps((target, surrogate)))
         expected = surrogate.logits(as_defense(target), x)
         torch.testing.assert_close(sent.logits(as_defense(model), x), expected)
+
+
+class Pulled(nn.Module):
+    """Logits less what the batch has in the mean, looked at with or without a gradient, or not at all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net(), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        mean = {"open": z, "hidden": z.detach(), "none": 0 * z}[self.how].mean(dim=0)
+        return z - 0.5 * mean
+
+
+@pytest.mark.parametrize(("how", "unreached"), [("open", False), ("hidden", True), ("none", False)])
+def test_where_no_gradient_reaches_companions_that_count_one_is_found(how: str, unreached: bool) -> None:
+    finding = search(WholeModel(Pulled(how).eval().requires_grad_(False)), batch_dependent=True)
+    assert finding.unreached == unreached
+    assert finding.sign().fired == unreached
+    assert any("straight-through" in surrogate.name for surrogate in finding.surrogates) == unreached
+    assert not search(
+        WholeModel(Pulled(how).eval().requires_grad_(False)), batch_dependent=True, together=False
+    ).unreached

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from .collection import ALL, attacked, chosen, joined, read, write
-from .table import TITLE, Row, counted, evaluated, line, save
+from .table import TITLE, counted, evaluated, in_order, line, rows_of, save
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a quarter of the default protocol's passes")
     made.add_argument("--seed", type=int, default=0, help="of the evaluations, or of the attacks")
     made.add_argument("--out", type=Path, help="write the table there too, as .csv, or into a page of .md")
+    made.add_argument("--rows", type=Path, help="keep rows in this .csv; the table is of all it holds")
     made.add_argument("--true", action="store_true", help="attack anew, and write what is broken too to truth.csv")
     made.add_argument("--lower", action="store_true", help="write what we break too to truth.csv")
     return made
@@ -46,17 +47,18 @@ def main() -> int:
         attack(options.names, options.seed)
         return 0
     print(f"protocol msa{', a quarter of its passes' if options.quick else ''}, seed {options.seed}\n{TITLE}")
-    rows: list[Row] = []
+    rows = list(rows_of(options.rows)) if options.rows is not None else []
     for known in listed:
         truth = read()[known.name]
         row, left = evaluated(known, truth, quick=options.quick, seed=options.seed)
         if options.lower:
             ours = dataclasses.replace(truth, left=left, by=f"msa {options.seed}")
             write(read() | {known.name: joined(truth, ours)})
-        rows.append(row)
+        rows = in_order([*(held for held in rows if held.defence != known.name), row], ALL)
         print(line(row), flush=True)
-        if options.out is not None:
-            save(rows, options.out)
+        for path in (options.rows, options.out):
+            if path is not None:
+                save(rows, path)
     counts = counted(rows)
     print(f"\n{counts}")
     return 0 if counts.met else 1

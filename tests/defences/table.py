@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from msa_eval import evaluate
 
-from .collection import Truth
+from .collection import Truth, read
 from .known import Known
 
 MARGIN = 2
@@ -206,3 +206,20 @@ def save(rows: Sequence[Row], path: Path) -> None:
         out = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         out.writeheader()
         out.writerows(asdict(row) for row in rows)
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a CSV file, as `save` writes it; none where there is none. Known numbers are what is known today."""
+    if not path.exists():
+        return
+    truths, kinds = read(), {"int": int, "float": float, "bool": "True".__eq__, "str": str}
+    with path.open(newline="") as file:
+        for held in csv.DictReader(file):
+            row = Row(**{field.name: kinds[str(field.type)](held[field.name]) for field in fields(Row)})
+            yield dataclasses.replace(row, known=len(truths[row.defence].left)) if row.defence in truths else row
+
+
+def in_order(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
+    """Rows in the order of names."""
+    place = {name: number for number, name in enumerate(names)}
+    return sorted(rows, key=lambda row: place.get(row.defence, len(place)))

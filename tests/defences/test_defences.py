@@ -12,7 +12,7 @@ from defences.adaptive import Effort, alone
 from defences.batches import decide
 from defences.collection import ALL, Truth, attacked, chosen, joined, read
 from defences.exact import additive, linear_l2
-from defences.table import Row, counted, evaluated, save
+from defences.table import Row, counted, evaluated, in_order, rows_of, save
 from torch import nn
 
 from msa_eval.attacks import Ball
@@ -152,6 +152,16 @@ def test_a_page_has_the_table_in_its_place(tmp_path: Path) -> None:
         assert "| one | masked |  | alone | 60 of 64 | 30 | 30 (exact) | sound |" in text
         assert text.endswith("<!-- /table -->\nafter\n")
         assert "old" not in text
+
+
+def test_rows_are_kept_from_one_call_to_the_next(tmp_path: Path) -> None:
+    rows = [dataclasses.replace(ROW, defence=name, exact=name == "linear") for name in ("linear", "mlp")]
+    save(rows, tmp_path / "rows.csv")
+    held = list(rows_of(tmp_path / "rows.csv"))
+    known = [len(read()[row.defence].left) for row in rows]
+    assert held == [dataclasses.replace(row, known=count) for row, count in zip(rows, known, strict=True)]
+    assert [row.defence for row in in_order(held, ["mlp", "linear"])] == ["mlp", "linear"]
+    assert not list(rows_of(tmp_path / "none.csv"))
 
 
 def test_what_one_search_broke_stays_broken() -> None:

@@ -80,7 +80,9 @@ def test_what_is_found_breaks_more_and_is_written_down(tmp_path: Path) -> None:
     assert about["kept"]
     assert about["truth"] > 0.95
     assert "no_grad" in about["how"]
-    assert not gradient_truth(found)["fired"]
+    assert gradient_truth(found)["severity"] == "suspect"
+    assert "upper bound" in gradient_truth(found)["reason"]
+    assert found.run["verdict"] == "suspect"
     assert gradient_truth(without)["fired"]
     assert without.run["verdict"] == "unreliable"
     assert "found_surrogates" not in without.run

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 from click.testing import CliRunner
+from examples.purifier import Purifier, make
 
+from msa_eval import evaluate, load_samples
 from msa_eval.cli import main
 
 FOLDER = Path(__file__).parent
@@ -28,7 +31,7 @@ def column(table: str) -> dict[str, float]:
 
 def test_batch_statistics_depend_on_the_batch_and_fall_in_it() -> None:
     table = run("batch_statistics")
-    joint, alone = (column(part) for part in table.split("\nalone:"))
+    joint, alone = (column(part) for part in table.split("\nalone:", 1))
     assert "[batch_dependence]" in table
     assert joint["worst_case"] < 30 < alone["worst_case"] - 10
     assert alone["clean"] > 90
@@ -48,6 +51,32 @@ def test_the_purifiers_own_gradient_is_masked_and_its_surrogate_breaks_more() ->
     assert "no gradient through the defence's own decision" in table
     assert numbers["bpda:apgd-ce:0"] < numbers["ste:apgd-ce:0"] - 20
     assert numbers["worst_case"] < numbers["target:square-margin:0"]
+
+
+def test_without_its_surrogate_the_purifier_s_number_is_an_upper_bound() -> None:
+    """What is found in its place breaks about as many, and the verdict says what that is worth."""
+
+    class Bare(Purifier):
+        surrogates: ClassVar[dict[str, Any]] = {}
+
+    brought = make()
+    overrides = {"threat.eps": 0.15, "samples.limit": 32, "threat.contexts": ["joint"]}
+    results = {
+        name: evaluate(target, load_samples("digits"), protocol="quick", overrides=overrides, **options)
+        for name, target, options in (
+            ("brought", brought, {}),
+            ("found", Bare(brought.classifier).eval(), {}),
+            ("neither", Bare(brought.classifier).eval(), {"found_surrogates": False}),
+        )
+    }
+    left = {name: int(found.samples["robust"].sum()) for name, found in results.items()}
+    assert abs(left["found"] - left["brought"]) <= 2
+    assert left["neither"] > left["found"] + 2
+    verdicts = {name: found.run["verdicts"]["defense"] for name, found in results.items()}
+    assert [verdicts[name]["verdict"] for name in ("found", "neither")] == ["suspect", "unreliable"]
+    assert any("upper bound until you bring one" in reason for reason in verdicts["found"]["reasons"])
+    assert not any("upper bound" in reason for reason in verdicts["brought"]["reasons"])
+    print(left, verdicts)
 
 
 def test_an_example_is_a_target_of_the_command_line_too(tmp_path: Path) -> None:
