@@ -13,6 +13,7 @@ from msa_eval.attacks.batch import Batch
 from msa_eval.defense.contexts import AmongOthers
 from msa_eval.defense.contract import Defense, WholeModel
 from msa_eval.defense.micro_batches import is_out_of_memory
+from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
 from msa_eval.protocols.schema import ApgdBudget, RecombinationBudget
 from msa_eval.surrogates.builtin import STE
@@ -157,8 +158,7 @@ def select_surrogates(
     moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
     pursues = batch_dependent and len(batch.x) > 1 and recombination.passes and budget.victim is None
     if pursues and isinstance(defense, WholeModel):
-        # On clean images none may reach companions, and elsewhere one may.
-        return replace(surrogates, pursued=next((s for s in usable if _reaches(s, defense, batch)), usable[0]))
+        return replace(surrogates, pursued=next((s for s in usable if _reaches(s, defense, batch)), None))
     if batch_dependent and len(batch.x) > 1 and (moves != {"batch"} or recombination.passes):
         view = AmongOthers(defense, batch.z)
         among = [s for s in usable if not s.on_images and answer_with_gradient(s, view, batch, moves=True) is not None]
@@ -201,8 +201,9 @@ def answer_with_gradient(
 
 
 def _reaches(surrogate: Surrogate, defense: Defense, batch: Batch) -> bool:
-    """Whether the gradient of one image's logits leads to its companions."""
-    x = batch.x.detach().requires_grad_()
+    """Whether the gradient of one image's logits leads to its companions, beside the grid of clean images."""
+    beside = 0.01 * torch.rand(batch.x.shape, generator=torch.Generator().manual_seed(0))
+    x = (batch.x.detach() + onto(beside, batch.x.device)).clamp(0, 1).requires_grad_()
     logits = surrogate.logits(defense, x if surrogate.on_images else defense.features(x))
     (gradient,) = torch.autograd.grad(logits[0].sum(), x, allow_unused=True)
     return gradient is not None and bool((gradient[1:] != 0).any())
