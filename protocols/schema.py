@@ -1,7 +1,7 @@
 """A protocol: which surrogates, losses and budget, on which samples, in which batches, in which contexts.
 
-A protocol is a TOML file. Every key is known by its dotted name, which is also how the command line overrides it; all
-mistakes of a file are reported together.
+A protocol is a TOML file. Every key has a dotted name, which the command line uses to override it; all mistakes of a
+file are reported together.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class RunSpec(NamedTuple):
 
 
 class ExternalSpec(NamedTuple):
-    """An attack of other libraries as a protocol names it (see `msa_eval.attacks.external`).
+    """A third-party attack as a protocol names it (see `msa_eval.attacks.external`).
 
     Attributes:
         name: ``library:attack``.
-        surrogates: what it is run on, ``target`` among them for one that needs no gradient; those that a target can't
-            offer are left out. By default the target for such a one, ``fc-oracle`` and ``soft-hybrid`` for others.
-        restarts: runs of each, with a seed of its own.
-        options: more of its own, by the names that its authors gave them.
+        surrogates: what it is run on; ``target`` for an attack that needs no gradient. Surrogates that the target does
+            not have are left out. Default: the target for gradient-free attacks, otherwise ``fc-oracle`` and
+            ``soft-hybrid``.
+        restarts: number of runs on each surrogate, each with its own seed.
+        options: the attack's own options, under the names that its authors gave them.
     """
 
     name: str
@@ -51,28 +52,30 @@ class ApgdBudget:
     """The white-box part of a protocol: every surrogate with every loss, or a list of runs.
 
     Attributes:
-        surrogates: their names; those that a defence can't offer are left out, and ``ste`` is used if none is left.
+        surrogates: names of surrogates; those that a defence does not have are left out, and ``ste`` is used if none is
+            left.
         losses: among ``ce``, ``dlr``, ``margin``, ``probability-margin``, ``dlr-targeted``, ``dlr-malt``.
-        steps: gradient steps a run.
-        restarts: runs of each surrogate and untargeted loss, each from a start of its own.
-        targets: runs of each surrogate with a targeted loss, towards the other classes in turn: the likeliest first
-            with ``dlr-targeted``, with ``dlr-malt`` those that a linear model of the logits reaches first.
-        runs: the runs in their order, instead of surrogates and losses. A surrogate that a target has not is replaced
-            by its first, and a run named again has another start, or another target class. Where no companions can be
-            moved, a run that would move them goes to the next target class instead, and a loss that needs more classes
-            than there are gives way to the margin: so every target is given the same number of runs.
-        moves: in ``joint``, on a batch-dependent target, which images a run moves: all of the ``batch`` at once; each
-            ``image`` among companions that stay; the ``companions`` of an image that stays; or, in a cascade, all that
-            are ``standing``, where what is broken stays as it broke and costs no more passes.
-        combine: ``separate`` runs are each surrogate's own. ``mean`` attacks the mean of the surrogates' losses, and
-            ``alternate`` one surrogate a step in turn. In a ``cascade`` a run searches only for the samples that still
-            stand, from the best points so far and, where it is named again, from a random start. Where each sample is
-            decided apart from the others, it is searched for no more as soon as it is broken.
-        passes: in a cascade, no further run searches a batch on which so many passes a sample were made; as many runs
-            as are listed by default. So what is soon broken leaves its passes to what stands.
-        overtime: after a cascade, so many more passes a sample, all for the few that are nearest to falling; where a
-            sample is decided apart from the others.
-        victim: the one sample (its index in the data set) whose companions are moved to break it; all by default.
+        steps: gradient steps per run.
+        restarts: runs of each surrogate with each untargeted loss, each from its own start.
+        targets: runs of each surrogate with a targeted loss, each towards another class: in the order of the logits
+            with ``dlr-targeted``; with ``dlr-malt``, those first that a linear model of the logits reaches first.
+        runs: the runs in their order, in place of ``surrogates`` and ``losses``. A surrogate that the target does not
+            have is replaced by its first one. A run that is listed again gets another start or another target class.
+            Where companions can't be moved, a run that would move them attacks the next target class instead. A loss
+            that needs more classes than the target has is replaced by the margin. So every target gets the same number
+            of runs.
+        moves: which images a run moves, in ``joint`` on a batch-dependent target: the whole ``batch``; each ``image``
+            among companions that stay; the ``companions`` of an image that stays; or, in a cascade, the ``standing``
+            (unbroken) images, while broken ones stay as they are and cost no more passes.
+        combine: ``separate`` runs each attack one surrogate. ``mean`` attacks the mean of the surrogates' losses,
+            ``alternate`` another surrogate in each step. In a ``cascade`` a run attacks only the samples that are still
+            unbroken, from the best points so far, or from a random start if the run is listed again. Where samples are
+            decided independently, a sample leaves the search as soon as it is broken.
+        passes: in a cascade: no further run starts on a batch after this many forward passes per sample. Default: as
+            many as the listed runs take. Samples that break early leave their passes to the unbroken ones.
+        overtime: after a cascade, on targets that decide samples independently: this many more passes per sample, all
+            spent on the few samples closest to the decision boundary.
+        victim: index of the one sample whose companions are moved in order to break it. Default: all samples.
     """
 
     surrogates: tuple[str, ...] = ("fc-oracle", "soft-hybrid")
@@ -98,9 +101,9 @@ class SquareBudget:
     """The gradient-free part of a protocol, on the hard target.
 
     Attributes:
-        queries: proposals a run; AutoAttack's number by default.
-        p_init: the share of pixels changed at first.
-        restarts: runs, each with a random sequence of its own.
+        queries: queries per run; AutoAttack's number by default.
+        p_init: the share of pixels that the first queries change.
+        restarts: number of runs, each with its own random sequence.
     """
 
     queries: int = 5000
@@ -113,9 +116,9 @@ class SpsaBudget:
     """A second gradient-free part: gradients estimated from the hard target's margins.
 
     Attributes:
-        queries: proposals a run.
-        samples: random directions an estimate; each takes two queries.
-        restarts: runs, each with directions of its own.
+        queries: queries per run.
+        samples: random directions per gradient estimate; each takes two queries.
+        restarts: number of runs, each with its own directions.
     """
 
     queries: int = 1000
@@ -131,12 +134,14 @@ class RecombinationBudget:
     pursuits start from other points than mixtures.
 
     Attributes:
-        sweeps: how often each image of the batch is given another of its points, for each sample that stands.
-        passes: of a batch, for a pursuit: steps against one sample at a time. 0 for none.
-        classes: towards so many of them every image is moved first, from these passes, to be assigned there.
-        runs: what gathers the points, each run on its own, in place of those of ``attack.apgd``; by default those
-            are made, and recombined after the last.
-        steps: of each of these runs; by default as many as in ``attack.apgd``.
+        sweeps: how often each image of the batch is tried at another of its points, for each unbroken sample.
+        passes: forward passes per sample for a pursuit, which attacks one sample at a time with the whole batch. 0:
+            no pursuit.
+        classes: number of classes that every image is first moved towards, out of these passes, so that it has a point
+            in each class it can be brought to.
+        runs: the runs that gather the points, in place of those of ``attack.apgd``. Default: those of ``attack.apgd``,
+            whose points are recombined after the last run.
+        steps: gradient steps of each of these runs. Default: as in ``attack.apgd``.
     """
 
     sweeps: int = 2
@@ -159,11 +164,11 @@ class CompositionBudget:
     """In the context ``composed``, the search for the clean images that sit beside each image.
 
     Attributes:
-        pool: how many images there are to choose from, beside those of the batch.
-        search: ``random`` tries one image in one place at a time, ``greedy`` keeps the best
-            of several in a place, and tries about every place.
-        trials: batches tried for each image, before the runs, after every third and after the last; eight times as
-            many by a defence with a closed form for them.
+        pool: number of clean images to choose from, in addition to those of the batch.
+        search: ``random`` tries one image in one place at a time; ``greedy`` tries several per place, keeps the best,
+            and visits about every place.
+        trials: batches tried for each image before the runs, after every third run and after the last; eight times as
+            many if the defence has a closed form for them.
     """
 
     pool: int = 512
@@ -173,12 +178,12 @@ class CompositionBudget:
 
 @dataclass(frozen=True)
 class StochasticBudget:
-    """What is done about a target that answers at random; others are asked once.
+    """How a target that answers at random is judged; other targets are asked once.
 
     Attributes:
-        draws: a sample is broken when the majority of so many answers to one batch are wrong, then a clear one of
-            eleven times as many more, and after the run a clear one of 111 times as many (see `verdict`).
-        eot: answers a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
+        draws: a sample is broken when the majority of this many answers to one batch is wrong, then a clear majority of
+            eleven times as many, and after the run a clear majority of 111 times as many (`msa_eval.judging.majority`).
+        eot: number of answers that a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
     """
 
     draws: int = 9
@@ -190,28 +195,28 @@ class Protocol:
     """A protocol, checked.
 
     Attributes:
-        name: of the file.
-        version: of its content.
-        description: in a sentence.
+        name: the protocol's name.
+        version: raised whenever its numbers may change.
+        description: one sentence.
         ball: the perturbation set.
         contexts: what the attacker controls: every image of the batch (``joint``), one image among clean companions
             (``solo``), one image in a batch of one (``alone``), one image and the choice of its clean companions
             (``composed``).
-        fraction: the share of samples to evaluate, uniformly drawn.
-        per_class: or how many of each class.
-        limit: at most so many of these.
-        samples_seed: draws them.
-        batch_size: the largest batch; sizes are balanced.
-        batches_seed: draws who sits together.
+        fraction: share of the samples to evaluate, drawn uniformly.
+        per_class: number of samples of each class, instead of a fraction.
+        limit: evaluate at most this many of these.
+        samples_seed: seed that draws the samples.
+        batch_size: largest batch; sizes are balanced.
+        batches_seed: seed that assigns samples to batches.
         apgd: the white-box part, or ``None``.
         square: the gradient-free part, or ``None``.
         spsa: a second gradient-free part, or ``None``.
-        recombination: of the points found, or ``None``.
-        peers: attacks of other libraries, run after all else and each from the clean images.
+        recombination: mixtures of the points found, or ``None``.
+        peers: third-party attacks, which run after everything else and start from the clean images.
         composition: the choice of companions in ``composed``.
-        stochastic: what is done about a target that answers at random.
-        audited: at most so many samples, in whole batches, are looked at for the signs of the audit; 0 for none.
-        overrides: what was changed against the file, by dotted key.
+        stochastic: how a target that answers at random is judged.
+        audited: the audit examines at most this many samples, in whole batches; 0: no audit.
+        overrides: what was changed with respect to the file, by dotted key.
         values: all keys as given, after overrides.
     """
 

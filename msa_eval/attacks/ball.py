@@ -23,8 +23,8 @@ class Ball:
     Args:
         norm: ``Linf``, ``L2`` or ``L1``.
         eps: the radius, in [0, 1] pixel units (for L2 and L1, of the whole image).
-        levels: points are judged only after they were rounded to so many even levels (see `Grid`); ``None``: as they
-            are. It is no part of the name that seeds go by.
+        levels: points are rounded to this many even levels before they are judged (see `Grid`); ``None``: no rounding.
+            Seeds do not depend on it.
 
     Raises:
         ValueError: when the norm is unknown or the radius is not a finite, non-negative number.

@@ -75,8 +75,9 @@ def evaluate(
 ) -> None:
     """Evaluate TARGET, and the classifier it was built on, under a protocol.
 
-    TARGET is a checkpoint of msa-eval, your own code as module:callable or path/to/file.py:callable, or a model of
-    others as robustbench:NAME[@dataset][/norm], torchvision:NAME[@WEIGHTS], timm:NAME[.TAG] or hf:NAME_OR_FOLDER.
+    TARGET is a checkpoint of msa-eval, your own code as module:callable or path/to/file.py:callable, or a third-party
+    model as robustbench:NAME@dataset/norm, torchvision:NAME@WEIGHTS, timm:NAME.TAG (all after NAME is optional) or
+    hf:NAME_OR_FOLDER.
     """
     chosen = options.overrides(assignments, context=context, limit=limit, batch_size=batch_size, victim=victim)
     run(target, data, protocol, out, overrides=chosen, **common)

@@ -6,8 +6,8 @@ Every contender makes one search of so many steps with cross-entropy from one st
 Ours leaves an image as it is once it is broken; the others go on with it.
 pyautoattack is run in both of its ways: as it comes, where it leaves out what is wrong from the start, and with
 ``best_loss=True``. Accuracy is of the returned points, judged by the model; ours also counts every iterate
-(``worst_case``). torchattacks and foolbox each want an environment of their own (docs/peers.md); one that is not
-there is told of in a row.
+(``worst_case``). torchattacks and foolbox each want an environment of their own
+(docs/external-attacks.md); one that is not installed is named in a row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, made of the CSV files alone.
+"""The tables of docs/research/speed.md, made of the CSV files alone.
 
     python -m tests.benchmarks tables
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-PAGE = Path("docs/speed.md")
+PAGE = Path("docs/research/speed.md")
 
 
 class Column(NamedTuple):
