@@ -94,7 +94,8 @@ def parses(words: list[str]) -> None:
 def shows(quoted: str, printed: str) -> None:
     """Each line that a page quotes is among those that were printed, in order; numbers may differ by little.
 
-    Lines of ``...`` stand for any. Other machines round otherwise, so that a number may differ by 4 or by a tenth.
+    Lines of ``...`` stand for any. Other machines round otherwise, so that a number may differ by 7 (one of 16 samples, in
+    %) or by a tenth.
     """
     ahead = iter([" ".join(line.split()) for line in printed.splitlines()])
     for line in quoted.splitlines():
@@ -107,7 +108,7 @@ def _alike(one: str, other: str) -> bool:
     if _NUMBER.sub("#", one) != _NUMBER.sub("#", other):
         return False
     pairs = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
-    return all(abs(float(a) - float(b)) <= max(4.0, 0.1 * abs(float(a))) for a, b in pairs)
+    return all(abs(float(a) - float(b)) <= max(7.0, 0.1 * abs(float(a))) for a, b in pairs)
 
 
 @dataclass
@@ -147,7 +148,8 @@ class Session:
         """Run a command of msa-eval, and return what it printed."""
         assert words[0] == "msa-eval", f"{block.place}: only commands of msa-eval can run: {words}"
         self._clear([value for option, value in pairwise(words) if option == "--out"])
-        done = CliRunner().invoke(main, words[1:])
+        few = ["--steps", "2"] if words[1] == "crosscheck" and "--steps" not in words else []
+        done = CliRunner().invoke(main, [*words[1:], *few])
         fine = (0, 1) if words[1] in ("crosscheck", "doctor") else (0,)
         assert done.exit_code in fine, f"{block.place}: {shlex.join(words)}\n{done.output}\n{done.exception!r}"
         return done.stdout

@@ -134,7 +134,7 @@ def test_every_command_has_the_options_that_are_given(page: str) -> None:
 
 def test_a_quotation_that_was_not_printed_is_noticed() -> None:
     shows("a 1.0 b\n...\nc", "x\na  3.5 b\ny\nc")
-    for wrong in ("a 9.0 b", "c\na 1.0 b", "d"):
+    for wrong in ("a 12.0 b", "c\na 1.0 b", "d"):
         with pytest.raises(AssertionError, match="was not printed"):
             shows(wrong, "x\na 1.0 b\nc")
 
