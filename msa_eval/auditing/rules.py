@@ -157,7 +157,7 @@ def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Ch
     fired = not value <= threshold
     seen = f"answers change by {value:.2g} of the logits' range, {_percent(found.flips)} of the classes flip ({worst})"
     if fired and declared:
-        reason = f"{seen}: verdicts hold for the batches of the plan alone; try contexts solo and alone too"
+        reason = f"{seen}: these results hold only for the evaluated batches; also evaluate the contexts solo and alone"
     elif fired:
         reason = f"{seen}, though the defence says batch_dependent = False; set it to True and evaluate again"
     else:

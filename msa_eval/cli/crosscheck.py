@@ -48,10 +48,10 @@ def crosscheck(
     device: str,
     quiet: bool,
 ) -> None:
-    """Run attacks of others on the samples that RESULTS call robust, on the same target and batches.
+    """Run third-party attacks on the samples that RESULTS call robust, on the same target and batches.
 
     Lists every sample that one of them broke. TARGET and the data are by default those of the command line in run.json.
-    Exit status 0 if nothing was broken and every peer came to its end, else 1.
+    Exit status 0 if nothing was broken and every attack finished, otherwise 1.
     """
     from msa_eval.evidence.folder import CROSSCHECK
     from msa_eval.evidence.results import Results

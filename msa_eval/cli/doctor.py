@@ -17,7 +17,7 @@ WIDTH = 26
 @click.command()
 @click.option("--fix", is_flag=True, help="Run the commands that mend the faults, then check again.")
 def doctor(fix: bool) -> None:
-    """Look for what is wrong with this installation, and say which command mends it.
+    """Find faults of this installation and print the command that repairs each.
 
     Holds the files of robustbench and other peers to their own records, versions to what each package asks for, and
     looks at devices, caches and the packaged reference checkpoints. Exit status 1 when a fault stands.

@@ -64,11 +64,11 @@ protocol = click.option(
     help="A shipped protocol (see 'msa-eval protocols') or a .toml file.",
 )
 out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-limit = click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most so many samples, uniformly drawn.")
+limit = click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many samples, drawn uniformly.")
 context = click.option(
     "--context",
     multiple=True,
-    help="What the attacker controls: joint, solo, alone or composed; give it several times for several.",
+    help="What the attacker controls: joint, solo, alone or composed; may be repeated.",
 )
 
 
@@ -81,8 +81,8 @@ def assignments(command: Callable[..., None]) -> Callable[..., None]:
         command(assignments=(*assignments, *((k, v) for k, v in threat.items() if v is not None)), **given)
 
     for option in (
-        click.option("--norm", help="Of the perturbations: Linf, L2 or L1."),
-        click.option("--eps", help="Their radius in [0, 1] pixel units, such as 8/255."),
+        click.option("--norm", help="Norm of the perturbations: Linf, L2 or L1."),
+        click.option("--eps", help="Radius of the perturbations in [0, 1] pixel units, such as 8/255."),
         click.option(
             "--set", "assignments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Set any protocol key."
         ),
@@ -114,18 +114,16 @@ precision = click.option(
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="That a search passes its points in; auto tries what is faster here. Verdicts are float32 always.",
+    help="Precision of forward passes during the search; auto benchmarks both. Verdicts always use float32.",
 )
-deterministic = click.option("--deterministic", is_flag=True, help="Use deterministic algorithms alone, on GPUs too.")
+deterministic = click.option("--deterministic", is_flag=True, help="Use deterministic algorithms only, also on GPUs.")
 force = click.option("--force", is_flag=True, help="Replace other results in the output folder.")
-anew = click.option(
-    "--force", is_flag=True, help="Start anew, and keep what the output folder holds under a dated name."
-)
+anew = click.option("--force", is_flag=True, help="Start anew; existing results are kept under a dated name.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 found_surrogates = click.option(
     "--no-found-surrogates",
     is_flag=True,
-    help="Look for no surrogates in the target's own code where its gradients are not true.",
+    help="Do not search the target's own code for surrogates when its gradients are misleading.",
 )
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all randomness."
@@ -194,12 +192,14 @@ READING = {
     ),
     "classes": click.option(
         "--classes", type=click.Path(path_type=Path),
-        help="Of a folder: a file that names the model's classes in its own order, one a line.",
+        help="For a folder: file with the model's classes in its order, one per line.",
     ),
     "resize": click.option(
-        "--resize", type=click.IntRange(min=1), help="Of a folder: bring the shorter side to so many pixels."
+        "--resize", type=click.IntRange(min=1), help="For a folder: resize the shorter side to this many pixels."
     ),
-    "crop": click.option("--crop", type=click.IntRange(min=1), help="Of a folder: keep so many pixels of the middle."),
+    "crop": click.option(
+        "--crop", type=click.IntRange(min=1), help="For a folder: crop this many pixels from the centre."
+    ),
 }  # fmt: skip
 """How data is read; the names are those of `load_samples`."""
 
@@ -244,35 +244,41 @@ LOADING = {
     "weights": click.option(
         "--weights", type=click.Path(path_type=Path), help="Weights for TARGET: safetensors, or a plain state dict."
     ),
-    "random_weights": click.option("--random-weights", is_flag=True, help="Leave TARGET untrained, and say so."),
-    "head": click.option("--head", help="Name of the layer that makes the logits, where it is not found."),
+    "random_weights": click.option(
+        "--random-weights", is_flag=True,
+        help="Use randomly initialised weights; the results are marked accordingly.",
+    ),
+    "head": click.option("--head", help="Name of the layer that computes the logits, if it is not found."),
     "whole": click.option("--whole", is_flag=True, help="Do not split TARGET into trunk and head."),
     "models": click.option(
         "--models", default="models", show_default=True, help="Folder of robustbench's weights.",
         type=click.Path(path_type=Path),
     ),
-    "trunk": click.option("--trunk", help="Your own code that a checkpoint was made from; it is imported."),
+    "trunk": click.option("--trunk", help="Your own code that the checkpoint was made from; it is imported."),
     "mean": click.option(
         "--mean", multiple=True, callback=_channels, metavar="M,M,M",
-        help="Of the normalisation in front of TARGET (torchvision, timm, a bare state dict); none leaves it out.",
+        help="Mean of the normalisation in front of TARGET (torchvision, timm, a bare state dict); none: without.",
     ),
-    "std": click.option("--std", multiple=True, callback=_channels, metavar="S,S,S", help="Likewise."),
+    "std": click.option(
+        "--std", multiple=True, callback=_channels, metavar="S,S,S",
+        help="Standard deviation of that normalisation.",
+    ),
 }  # fmt: skip
 
 
 _ENGINE = {
     "engine": click.option(
         "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-        help="Where the runs are made: here, or on a Ray cluster.",
+        help="Where runs are executed: in this process or on a Ray cluster.",
     ),
     "address": click.option(
-        "--address", metavar="ADDRESS", help="Of the Ray cluster: auto (the default), or HOST:PORT."
+        "--address", metavar="ADDRESS", help="Address of the Ray cluster: auto (the default) or HOST:PORT."
     ),
     "cpus": click.option(
         "--cpus-per-worker", "cpus", type=click.IntRange(min=1),
-        help="CPUs of each Ray worker, and threads of every pass; by default as many as torch takes here.",
+        help="CPUs of each Ray worker and threads of each pass; default: torch's number of threads here.",
     ),
-    "gpus": click.option("--gpus-per-worker", "gpus", type=click.FloatRange(min=0), help="Likewise GPUs."),
+    "gpus": click.option("--gpus-per-worker", "gpus", type=click.FloatRange(min=0), help="GPUs of each Ray worker."),
 }  # fmt: skip
 
 
@@ -305,9 +311,14 @@ def _engine(engine: str, address: str | None, cpus: int | None, gpus: float | No
 
 
 _BARE = (
-    click.option("--architecture", help="Of a bare state dict: wideresnet or digits-cnn."),
+    click.option("--architecture", help="Architecture of a bare state dict: wideresnet or digits-cnn."),
     click.option(
-        "--argument", "arguments", type=ASSIGNMENT, multiple=True, metavar="KEY=VALUE", help="Of the architecture."
+        "--argument",
+        "arguments",
+        type=ASSIGNMENT,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Argument of the architecture.",
     ),
 )
 

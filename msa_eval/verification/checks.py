@@ -104,8 +104,8 @@ def check_weights(run: Mapping[str, Any], targets: Mapping[str, Defense]) -> tup
     """Hold the targets and their weights against those that the results are of."""
     if set(run["targets"]) != set(targets):
         raise ValueError(
-            f"the results are of {' and '.join(sorted(run['targets']))}, "
-            f"but what is given makes {' and '.join(sorted(targets))}"
+            f"the results contain {' and '.join(sorted(run['targets']))}, "
+            f"but the model provides {' and '.join(sorted(targets))}"
         )
     for name, about in run["targets"].items():
         expected = about["sha256"]

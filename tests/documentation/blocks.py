@@ -94,7 +94,7 @@ def parses(words: list[str]) -> None:
 def shows(quoted: str, printed: str) -> None:
     """Each line that a page quotes is among those that were printed, in order; numbers may differ by little.
 
-    Lines of ``...`` stand for any. Other machines round otherwise, so that a number may differ by 7 (one of 16 samples, in
+    Lines of ``...`` stand for any. Other machines round otherwise, so a number may differ by 7 (one of 16 samples, in
     %) or by a tenth.
     """
     ahead = iter([" ".join(line.split()) for line in printed.splitlines()])
@@ -155,6 +155,8 @@ class Session:
         return done.stdout
 
     def _clear(self, outs: list[str]) -> None:
-        """Take away folders of results that are to be written: pages name the same one several times."""
-        for out in outs:
-            shutil.rmtree(self.folder / out, ignore_errors=True)
+        """Take away what is to be written: pages name the same folder or file several times."""
+        for path in (self.folder / out for out in outs):
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink()

@@ -198,7 +198,7 @@ def test_other_data_and_changed_results_are_refused(folder: Path, digits_hpm: HP
     other = Samples(digits.x[:300], digits.y[:300], "others")
     with pytest.raises(ValueError, match="is not the data the results are about"):
         crosscheck(folder, digits_hpm, other)
-    with pytest.raises(ValueError, match="the results are of defense and fc"):
+    with pytest.raises(ValueError, match="the results contain defense and fc"):
         crosscheck(folder, nn.Sequential(digits_hpm.trunk, digits_hpm.fc).eval(), digits)
     path = folder / "samples.csv"
     path.write_text(path.read_text().replace("True", "False", 1))

@@ -476,9 +476,9 @@ def test_another_checkpoint_other_data_and_another_fc(folder: Path, hpm: HPM, sa
     found = verify(folder, hpm, samples, fc=make_classifier(seed=3))
     assert "the fc has other weights" in _failed(found)["weights"]
     found = verify(folder, make_classifier(), samples)
-    assert _failed(found)["weights"] == "the results are of defense and fc, but what is given makes defense"
+    assert _failed(found)["weights"] == "the results contain defense and fc, but the model provides defense"
     found = verify(folder, hpm, samples, fc=False)
-    assert _failed(found)["weights"] == "the results are of defense and fc, but what is given makes defense"
+    assert _failed(found)["weights"] == "the results contain defense and fc, but the model provides defense"
     darker = Samples(samples.x * 0.99, samples.y)
     found = verify(folder, hpm, darker)
     assert list(_failed(found)) == ["data"]
@@ -493,7 +493,7 @@ def test_results_of_the_defence_alone(tmp_path: Path, hpm: HPM, samples: Samples
         assert found.claims > 10
         assert set(reopen(tmp_path, hpm, samples, fc=beside).targets) == {"defense"}
     given = verify(tmp_path, hpm, samples, fc=hpm.fc_target)
-    assert _failed(given) == {"weights": "the results are of defense, but what is given makes defense and fc"}
+    assert _failed(given) == {"weights": "the results contain defense, but the model provides defense and fc"}
 
 
 def _protocol(old: str, new: str, *, rehash: bool) -> Callable[[dict[str, Any]], None]:
