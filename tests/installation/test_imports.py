@@ -48,8 +48,8 @@ def test_every_pin_says_why() -> None:
     assert _unexplained(text) == []
     bare = "\n".join(line.partition("#")[0] for line in text.splitlines())
     assert [Requirement(one).name for one in _unexplained(bare)] == [
-        "torch", "pyautoattack", "torchattacks", "mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python",
-        "mkdocs-click", "ruff", "mypy",
+        "torch", "pyautoattack", "torchattacks", "pytest", "mkdocs", "mkdocs-material", "mkdocstrings",
+        "mkdocstrings-python", "mkdocs-click", "ruff", "mypy",
     ]  # fmt: skip
 
 
