@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from msa_eval.evidence.records import RunRecord, TargetRecord
+from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import Results
 from msa_eval.evidence.tables import tabulate
 from msa_eval.protocols import load_protocol
@@ -42,28 +43,34 @@ def make_results(
         for context in contexts:
             right = rng.random(n) < clean
             prediction = np.where(right, label, (label + 1) % max(classes, 2))
-            made = [_record(entry, n, broken, rng) for entry in runs]
-            hit = np.stack([one.any_broken for one in made]).any(axis=0)
+            made = [_run(entry, n, broken, rng) for entry in runs]
+            arrays = {name: np.stack([one[name] for one, _ in made]) for name in made[0][0]}
+            hit = arrays["any_broken"].any(axis=0)
             committed = right & (~hit | (rng.random(n) < 0.5))
             records.append(
                 TargetRecord(
                     target, context, np.arange(n), label, batch_plan // batch, batch_plan % batch, prediction,
-                    rng.random(n).astype(np.float32), committed, made,
+                    rng.random(n).astype(np.float32), committed, pd.DataFrame([about for _, about in made]), **arrays,
                 )
             )  # fmt: skip
     return tabulate(records, about(n, targets, contexts, -(-n // batch)) | run)
 
 
-def _record(entry: tuple[str, str, str, str, int], n: int, broken: float, rng: np.random.Generator) -> RunRecord:
+def _run(
+    entry: tuple[str, str, str, str, int], n: int, broken: float, rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run did to every sample, and what it was."""
     hit = rng.random(n) < broken
     final = hit & (rng.random(n) < 0.8)
-    name, surrogate, attack, loss, restart = entry
-    return RunRecord(
-        name, surrogate, attack, loss, restart, rng.random(n) < broken, final, hit,
-        np.where(hit, rng.integers(9, size=n), -1),
-        np.where(hit, -0.1, 0.2).astype(np.float32) * rng.random(n, dtype=np.float32), np.full(n, 0.1, np.float32),
-        n * 10, n * 9 if attack == "apgd" else 0, n * 10, 1.5,
-    )  # fmt: skip
+    did = {
+        "surrogate_fooled": rng.random(n) < broken, "final_broken": final, "any_broken": hit,
+        "first_iterate": np.where(hit, rng.integers(9, size=n), -1),
+        "min_margin": np.where(hit, -0.1, 0.2).astype(np.float32) * rng.random(n, dtype=np.float32),
+        "perturbation": np.full(n, 0.1, np.float32),
+    }  # fmt: skip
+    was = dict(zip(("run", "surrogate", "attack", "loss", "restart"), entry, strict=True))
+    backwards = n * 9 if entry[2] == "apgd" else 0
+    return did, was | {"forwards": n * 10, "backwards": backwards, "decisions": n * 10, "seconds": 1.5, "notes": None}
 
 
 def about(n: int, targets: Sequence[str], contexts: Sequence[str], count: int) -> dict[str, Any]:

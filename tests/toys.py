@@ -12,7 +12,7 @@ from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 
 
 class LinearTrunk(nn.Module):
@@ -73,7 +73,7 @@ def make_batch(hpm: HPM, count: int, seed: int = 0) -> Batch:
     return Batch(0, samples.x, samples.y, z, decide(hpm, z))
 
 
-def attacked(judged: JudgedBatch) -> tuple[Outcome, list[Tensor]]:
+def attacked(judged: JudgedBatch) -> tuple[RunResult, list[Tensor]]:
     """One APGD run on a trial, with every batch that was judged, the final one last."""
     seen: list[Tensor] = []
     judge_point = judged._judge.iterate

@@ -16,14 +16,20 @@ to, and holds it to the ball and the box.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
 from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball
-from msa_eval.attacks.batch import AdversarialBatch, Batch
+from msa_eval.attacks.batch import AdversarialBatch, Batch, CompanionPool
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.defense.contexts import Companions
 from msa_eval.defense.contract import Defense
@@ -40,6 +46,8 @@ class AttackedBatch(Interface):
         attached: their features ``(B, ...)``, with the gradient's way back to the images.
         ranking: the classes of each sample, nearest first ``(B, k)``, once they are ranked; later runs are given it.
         faults: of a third-party attack, what it did and should not have.
+        found: the clean batch, where earlier runs ended, and their best points.
+        pool: the images that companions are chosen from, where the attacker chooses them.
     """
 
     batch: Batch
@@ -49,6 +57,8 @@ class AttackedBatch(Interface):
     attached: Tensor
     ranking: Tensor | None
     faults: tuple[Fault, ...]
+    found: Sequence[AdversarialBatch]
+    pool: CompanionPool | None
 
     @property
     def start(self) -> AdversarialBatch:
@@ -147,9 +157,52 @@ class AttackedBatch(Interface):
         ...
 
 
-class Attack(Interface):
-    """A search on one batch: it returns its final points ``(B, C, H, W)`` and judges nothing."""
+class Attack(ABC):
+    """A search on one batch: it returns its final points ``(B, C, H, W)`` and judges nothing.
 
+    Attributes:
+        label: what ``attacks.csv`` calls it.
+        gradient_free: whether it follows no gradient, and asks the hard target alone.
+        from_history: whether it searches among, or from, what earlier runs found, even where runs are separate.
+    """
+
+    label: ClassVar[str] = ""
+    gradient_free: ClassVar[bool] = False
+    from_history: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What the run is called by; a third-party attack's own name."""
+        return self.label
+
+    @abstractmethod
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator, /) -> Tensor:
         """Search."""
-        ...
+
+
+@functools.cache
+def _kinds() -> tuple[type[Attack], ...]:
+    """The attacks of this folder that have a label."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return tuple(
+        kind for kind in Attack.__subclasses__() if kind.label and kind.__module__.startswith(f"{__package__}.")
+    )
+
+
+def gradient_free() -> frozenset[str]:
+    """The labels of attacks that follow no gradient.
+
+    >>> sorted(gradient_free())
+    ['spsa', 'square']
+    """
+    return frozenset(kind.label for kind in _kinds() if kind.gradient_free)
+
+
+def from_history() -> frozenset[str]:
+    """The labels of attacks that search among, or from, what earlier runs found.
+
+    >>> sorted(from_history())
+    ['composition', 'odds', 'overtime', 'pursuit', 'recombination']
+    """
+    return frozenset(kind.label for kind in _kinds() if kind.from_history)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import per_image
+from msa_eval.defense.contexts import Companions
 from msa_eval.device import asynchronous
 
 
@@ -34,6 +35,23 @@ class Batch:
     def correct(self) -> Tensor:
         """Which samples the target gets right ``(B,)``."""
         return self.logits.argmax(dim=1) == self.y
+
+
+@dataclass(frozen=True)
+class CompanionPool:
+    """Clean images that an attacker chooses each image's companions from.
+
+    Attributes:
+        companions: their features, and who sits where at first.
+        identity: of each image of the pool ``(P,)``.
+        classes: what the target takes each for ``(P,)``.
+        own: of the batch's images ``(B,)``.
+    """
+
+    companions: Companions
+    identity: Tensor
+    classes: Tensor
+    own: Tensor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.gradient import ApgdAttack, climb
 from msa_eval.attacks.losses import (
     MIN_CLASSES,
@@ -53,7 +53,7 @@ ROUNDS = (("margin", True), ("probability-margin", True), ("margin", False))
 
 
 @dataclass(frozen=True)
-class BorderlineAttack:
+class BorderlineAttack(Attack):
     """APGD from one random start after another, against the few samples that are nearest to falling.
 
     Which they are is looked up before each start, by the lowest margin that the label ever had. Each loss is raised
@@ -63,6 +63,9 @@ class BorderlineAttack:
         passes: a sample of the batch.
         steps: gradient steps from each start.
     """
+
+    label = "overtime"
+    from_history = True
 
     passes: int
     steps: int
@@ -102,12 +105,15 @@ def _loss(at_best: Tensor, number: int, attacked: AttackedBatch, rows: Tensor) -
 
 
 @dataclass(frozen=True)
-class OddsAttack:
+class OddsAttack(Attack):
     """APGD over many draws, for the samples whose odds are near even.
 
     Attributes:
         steps: gradient steps in each round.
     """
+
+    label = "odds"
+    from_history = True
 
     steps: int
 

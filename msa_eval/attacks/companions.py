@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.ball import per_image
+from msa_eval.attacks.batch import CompanionPool
 from msa_eval.attacks.losses import margin_loss, most_likely_others
 from msa_eval.defense.contexts import Companions, decide_each, decide_offers
 from msa_eval.defense.contract import Defense
@@ -120,31 +121,65 @@ def _margin_over(logits: Tensor, y: Tensor, toward: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CompositionAttack:
+class CompositionAttack(Attack):
     """The choice of the clean images that sit beside each image of a batch, whose own points stay as they are.
 
-    No image sits twice in a batch.
-
     Attributes:
-        companions: the pool, and who sits where at first.
-        identity: of each image of the pool ``(P,)``.
-        classes: what the target takes each for ``(P,)``.
-        own: of the batch's images ``(B,)``.
         trials: batches tried for each image; `CHEAPER` times as many in closed form.
         greedy: whether to compare several images in a place, so that every place is tried about once, or one.
     """
 
-    companions: Companions
-    identity: Tensor
-    classes: Tensor
-    own: Tensor
+    label = "composition"
+    from_history = True
+
     trials: int
     greedy: bool
 
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the points, unchanged; the companions found are in the batch's record."""
-        attacked.regroup(self.companions)
-        seats = self.companions.index.shape[1]
+        assert attacked.pool is not None
+        return CompanionSearch(attacked.pool, self.trials, self.greedy).choose(attacked, generator)
+
+
+@dataclass(frozen=True)
+class CompanionPursuit(Attack):
+    """Each image moved towards one class, its companions chosen towards the same class anew as it moves.
+
+    Attributes:
+        turn: from 0; each goes to the next class among the likeliest others, after the last to the first again.
+    """
+
+    label = "pursuit"
+    from_history = True
+
+    turn: int
+
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the last points."""
+        assert attacked.pool is not None
+        return CompanionSearch(attacked.pool).pursue(attacked, generator, turn=self.turn)
+
+
+@dataclass(frozen=True)
+class CompanionSearch:
+    """The choice of the clean images that sit beside each image of a batch, whose own points stay as they are.
+
+    No image sits twice in a batch.
+
+    Attributes:
+        pool: the images to choose from, and who sits where at first.
+        trials: batches tried for each image; `CHEAPER` times as many in closed form.
+        greedy: whether to compare several images in a place, so that every place is tried about once, or one.
+    """
+
+    pool: CompanionPool
+    trials: int = 0
+    greedy: bool = True
+
+    def choose(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the points, unchanged; the companions found are in the batch's record."""
+        attacked.regroup(self.pool.companions)
+        seats = self.pool.companions.index.shape[1]
         if seats == 0:
             return attacked.start.x
         trials = self.trials * (CHEAPER if hasattr(attacked.target, "logits_with") else 1)
@@ -152,13 +187,18 @@ class CompositionAttack:
         places = torch.randint(seats, (-(-trials // width),), generator=generator).tolist()
 
         def candidates(place: int, companions: Companions) -> Tensor:
-            drawn = torch.randint(len(self.identity), (len(self.own), width), generator=generator).to(companions.index)
-            return torch.where(
-                self._allowed(companions.index, drawn, self.own), drawn, companions.index[:, place : place + 1]
-            )
+            shape = len(self.pool.own), width
+            drawn = torch.randint(len(self.pool.identity), shape, generator=generator).to(companions.index)
+            allowed = self._allowed(companions.index, drawn, self.pool.own)
+            return torch.where(allowed, drawn, companions.index[:, place : place + 1])
 
         found, _ = descend(
-            attacked.target, attacked.start.z, attacked.batch.y, self.companions, places=places, candidates=candidates
+            attacked.target,
+            attacked.start.z,
+            attacked.batch.y,
+            self.pool.companions,
+            places=places,
+            candidates=candidates,
         )
         attacked.regroup(found)
         return attacked.start.x
@@ -179,9 +219,9 @@ class CompositionAttack:
         """
         ball, y, moves = attacked.ball, attacked.batch.y, per_image(attacked.counted, attacked.batch.x)
         again, rank = divmod(turn, min(RANKS, attacked.batch.logits.shape[1] - 1))
-        toward = most_likely_others(attacked.regroup(self.companions), y, rank)
-        gathered = self._gathered(y, toward, self.own, STARTS[again % len(STARTS)], generator)
-        companions = self.companions if gathered is None else self.companions.with_companions(gathered)
+        toward = most_likely_others(attacked.regroup(self.pool.companions), y, rank)
+        gathered = self._gathered(y, toward, self.pool.own, STARTS[again % len(STARTS)], generator)
+        companions = self.pool.companions if gathered is None else self.pool.companions.with_companions(gathered)
         point, momentum = attacked.start.x, torch.zeros_like(attacked.batch.x)
         if (again + rank) % 3 == 2:
             point = torch.where(moves, ball.random(attacked.batch.x, generator), point)
@@ -213,17 +253,17 @@ class CompositionAttack:
 
         ``None`` where the pool holds too few images.
         """
-        distinct = (self.identity.unsqueeze(1) == self.identity).int().argmax(dim=1)  # where each comes first
+        distinct = (self.pool.identity.unsqueeze(1) == self.pool.identity).int().argmax(dim=1)  # where each comes first
         first = distinct == torch.arange(len(distinct), device=distinct.device)
-        able = first & (self.identity != own.unsqueeze(1))
-        seats = self.companions.index.shape[1]
+        able = first & (self.pool.identity != own.unsqueeze(1))
+        seats = self.pool.companions.index.shape[1]
         if int(able.sum(dim=1).min()) < seats:
             return None
         key = torch.rand(able.shape, generator=generator).to(able.device)
         for aim, size in zip((y, toward), sizes, strict=True):
             if size is None:
                 continue
-            members = able & (self.classes == aim.unsqueeze(1))
+            members = able & (self.pool.classes == aim.unsqueeze(1))
             order = key.masked_fill(~members, -1).argsort(dim=1, descending=True).argsort(dim=1)
             key = key + torch.where(order < size, 2, -2) * members
         return key.masked_fill(~able, -torch.inf).topk(seats, dim=1).indices
@@ -232,7 +272,7 @@ class CompositionAttack:
         self, attacked: AttackedBatch, companions: Companions, toward: Tensor, rows: Tensor, generator: torch.Generator
     ) -> Companions:
         """Choose the companions of some rows anew as the images stand: whole, then one image for each place in turn."""
-        target, z, y, own = attacked.target, attacked.latest.z[rows], attacked.batch.y[rows], self.own[rows]
+        target, z, y, own = attacked.target, attacked.latest.z[rows], attacked.batch.y[rows], self.pool.own[rows]
         toward = toward[rows]
         mine = Companions(companions.pool, companions.index[rows], companions.seats[rows])
         with torch.no_grad():
@@ -256,16 +296,16 @@ class CompositionAttack:
 
     def _offers(self, y: Tensor, toward: Tensor, generator: torch.Generator) -> Tensor:
         """Images for every place ``(n, B - 1, OFFERED)``, more of the two classes that a margin is between."""
-        seats, size = self.companions.index.shape[1], len(self.identity)
+        seats, size = self.pool.companions.index.shape[1], len(self.pool.identity)
         weights = torch.full((len(y), size), 1 / size, device=y.device)
         for aim in (y, toward):
-            members = self.classes == aim.unsqueeze(1)
+            members = self.pool.classes == aim.unsqueeze(1)
             weights = weights + FOCUS * members / members.sum(dim=1, keepdim=True).clamp(min=1)
         drawn = torch.multinomial(weights.cpu(), seats * OFFERED, replacement=True, generator=generator)
-        return drawn.view(len(y), seats, OFFERED).to(self.companions.index)
+        return drawn.view(len(y), seats, OFFERED).to(self.pool.companions.index)
 
     def _allowed(self, index: Tensor, drawn: Tensor, own: Tensor) -> Tensor:
         """Whether an image drawn for a row ``(n, w)`` is neither its own nor among its companions."""
-        identity = self.identity[drawn]
-        taken = (self.identity[index].unsqueeze(2) == identity.unsqueeze(1)).any(dim=1)
+        identity = self.pool.identity[drawn]
+        taken = (self.pool.identity[index].unsqueeze(2) == identity.unsqueeze(1)).any(dim=1)
         return ~taken & (identity != own.unsqueeze(1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.apgd import apgd
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.losses import (
     LOSSES,
     MALT,
@@ -77,7 +77,7 @@ def rank(attacked: AttackedBatch) -> None:
 
 
 @dataclass(frozen=True)
-class ApgdAttack:
+class ApgdAttack(Attack):
     """APGD with one loss.
 
     Attributes:
@@ -87,6 +87,8 @@ class ApgdAttack:
         turns: on an ensemble, whether its members take turns; else their mean is followed.
         from_start: whether to start at the batch's starting points; else at random ones.
     """
+
+    label = "apgd"
 
     loss: str
     steps: int

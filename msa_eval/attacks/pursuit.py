@@ -6,14 +6,14 @@ anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.attacks.companions import FIRST_STEP, LAST_STEP, MOMENTUM
@@ -38,25 +38,26 @@ Rise = Callable[[Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
-class PursuitAttack:
+class PursuitAttack(Attack):
     """Mixtures of the points found so far, and steps from them against one sample at a time.
 
     Attributes:
-        points: what earlier runs found, each a whole batch.
         sweeps: how often, at first, each image of the batch is given another of its points, for each sample that
             stands.
         passes: of the whole batch, for steps; 0 for recombination alone.
         classes: towards so many of them, by how many images are near, every image is moved first.
     """
 
-    points: Sequence[AdversarialBatch]
+    label = "pursuit"
+    from_history = True
+
     sweeps: int
     passes: int = 0
     classes: int = 0
 
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the starting points; every batch put together is in the batch's record."""
-        points, left = list(self.points), self.passes
+        points, left = list(attacked.found), self.passes
         if FC_ORACLE.applies(attacked.target):
             for number in self._classes(attacked):
                 if left >= (GATHERING + 1) * attacked.eot:
@@ -82,6 +83,24 @@ class PursuitAttack:
         many = torch.bincount(torch.cat([y, next_to]), minlength=logits.shape[1])
         order: list[int] = many.argsort(descending=True, stable=True).tolist()
         return order[: self.classes]
+
+
+@dataclass(frozen=True)
+class RecombinationAttack(Attack):
+    """Mixtures of the points found so far, without passes.
+
+    Attributes:
+        sweeps: as in `PursuitAttack`.
+    """
+
+    label = "recombination"
+    from_history = True
+
+    sweeps: int
+
+    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
+        """Return the starting points; every batch put together is in the batch's record."""
+        return PursuitAttack(self.sweeps)(attacked, generator)
 
 
 def gather(
@@ -211,7 +230,7 @@ def _median_margin(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VictimAttack:
+class VictimAttack(Attack):
     """Steps of the whole batch against one sample at a time, towards each class in turn, the lowest margin first.
 
     They follow a surrogate's gradient and ask nothing else of a target, so they serve where no closed form says what
@@ -220,6 +239,9 @@ class VictimAttack:
     Attributes:
         passes: of the whole batch.
     """
+
+    label = "pursuit"
+    from_history = True
 
     passes: int
 

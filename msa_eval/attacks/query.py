@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.ball import per_image
 from msa_eval.attacks.spsa import spsa
 from msa_eval.attacks.square import square
 
 
 @dataclass(frozen=True)
-class SquareAttack:
+class SquareAttack(Attack):
     """Square on the hard target, for the samples it gets right."""
+
+    label = "square"
+    gradient_free = True
 
     queries: int
     p_init: float
@@ -28,8 +31,11 @@ class SquareAttack:
 
 
 @dataclass(frozen=True)
-class SpsaAttack:
+class SpsaAttack(Attack):
     """SPSA on the hard target, for the samples it gets right."""
+
+    label = "spsa"
+    gradient_free = True
 
     queries: int
     samples: int

@@ -6,7 +6,6 @@ it means in `msa_eval.auditing.rules`.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import warnings
@@ -30,7 +29,7 @@ from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, own_surrogates
-from msa_eval.defense.micro_batches import retry_in_smaller_parts
+from msa_eval.defense.micro_batches import in_smaller_parts
 from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import check_device
 from msa_eval.errors import AttackError
@@ -196,12 +195,13 @@ def _audit(
     with seeded(seed):
         search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find and protocol.follows_gradients)
         usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own, search.more)
-    measure = functools.partial(
-        probe, defense, usable, batches, protocol.ball,
-        batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
-        followed=protocol.follows_gradients, progress=progress,
-    )  # fmt: skip
-    found = retry_in_smaller_parts(defense, max(len(batch.x) for batch in batches), measure)
+    for attempt in in_smaller_parts(defense, max(len(batch.x) for batch in batches)):
+        with attempt:
+            found = probe(
+                defense, usable, batches, protocol.ball,
+                batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=seed,
+                followed=protocol.follows_gradients, progress=progress,
+            )  # fmt: skip
     if search.finding is not None and protocol.follows_gradients:
         found.append(search.finding.sign())
     found = weighed(without_advice([*found, guard.sign()]))
@@ -214,9 +214,10 @@ def _usable(
 ) -> Sequence[Surrogate]:  # fmt: skip
     """The surrogates that a defence offers; none where no gradient reaches the images, which is a sign of its own."""
     try:
-        return retry_in_smaller_parts(
-            defense, len(batch.x), lambda: select_surrogates(budget, defense, batch, own=own, find=find)
-        ).usable
+        for attempt in in_smaller_parts(defense, len(batch.x)):
+            with attempt:
+                found = select_surrogates(budget, defense, batch, own=own, find=find)
+        return found.usable
     except (ValueError, RuntimeError) as error:
         named = [get(name, own) for name in (*budget.names, *own)]
         usable = [s for s in named if s.applies(defense) and answer_with_gradient(s, defense, batch) is not None]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from msa_eval.attacks.attacked_batch import gradient_free
 from msa_eval.auditing.rules import (
     Mask,
     clean_at_chance,
@@ -14,9 +15,6 @@ from msa_eval.auditing.rules import (
 )
 from msa_eval.auditing.sign import Sign
 from msa_eval.evidence.results import Results
-
-GRADIENT_FREE = frozenset({"square", "spsa"})
-"""Attacks that use no gradient; all others are white-box."""
 
 
 def gradient_free_only(passes: float) -> Sign:
@@ -66,9 +64,9 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
     wide = outcomes.pivot(index="index", columns="run", values="any_broken").loc[right.index]
     broken: dict[str, Mask] = {str(run): wide[run].to_numpy(dtype=bool) & right.to_numpy() for run in wide.columns}
     kinds = {str(row["run"]): row for row in attacks.to_dict(orient="records")}
-    free = [run for run in broken if kinds[run]["attack"] in GRADIENT_FREE]
+    free = [run for run in broken if kinds[run]["attack"] in gradient_free()]
     # Attacks of other libraries have a colon in their names; the signs are of our own runs.
-    white = [run for run in broken if kinds[run]["attack"] not in GRADIENT_FREE and ":" not in kinds[run]["attack"]]
+    white = [run for run in broken if kinds[run]["attack"] not in gradient_free() and ":" not in kinds[run]["attack"]]
     # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
     continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")
     signs = [

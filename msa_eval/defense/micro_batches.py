@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,6 @@ from msa_eval.defense.calling import call, logits_in
 from msa_eval.defense.channels_last import channels_last, takes_channels_last
 from msa_eval.defense.contract import Defense, WholeModel, modules_of
 from msa_eval.defense.own_gradients import OwnGradients, followed
-
-T = TypeVar("T")
 
 TOLD_BY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 """Parts of what torch says, in small letters, when memory is short."""
@@ -67,9 +66,13 @@ class MicroBatched:
 
     def features(self, x: Tensor) -> Tensor:
         """The defence's features ``(B, ...)`` of images ``(B, C, H, W)``, in as few parts as memory allows."""
-        if self.channels_last is None:
-            self.channels_last = retry_in_smaller_parts(self, len(x), lambda: takes_channels_last(self.whole, x))
-        return retry_in_smaller_parts(self, len(x), lambda: self._features(x))
+        for attempt in in_smaller_parts(self, len(x)):
+            with attempt:
+                if self.channels_last is None:
+                    self.channels_last = takes_channels_last(self.whole, x)
+                fits = self.size is None or len(x) <= self.size
+                z = self.passed(x) if fits else self._in_parts(x)
+        return z
 
     @property
     def logits(self) -> Callable[..., Tensor]:
@@ -100,13 +103,11 @@ class MicroBatched:
             return answer(given)
         return followed(answer, given, modules_of(self.whole), self.own_gradients)
 
-    def _features(self, x: Tensor) -> Tensor:
-        if self.size is None or len(x) <= self.size:
-            return self.passed(x)
+    def _in_parts(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             joined: Tensor = _Joined.apply(x, self)  # type: ignore[no-untyped-call]
             return joined
-        return torch.cat([self.passed(part) for part in x.split(self.size)])
+        return torch.cat([self.passed(part) for part in x.split(self.size or len(x))])
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,23 @@ class Decision:
 
 
 class _Joined(torch.autograd.Function):
-    """The features of a batch, its parts passed one after another, and again for their gradients."""
+    """The features of a batch, its parts passed one after another, and again for their gradients.
+
+    Torch's own checkpoints keep more than one part at a time.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, trunk: MicroBatched) -> Tensor:
         ctx.save_for_backward(x)
         ctx.trunk = trunk
-        return trunk._features(x)
+        return trunk._in_parts(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        trunk: MicroBatched = ctx.trunk
-        found = retry_in_smaller_parts(trunk, len(x), lambda: _gradient(trunk, x, gradients[0]))
+        for attempt in in_smaller_parts(ctx.trunk, len(x)):
+            with attempt:
+                found = _gradient(ctx.trunk, x, gradients[0])
         return (None if found.numel() < x.numel() else found), None
 
 
@@ -194,21 +199,34 @@ def in_parts(defense: Defense, size: int | None = None) -> Defense:
     return MicroBatched(defense, size)
 
 
-def retry_in_smaller_parts(defense: Defense, count: int, make: Callable[[], T]) -> T:
-    """What ``make`` makes of a batch of so many images; where memory is short, again with a trunk in smaller parts.
+def in_smaller_parts(defense: Defense, count: int) -> Iterator[AbstractContextManager[None]]:
+    """Attempts at something with a batch of so many images: where memory is short, another in smaller parts follows.
 
-    Raises:
-        Exception: whatever ``make`` raises when not even a single image fits, or something else fails.
+    What else an attempt raises, and what it raises when not even a single image fits, is raised to the caller.
+
+    >>> for attempt in in_smaller_parts(defense, len(x)):  # doctest: +SKIP
+    ...     with attempt:
+    ...         z = defense.features(x)
     """
-    while True:
+    again = True
+
+    @contextmanager
+    def attempt() -> Iterator[None]:
+        nonlocal again
         try:
-            return make()
+            yield
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) and isinstance(defense, MicroBatched) and defense.shrink(count)):
+            again = is_out_of_memory(error) and isinstance(defense, MicroBatched) and defense.shrink(count)
+            if not again:
                 raise
-        gc.collect()  # what the pass that failed still holds
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+    while again:
+        again = False
+        yield attempt()
+        if again:
+            gc.collect()  # what the attempt that failed still holds
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def unwrap(defense: Defense) -> Defense:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from msa_eval.auditing.audit import Sign, probe
-from msa_eval.defense.micro_batches import retry_in_smaller_parts
+from msa_eval.defense.micro_batches import in_smaller_parts
 from msa_eval.engine.state import EvaluationState
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
@@ -22,15 +22,14 @@ def probe_target(plan: TargetPlan, evaluation: EvaluationState) -> list[Sign]:
     count = max(1, sum(size <= plan.protocol.audited for size in sizes))
     batches = list(itertools.islice(clean, count))
 
-    def measure() -> list[Sign]:
-        return probe(
-            plan.defense, plan.surrogates.usable, batches, plan.protocol.ball,
-            batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=plan.seed,
-            followed=plan.protocol.follows_gradients, progress=evaluation.progress,
-        )  # fmt: skip
-
     try:
-        found = retry_in_smaller_parts(plan.defense, max(len(batch.x) for batch in batches), measure)
+        for attempt in in_smaller_parts(plan.defense, max(len(batch.x) for batch in batches)):
+            with attempt:
+                found = probe(
+                    plan.defense, plan.surrogates.usable, batches, plan.protocol.ball,
+                    batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=plan.seed,
+                    followed=plan.protocol.follows_gradients, progress=evaluation.progress,
+                )  # fmt: skip
     except (AttackError, MemoryError) as error:
         evaluation.fail(plan.name, "the audit", error)
         return []

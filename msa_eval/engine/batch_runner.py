@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import Attack
+from msa_eval.attacks.attacked_batch import AttackedBatch
 from msa_eval.attacks.ball import per_image
-from msa_eval.attacks.batch import Batch
-from msa_eval.attacks.companions import CompositionAttack
+from msa_eval.attacks.batch import Batch, CompanionPool
 from msa_eval.attacks.gradient import ApgdAttack
-from msa_eval.attacks.pursuit import PursuitAttack
+from msa_eval.attacks.pursuit import PursuitAttack, RecombinationAttack
 from msa_eval.auditing.sign import NO_ANSWER, change
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import WholeModel, decide
-from msa_eval.defense.micro_batches import retry_in_smaller_parts, unwrap
+from msa_eval.defense.micro_batches import in_smaller_parts, unwrap
 from msa_eval.defense.precision import EXACT
-from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made, RunResult
+from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made
 from msa_eval.engine.schedule import OWN, Run
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
@@ -32,7 +31,7 @@ from msa_eval.evidence.proof import Proof
 from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.clean_batches import CleanBatches, Pool
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome, Trace
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.randomness import seeded
 
 
@@ -73,30 +72,28 @@ class BatchRunner:
         """
         batch = self.clean.batch(job.number)
         history = BatchHistory(batch, None if self.pool is None else self.clean.own_companions_of(batch, self.pool))
-        outcomes, seconds = [], []
-        for place, run in enumerate(self.runs):
-            step, started = job.held.get(place), time.perf_counter()
-            if step is None:
+        results = []
+        for run in self.runs:
+            made, started = job.held.get(run.name), time.perf_counter()
+            if made is None:
                 try:
-                    step = self._made(run, batch, history, job)
-                except AttackError as error:
-                    yield Failure.of(
-                        self.plan.name, run.name, error.__cause__ or error,
-                        context=self.context, batch=batch.number,
-                    )  # fmt: skip
-                    outcomes.append(Outcome.failed(batch))
-                    seconds.append(time.perf_counter() - started)
+                    if job.lost is not None:
+                        raise AttackError(job.lost)
+                    for attempt in in_smaller_parts(self.plan.defense, len(batch.x)):
+                        with attempt:
+                            made = self._make(run, batch, history, job)
+                    assert made is not None
+                except Exception as error:
+                    yield Failure.of(self.plan.name, run.name, error, context=self.context, batch=batch.number)
+                    results.append(RunResult.failed(run.name, batch, time.perf_counter() - started))
                     continue
-                yield step
-            history.add(step.outcome, step.trace, run.name)
-            history.upheld += step.upheld
-            history.taken_back = history.taken_back | step.taken_back
-            outcomes.append(step.outcome)
-            seconds.append(step.seconds)
+                made = dataclasses.replace(made, seconds=time.perf_counter() - started)
+                yield made
+            history.add(made)
+            results.append(made.without_images())
         proofs = self._proofs(batch, history) if job.keep else []
         yield BatchResult(
-            tuple(outcomes),
-            tuple(seconds),
+            tuple(results),
             history.committed,
             int((history.taken_back & ~history.broken).sum()),
             tuple(proofs),
@@ -119,13 +116,6 @@ class BatchRunner:
             return NO_ANSWER.drift
         return change(together, torch.cat(parts).flip(0)).drift
 
-    def _made(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
-        if job.lost is not None:
-            raise AttackError(job.lost)
-        started = time.perf_counter()
-        step = self._attempt(run, batch, history, job)
-        return dataclasses.replace(step, seconds=time.perf_counter() - started)
-
     def _proofs(self, batch: Batch, history: BatchHistory) -> list[Proof]:
         return history.proofs(**self._of(batch))
 
@@ -138,47 +128,37 @@ class BatchRunner:
             "rows_interact": self.clean.batch_dependent, "pool": pool,
         }  # fmt: skip
 
-    def _attempt(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
-        """Make one run on one batch; where memory is short, again and again with a trunk that takes smaller parts.
-
-        Raises:
-            AttackError: when it fails.
-        """
-        try:
-            return retry_in_smaller_parts(self.plan.defense, len(batch.x), lambda: self._step(run, batch, history, job))
-        except Exception as error:
-            raise AttackError(f"{self.plan.name}, run {run.name}, batch {batch.number}: {error}") from error
-
-    def _step(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
+    def _make(self, run: Run, batch: Batch, history: BatchHistory, job: BatchJob) -> RunResult:
+        """Make one run on one batch."""
         clean, context = self.clean, self.context
         together = not CONTEXTS[context].one_batch_per_sample
         target = clean.view(context, batch, history.companions)
         setting = run.setting(target, history, victim=self._victim(batch))
         shared = together and clean.batch_dependent
         keep, near = (job.keep or clean.draws > 1) and shared, job.every and shared
-        mixed = together and any(o.label in ("pursuit", "recombination") for o in self.runs)
-        trail = mixed and run.attack is not None and any(o.label == "pursuit" for o in self.runs)
+        names = {one.attack.name for one in self.runs} if together else set()
+        mixed = bool(names & {PursuitAttack.label, RecombinationAttack.label})
+        trail = PursuitAttack.label in names and not run.attack.from_history
         # External attacks are shown the target's own features; without a trunk a search has no others. Mixtures are
         # decided by the features of their points, and rounded ones decide other mixtures.
         whole = isinstance(unwrap(self.plan.defense), WholeModel)
         search = EXACT if run.loss == OWN or whole or mixed else self.plan.search
         setting = dataclasses.replace(
-            setting, draws=clean.draws, eot=clean.eot, keep=keep, nearest=near, trail=trail, search=search
+            setting, draws=clean.draws, eot=clean.eot, keep=keep, nearest=near, trail=trail, search=search,
+            found=history.points, pool=self._companion_pool(batch, history),
         )  # fmt: skip
         judged = JudgedBatch(
             target, run.surrogate, batch, self.plan.protocol.ball, mixes_rows=clean.batch_dependent, setting=setting
         )
         generator = run.generator(self.plan.seed, self.plan.name, context, batch.number)
-        attack = self._continuing(run, batch) if run.continues else run.attack or self._choice(run, batch, history)
+        attack = self._continuing(run, batch) if run.continues else run.attack
         # A stochastic target draws from the global generators: seeded here, so that the evidence can be made again.
         with seeded(generator.initial_seed()):
             points = attack(judged, generator) if bool(judged.counted.any()) else judged.start.x
-            outcome, trace = judged.finish(points), judged.trace()
-            if clean.draws > 1:
-                return self._upheld(outcome, trace, batch, history, run.name)
-        return RunResult(outcome, trace, (), torch.zeros_like(history.taken_back))
+            made = dataclasses.replace(judged.finish(points), run=run.name)
+            return self._upheld(made, batch, history) if clean.draws > 1 else made
 
-    def _continuing(self, run: Run, batch: Batch) -> Attack:
+    def _continuing(self, run: Run, batch: Batch) -> Callable[[AttackedBatch, torch.Generator], Tensor]:
         """The search from points of another evaluation, each as much further away as the radius has grown."""
         points = self.plan.starts[self.context][self.clean.batch_plan[batch.number]].to(batch.x)
         ball = self.plan.protocol.ball
@@ -187,7 +167,7 @@ class BatchRunner:
             return functools.partial(run.attack.going_on, points=points)
         return lambda attacked, _: torch.where(per_image(attacked.counted, points), points, attacked.start.x)
 
-    def _upheld(self, outcome: Outcome, trace: Trace, batch: Batch, history: BatchHistory, name: str) -> RunResult:
+    def _upheld(self, made: RunResult, batch: Batch, history: BatchHistory) -> RunResult:
         """Judge once more, on the batches that will prove it, what a run on a stochastic target was the first to break.
 
         What does not hold is taken back: the sample counts as unbroken in this run and stands for the next, which may
@@ -195,14 +175,14 @@ class BatchRunner:
         sample that a proof has broken needs no other, so what later runs say of it stays as it is.
         """
         run = BatchHistory(batch, history.companions)
-        run.add(dataclasses.replace(outcome, any_broken=outcome.any_broken & ~history.broken), trace, name)
+        run.add(dataclasses.replace(made, any_broken=made.any_broken & ~history.broken))
         taken, upheld = torch.zeros_like(history.taken_back), []
         for proof in self._proofs(batch, run):
             holds = self.plan.replay.clearly_breaks(proof).cpu()
             taken[proof.positions[~holds].to(taken.device)] = True
             if bool(holds.any()):
                 upheld.append(proof.only(holds))
-        return RunResult(outcome.taking_back(taken, batch.correct), trace, tuple(upheld), taken)
+        return dataclasses.replace(made.taking_back(taken, batch.correct), upheld=tuple(upheld))
 
     def _victim(self, batch: Batch) -> Tensor | None:
         """The one sample ``(B,)`` whose companions are moved, where the protocol names one."""
@@ -211,19 +191,11 @@ class BatchRunner:
             return None
         return (self.clean.chosen[self.clean.batch_plan[batch.number]] == budget.victim).to(batch.y.device)
 
-    def _choice(self, run: Run, batch: Batch, history: BatchHistory) -> Attack:
-        """An attack that chooses from what is cached."""
-        if self.pool is None:
-            budget = self.plan.protocol.recombination
-            assert budget is not None
-            passes = budget.passes if run.surrogate is not None else 0
-            return PursuitAttack(history.points, budget.sweeps, passes, budget.classes)
-        assert history.companions is not None
+    def _companion_pool(self, batch: Batch, history: BatchHistory) -> CompanionPool | None:
+        """What companions are chosen from, where that is the attacker's choice."""
+        if self.pool is None or history.companions is None:
+            return None
         own = self.clean.chosen[self.clean.batch_plan[batch.number]].to(batch.y.device)
-        choice = self.plan.protocol.composition
         identity = torch.cat([own, self.pool.indices.to(own.device)])
         classes = torch.cat([batch.logits.argmax(dim=1), self.pool.classes])
-        composition = CompositionAttack(
-            history.companions, identity, classes, own, choice.trials, choice.search == "greedy"
-        )
-        return functools.partial(composition.pursue, turn=run.restart) if run.label == "pursuit" else composition
+        return CompanionPool(history.companions, identity, classes, own)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -15,44 +15,20 @@ from msa_eval.attacks.external.faults import describe_faults
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.engine.batch_runner import BatchRunner
-from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made, RunResult
+from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made
 from msa_eval.engine.schedule import OWN, Run
 from msa_eval.engine.state import EvaluationState
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
-from msa_eval.evidence.records import RunRecord, TargetRecord
+from msa_eval.evidence.records import TargetRecord
 from msa_eval.judging.exhibits import POOL, Candidate, exhibit
-from msa_eval.judging.outcomes import Outcome
-from msa_eval.judging.replay import Replay
+from msa_eval.judging.outcomes import RunResult
 
 Tick = Callable[[], None]
 """Called once for each run on a batch that is made."""
 
-
-class Evaluated(NamedTuple):
-    """A target in one context, all runs made.
-
-    Attributes:
-        record: what the tables are made of.
-        proofs: an adversarial batch for every broken sample, where these are kept; of a target that ignores companions,
-            in its first context only.
-        exhibits: a few broken samples to be looked at, where these are asked for.
-        others: likewise where every other sample came nearest to falling.
-        best: each sample's own best point ``(N, C, H, W)``, where these are kept.
-    """
-
-    record: TargetRecord
-    proofs: list[Proof]
-    exhibits: list[Exhibit]
-    others: list[Proof]
-    best: Tensor | None = None
-
-
-class _Open:
-    """A batch under way: the places of the runs that are still due, and what failed."""
-
-    def __init__(self, due: Iterator[int]) -> None:
-        self.due, self.failures = due, list[Failure]()
+OF_RUNS = ("surrogate_fooled", "final_broken", "any_broken", "first_iterate", "min_margin", "perturbation")
+"""What the tables hold of every run on every sample."""
 
 
 class Collector:
@@ -70,7 +46,7 @@ class Collector:
     ) -> None:
         self.runner, self.guard = runner, guard
         self._evaluation, self._show = evaluation, show
-        self._open: dict[int, _Open] = {}
+        self._places = {run.name: place for place, run in enumerate(runner.runs)}
         self._done: dict[int, BatchResult] = {}
         self._failures: dict[int, list[Failure]] = {}
         self._noted: dict[int, int] = {}
@@ -98,17 +74,11 @@ class Collector:
 
     def job(self, number: int) -> BatchJob:
         """What is left to do on a batch."""
-        places = range(len(self.runner.runs))
-        found = {place: self._evaluation.store.read(self._part(number, place), RunResult) for place in places}
-        held = {place: step for place, step in found.items() if step is not None}
-        self._open[number] = _Open(place for place in places if place not in held)
-        return BatchJob(
-            number,
-            self._evaluation.keep or self._looking,
-            held,
-            every=self._evaluation.every,
-            best=self._evaluation.best,
-        )
+        found = (self._evaluation.store.read(self._part(number, run), RunResult) for run in self._places)
+        held = {made.run: made for made in found if made is not None}
+        self._failures[number] = []
+        keep, asked = self._evaluation.keep or self._looking, self._evaluation
+        return BatchJob(number, keep, held, every=asked.every, best=asked.best)
 
     def take(self, number: int, made: Made, tick: Tick) -> None:
         """Note what came of a batch.
@@ -116,52 +86,81 @@ class Collector:
         What follows a run that failed is not kept as a unit, and neither is the batch: when the evaluation is
         repeated, it is tried again.
         """
-        batch, store = self._open[number], self._evaluation.store
+        failures, store = self._failures[number], self._evaluation.store
         if isinstance(made, BatchResult):
-            if not batch.failures:
+            if not failures:
                 store.write(self._name(number), made)
-                store.drop(*(self._part(number, place) for place in range(len(self.runner.runs))))
-            self._failures[number] = batch.failures
+                store.drop(*(self._part(number, run) for run in self._places))
             self._finish(number, made, tick)
             return
-        place = next(batch.due)
         if isinstance(made, Failure):
-            batch.failures.append(made)
-        elif not batch.failures:
-            store.write(self._part(number, place), made)
-        self._tell(number, place + 1, tick)
+            failures.append(made)
+        elif not failures:
+            store.write(self._part(number, made.run), made)
+        self._tell(number, self._places[made.run] + 1, tick)
 
-    def evaluated(self) -> Evaluated:
-        """All of it, when every batch is finished; what failed is noted in the work, batch after batch."""
-        self._evaluation.failures += [one for _, failed in sorted(self._failures.items()) for one in failed]
-        clean, runs = self.runner.clean, self.runner.runs
-        batch_plan, chosen, samples = clean.batch_plan, clean.chosen, clean.samples
-        done = [self._done[number] for number in range(len(clean))]
+    @property
+    def failures(self) -> list[Failure]:
+        """What failed, batch after batch."""
+        return [one for _, failed in sorted(self._failures.items()) for one in failed]
 
-        def placed(values: Sequence[Tensor]) -> Any:
-            return _place(values, batch_plan)
+    @property
+    def proofs(self) -> list[Proof]:
+        """An adversarial batch for every broken sample, where these are kept."""
+        return [proof for one in self._in_order() for proof in one.proofs] if self._evaluation.keep else []
 
-        record = TargetRecord(
+    @property
+    def best(self) -> Tensor | None:
+        """Each sample's own best point ``(N, C, H, W)``, where these are kept."""
+        parts = [one.best for one in self._in_order() if one.best is not None]
+        if not parts:
+            return None
+        joined = torch.cat(parts)
+        return torch.empty_like(joined).index_copy(0, torch.cat(list(self.runner.clean.batch_plan)), joined)
+
+    @property
+    def others(self) -> list[Proof]:
+        """Likewise where every other sample came nearest to falling."""
+        return [proof for one in self._in_order() for proof in one.others]
+
+    def exhibits(self) -> list[Exhibit]:
+        """A few broken samples to be looked at; where they can't be made, the evaluation is worth no less."""
+        try:
+            return exhibit(self._candidates, self.runner.plan.replay) if self._candidates else []
+        except Exception as error:
+            warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
+            return []
+
+    def record(self) -> TargetRecord:
+        """What the tables are made of, when every batch is finished."""
+        clean, done = self.runner.clean, self._in_order()
+        order = torch.cat(list(clean.batch_plan))
+
+        def joined(parts: Iterable[Tensor]) -> Any:
+            """Values of each batch ``(..., B)`` as one array ``(..., N)``, in the order of the samples."""
+            values = torch.cat([part.cpu() for part in parts], dim=-1)
+            return torch.empty_like(values).index_copy(-1, order, values).numpy()
+
+        def of_runs(name: str) -> Any:
+            return joined(torch.stack([getattr(made, name) for made in one.runs]) for one in done)
+
+        return TargetRecord(
             target=self.runner.plan.name,
             context=self.runner.context,
-            index=chosen.numpy(),
-            label=samples.y[chosen].numpy(),
-            batch=placed([torch.full((len(indices),), number) for number, indices in enumerate(batch_plan)]),
-            position=placed([torch.arange(len(indices)) for indices in batch_plan]),
-            clean_prediction=placed([batch.logits.argmax(dim=1) for batch in clean]),
-            clean_margin=placed([-margin_loss(batch.logits, batch.y) for batch in clean]),
-            committed=placed([searched.committed for searched in done]),
-            taken_back=sum(searched.taken_back for searched in done),
-            runs=[
-                _record(run, [one.outcomes[i] for one in done], batch_plan, sum(one.seconds[i] for one in done))
-                for i, run in enumerate(runs)
-            ],
+            index=clean.chosen.numpy(),
+            label=clean.samples.y[clean.chosen].numpy(),
+            batch=joined(torch.full((len(indices),), number) for number, indices in enumerate(clean.batch_plan)),
+            position=joined(torch.arange(len(indices)) for indices in clean.batch_plan),
+            clean_prediction=joined(batch.logits.argmax(dim=1) for batch in clean),
+            clean_margin=joined(-margin_loss(batch.logits, batch.y) for batch in clean),
+            committed=joined(one.committed for one in done),
+            taken_back=sum(one.taken_back for one in done),
+            runs=pd.DataFrame([_about(run, [one.runs[i] for one in done]) for i, run in enumerate(self.runner.runs)]),
+            **{name: of_runs(name) for name in OF_RUNS},
         )
-        proofs = [proof for searched in done for proof in searched.proofs] if self._evaluation.keep else []
-        others = [proof for searched in done for proof in searched.others]
-        parts = [searched.best for searched in done if searched.best is not None]
-        best = torch.from_numpy(_place(parts, clean.batch_plan)) if parts else None
-        return Evaluated(record, proofs, _exhibits(self._candidates, self.runner.plan.replay), others, best)
+
+    def _in_order(self) -> list[BatchResult]:
+        return [self._done[number] for number in range(len(self.runner.clean))]
 
     @property
     def _looking(self) -> bool:
@@ -169,14 +168,12 @@ class Collector:
         return self._show and len(self._candidates) < POOL
 
     def _finish(self, number: int, searched: BatchResult, tick: Tick) -> None:
-        self._open.pop(number, None)
         self._tell(number, len(self.runner.runs), tick)
         self.guard.remember(searched.changes)
         self._done[number] = searched
         while (found := self._done.get(self._looked)) is not None:  # in the order of the batches, so always the same
             if self._looking:
-                made = {run.name: outcome for run, outcome in zip(self.runner.runs, found.outcomes, strict=True)}
-                self._candidates += _candidates(found.proofs, self.runner.clean.batch(self._looked), made)
+                self._candidates += _candidates(found, self.runner.clean.batch(self._looked))
             self._looked += 1
 
     def _tell(self, number: int, count: int, tick: Tick) -> None:
@@ -188,16 +185,16 @@ class Collector:
     def _name(self, number: int) -> str:
         return f"{self.runner.plan.name}-{self.runner.context}-{number:06d}"
 
-    def _part(self, number: int, place: int) -> str:
-        return f"{self._name(number)}.{place:03d}"
+    def _part(self, number: int, run: str) -> str:
+        return f"{self._name(number)}.{self._places[run]:03d}"
 
 
-def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Outcome]) -> list[Candidate]:
+def _candidates(made: BatchResult, batch: Batch) -> list[Candidate]:
     """The samples of a batch that are broken, in batch order, each with the first run that broke it."""
     first: dict[int, str] = {}
-    for run, outcome in reversed(list(outcomes.items())):
-        first |= dict.fromkeys(outcome.any_broken.nonzero().flatten().tolist(), run)
-    single = {int(at): proof.only(proof.positions == at) for proof in proofs for at in proof.positions}
+    for one in reversed(made.runs):
+        first |= dict.fromkeys(one.any_broken.nonzero().flatten().tolist(), one.run)
+    single = {int(at): proof.only(proof.positions == at) for proof in made.proofs for at in proof.positions}
     return [
         Candidate(proof, int(batch.y[at]), first[at], batch.x[at], batch.logits[at])
         for at, proof in sorted(single.items())
@@ -205,42 +202,18 @@ def _candidates(proofs: Sequence[Proof], batch: Batch, outcomes: Mapping[str, Ou
     ]
 
 
-def _exhibits(candidates: Sequence[Candidate], replay: Replay) -> list[Exhibit]:
-    """Pictures of some of the candidates; where they can't be made, the evaluation is worth no less."""
-    try:
-        return exhibit(candidates, replay) if candidates else []
-    except Exception as error:
-        warnings.warn(f"no gallery could be made of what was broken: {error}", stacklevel=2)
-        return []
-
-
-def _record(run: Run, outcomes: Sequence[Outcome], batch_plan: Sequence[Tensor], seconds: float) -> RunRecord:
-    def joined(get: Callable[[Outcome], Tensor]) -> Any:
-        return _place([get(outcome) for outcome in outcomes], batch_plan)
-
-    return RunRecord(
-        name=run.name,
-        surrogate=run.surrogate_name,
-        attack=run.attack_name,
-        loss=run.loss,
-        restart=run.restart,
-        surrogate_fooled=joined(lambda outcome: outcome.surrogate_fooled),
-        final_broken=joined(lambda outcome: outcome.final_broken),
-        any_broken=joined(lambda outcome: outcome.any_broken),
-        first_iterate=joined(lambda outcome: outcome.first_iterate),
-        min_margin=joined(lambda outcome: outcome.min_margin),
-        perturbation=joined(lambda outcome: outcome.perturbation),
-        forwards=sum(outcome.forwards for outcome in outcomes),
-        backwards=sum(outcome.backwards for outcome in outcomes),
-        decisions=sum(outcome.decisions for outcome in outcomes),
-        seconds=seconds,
-        notes=describe_faults(fault for outcome in outcomes for fault in outcome.faults) if run.loss == OWN else None,
-    )
-
-
-def _place(values: Sequence[Tensor], batch_plan: Sequence[Tensor]) -> Any:
-    """Join values a batch into one array ``(N,)``, in the order of the samples."""
-    joined = torch.cat([value.cpu() for value in values]).numpy()
-    placed = np.empty_like(joined)
-    placed[torch.cat(list(batch_plan)).numpy()] = joined
-    return placed
+def _about(run: Run, made: Sequence[RunResult]) -> dict[str, Any]:
+    """A row on a run: what it was, and what it took on all batches."""
+    faults = describe_faults(fault for one in made for fault in one.faults)
+    return {
+        "run": run.name,
+        "surrogate": run.surrogate_name,
+        "attack": run.attack_name,
+        "loss": run.loss,
+        "restart": run.restart,
+        "forwards": sum(one.forwards for one in made),
+        "backwards": sum(one.backwards for one in made),
+        "decisions": sum(one.decisions for one in made),
+        "seconds": round(sum(one.seconds for one in made), 3),
+        "notes": "; ".join(faults) if run.loss == OWN else None,
+    }

@@ -25,7 +25,7 @@ from msa_eval.device import check_device
 from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
 from msa_eval.engine.audit_step import probe_target
 from msa_eval.engine.batch_runner import BatchRunner
-from msa_eval.engine.collector import Collector, Evaluated
+from msa_eval.engine.collector import Collector
 from msa_eval.engine.continued import Continued
 from msa_eval.engine.executors import Executor, executor_of
 from msa_eval.engine.output import pictures, save, write_results
@@ -35,6 +35,7 @@ from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
 from msa_eval.evidence.folder import UNFINISHED
 from msa_eval.evidence.provenance import defense_hash, environment, place
+from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import Results
 from msa_eval.evidence.tables import tabulate
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
@@ -269,10 +270,16 @@ def _carried_out(
         first, *others = _runners(plan)
         shown = Collector(first, evaluation, guard, show=show and plan.name == "defense")
         collectors[plan.name] = [shown, *(Collector(runner, evaluation, guard) for runner in others)]
-    engine.make([collector for each in collectors.values() for collector in each], evaluation)
-    done: list[Evaluated] = []
+    every = [collector for each in collectors.values() for collector in each]
+    engine.make(every, evaluation)
+    records: list[TargetRecord] = []
     for plan in plans:
-        done += _evaluated(plan, collectors[plan.name])
+        for collector in collectors[plan.name]:
+            records.append(collector.record())
+            evaluation.failures += collector.failures
+        # A target that ignores its companions answers the same in all contexts.
+        same = plan.protocol.contexts[len(collectors[plan.name]) :]
+        records += [dataclasses.replace(records[-1], context=context) for context in same]
         _check_any(plan, evaluation)
         if not plan.clean.batch_dependent:
             signs[plan.name].append(batch_dependence_found(max(one.drift for one in collectors[plan.name])))
@@ -280,7 +287,6 @@ def _carried_out(
             signs[plan.name].append(collectors[plan.name][0].guard.sign())
         except Exception as error:
             evaluation.fail(plan.name, "the state guard", error)
-    records = [one.record for one in done]
     parts = {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None}
     last = [plan.name for plan in plans if passed_last(plan.defense)]
     copied = [plan.name for plan in plans if plan.search.trunk is not None]
@@ -307,13 +313,13 @@ def _carried_out(
         return results
     write = functools.partial(
         write_results, results=results, force=force, plans=plans,
-        proofs=[proof for one in done for proof in one.proofs] if evaluation.keep else None,
-        others=[proof for one in done for proof in one.others] if evaluation.every else None,
-        pictures=pictures([shown for one in done for shown in one.exhibits]), progress=evaluation.progress,
+        proofs=[proof for one in every for proof in one.proofs] if evaluation.keep else None,
+        others=[proof for one in every for proof in one.others] if evaluation.every else None,
+        pictures=pictures([shown for one in every for shown in one.exhibits()]), progress=evaluation.progress,
     )  # fmt: skip
     results = save(write, out)
     if continued is not None:
-        best = {(one.record.target, one.record.context): one.best for one in done if one.best is not None}
+        best = {(one.runner.plan.name, one.runner.context): one.best for one in every if one.best is not None}
         continued.leave(str(results.run["key"]), best)
     if not evaluation.failures:
         evaluation.store.finish()
@@ -328,13 +334,6 @@ def _runners(plan: TargetPlan) -> list[BatchRunner]:
         clean = plan.clean.seen_in(context)
         found.append(BatchRunner(plan, context, clean, clean.pool(plan.protocol.composition) if composed else None))
     return found
-
-
-def _evaluated(plan: TargetPlan, collectors: Sequence[Collector]) -> list[Evaluated]:
-    """What was made of each series of a target; one that ignores its companions answers the same in all contexts."""
-    found = [collector.evaluated() for collector in collectors]
-    others = plan.protocol.contexts[len(found) :]
-    return found + [Evaluated(dataclasses.replace(found[0].record, context=one), [], [], []) for one in others]
 
 
 def _due(plans: Sequence[TargetPlan]) -> int:

@@ -57,7 +57,7 @@ def external_runs(
             first = again.get((spec.name, name), 0)
             again[spec.name, name] = first + spec.restarts
             runs += [
-                Run(surrogate, ExternalAttack(library_attack, turn), spec.name, OWN, turn)
+                Run(surrogate, ExternalAttack(library_attack, turn), OWN, turn)
                 for turn in range(first, first + spec.restarts)
             ]
     return runs

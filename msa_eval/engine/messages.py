@@ -8,26 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from msa_eval.evidence.proof import Proof
-from msa_eval.judging.outcomes import Outcome, Trace
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A run on a batch, made: what it did, and what it leaves in the batch's history.
-
-    Attributes:
-        outcome: for the tables.
-        trace: for later runs.
-        upheld: of a stochastic target, the proofs that hold.
-        taken_back: the samples of which some break did not hold ``(B,)``.
-        seconds: that it took.
-    """
-
-    outcome: Outcome
-    trace: Trace
-    upheld: tuple[Proof, ...]
-    taken_back: Tensor
-    seconds: float = 0.0
+from msa_eval.judging.outcomes import RunResult
 
 
 @dataclass(frozen=True)
@@ -59,8 +40,7 @@ class BatchResult:
     """A batch, all runs made.
 
     Attributes:
-        outcomes: a run each, in their order.
-        seconds: likewise.
+        runs: what each run did, in their order, without images.
         committed: right on the one adversarial batch that leaves the fewest right ``(B,)``.
         taken_back: how many samples were called broken, and did not stay so.
         proofs: an adversarial batch for every broken sample, where these were asked for.
@@ -71,8 +51,7 @@ class BatchResult:
         others: of the samples that no proof is about, where each came nearest to falling, where that was asked for.
     """
 
-    outcomes: tuple[Outcome, ...]
-    seconds: tuple[float, ...]
+    runs: tuple[RunResult, ...]
     committed: Tensor
     taken_back: int
     proofs: tuple[Proof, ...]
@@ -93,7 +72,7 @@ class BatchJob:
     Attributes:
         number: of the batch.
         keep: whether an adversarial batch is kept for every broken sample.
-        held: the runs that are made already, by their place.
+        held: the runs that are made already, by name.
         lost: why the others can't be made, if so.
         every: whether the best point of every other sample is kept too.
         best: whether each sample's own best point is kept for an evaluation that goes on from there.
@@ -101,7 +80,7 @@ class BatchJob:
 
     number: int
     keep: bool
-    held: Mapping[int, RunResult]
+    held: Mapping[str, RunResult]
     lost: str | None = None
     every: bool = False
     best: bool = False

@@ -154,7 +154,7 @@ class RayEngine:
         task = ray.remote(_search).options(
             num_cpus=self.cpus, num_gpus=self._gpus, max_retries=0, num_returns="streaming", name="msa-eval"
         )
-        held = {at: b"".join(pack(step)) for at, step in flight.job.held.items()}
+        held = {run: b"".join(pack(made)) for run, made in flight.job.held.items()}
         deterministic = torch.are_deterministic_algorithms_enabled()
         return task.remote(
             [runner], flight.place, flight.job.number, flight.job.keep, (flight.job.every, flight.job.best), held,
@@ -331,7 +331,7 @@ def _search(
     number: int,
     keep: bool,
     points: tuple[bool, bool],
-    held: dict[int, bytes],
+    held: dict[str, bytes],
     device: str,
     threads: int,
     deterministic: bool,
@@ -342,7 +342,7 @@ def _search(
     with full_precision(deterministic=deterministic):
         one, guard = _received(sent[0], at)
         job = BatchJob(
-            number, keep, {step: unpack(content, device=device) for step, content in held.items()},
+            number, keep, {run: unpack(content, device=device) for run, content in held.items()},
             every=points[0], best=points[1],
         )  # fmt: skip
         for made in one.search(job, guard):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import Attack
 from msa_eval.attacks.borderline import BorderlineAttack, OddsAttack
-from msa_eval.attacks.companions import RANKS
+from msa_eval.attacks.companions import RANKS, CompanionPursuit, CompositionAttack
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
-from msa_eval.attacks.pursuit import VictimAttack
+from msa_eval.attacks.pursuit import PursuitAttack, RecombinationAttack, VictimAttack
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
 from msa_eval.defense.contexts import JOINT, AmongOthers, Context, OneAtATime
 from msa_eval.defense.contract import Defense
@@ -41,9 +41,7 @@ class Run:
 
     Attributes:
         surrogate: what is attacked; ``None`` is the hard target itself.
-        attack: the search; ``None`` is one among what the batch's history holds.
-        label: the attack's name: ``apgd``, ``recombination``, ``pursuit``, ``square``, ``spsa``, ``composition``,
-            ``overtime``, ``odds``, or that of an attack of other libraries.
+        attack: the search.
         loss: the loss's name, or `OWN`.
         restart: which start, or which target class, from 0.
         chained: whether it goes on from earlier runs: only for samples that still stand, beside the best points.
@@ -53,8 +51,7 @@ class Run:
     """
 
     surrogate: Surrogate | Ensemble | None
-    attack: Attack | None
-    label: str
+    attack: Attack
     loss: str
     restart: int
     chained: bool = False
@@ -70,7 +67,7 @@ class Run:
     @property
     def attack_name(self) -> str:
         """The attack's name, with what it moves where that is not the whole batch."""
-        return self.label if self.moves == "batch" else f"{self.label}-{self.moves}"
+        return self.attack.name if self.moves == "batch" else f"{self.attack.name}-{self.moves}"
 
     @property
     def name(self) -> str:
@@ -157,9 +154,10 @@ def plan_runs(
     if budget is not None and budget.overtime and not together and not (context.chooses_companions and batch_dependent):
         runs += _borderline_runs(budget, surrogates, num_classes)
     if context.chooses_companions and batch_dependent:
-        runs = _composed_runs(runs, surrogates, num_classes, pursued=exchanges and budget is not None)
+        choice = CompositionAttack(protocol.composition.trials, protocol.composition.search == "greedy")
+        runs = _composed_runs(runs, choice, surrogates, num_classes, pursued=exchanges and budget is not None)
     if randomized and protocol.apgd is not None and protocol.apgd.combine == "cascade":
-        runs.append(Run(surrogates.exact, OddsAttack(protocol.apgd.steps), "odds", "margin", 0, chained=True))
+        runs.append(Run(surrogates.exact, OddsAttack(protocol.apgd.steps), "margin", 0, chained=True))
     return runs + _query_runs(protocol)
 
 
@@ -168,12 +166,13 @@ def _joint_runs(
 ) -> list[Run]:
     """Mixtures of what was found, and a pursuit of each sample: from mixtures where they have a closed form."""
     pursued = surrogates.pursued if mixing.passes else None
-    mixed = Run(None, None, "recombination", "margin", 0, chained=True)
+    mixed = Run(None, RecombinationAttack(mixing.sweeps), "margin", 0, chained=True)
     if pursued is None:
         return [mixed]
     if exchanges:
-        return [Run(pursued, None, "pursuit", "margin", 0, chained=True)]
-    pursuit = Run(pursued, VictimAttack(mixing.passes), "pursuit", "margin", 0, chained=True)
+        mixtures = PursuitAttack(mixing.sweeps, mixing.passes, mixing.classes)
+        return [Run(pursued, mixtures, "margin", 0, chained=True)]
+    pursuit = Run(pursued, VictimAttack(mixing.passes), "margin", 0, chained=True)
     return [mixed, pursuit] if caches else [pursuit]
 
 
@@ -186,21 +185,23 @@ def _borderline_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_class
         *(s for s in surrogates.usable if s.name == "fc-oracle" and s is not surrogates.exact),
     ]
     attack = BorderlineAttack(budget.overtime // len(searched), budget.steps)
-    return [Run(surrogate, attack, "overtime", loss, 0, chained=True) for surrogate in searched]
+    return [Run(surrogate, attack, loss, 0, chained=True) for surrogate in searched]
 
 
-def _composed_runs(runs: list[Run], surrogates: UsableSurrogates, num_classes: int, *, pursued: bool) -> list[Run]:
+def _composed_runs(
+    runs: list[Run], choice: CompositionAttack, surrogates: UsableSurrogates, num_classes: int, *, pursued: bool
+) -> list[Run]:  # fmt: skip
     """Runs with the choice of companions before them, between them and after them.
 
     Where that is cheap, most of them give way to pursuits in which it goes along with the steps, class by class.
     """
     listed = runs[:COMPOSED_FIRST] if pursued else runs
     parts = [listed[i : i + COMPOSED_EVERY] for i in range(0, len(listed), COMPOSED_EVERY)]
-    composed = (Run(None, None, "composition", "margin", i, chained=True) for i in itertools.count())
+    composed = (Run(None, choice, "margin", i, chained=True) for i in itertools.count())
     found = [next(composed), *(run for part in parts for run in (*part, next(composed)))]
     if pursued:
         turns = range(COMPOSED_ROUNDS * min(num_classes - 1, RANKS))
-        found += [Run(surrogates.exact, None, "pursuit", "margin", turn, chained=True) for turn in turns]
+        found += [Run(surrogates.exact, CompanionPursuit(turn), "margin", turn, chained=True) for turn in turns]
     return found
 
 
@@ -208,10 +209,11 @@ def continuing_run(protocol: Protocol, surrogates: UsableSurrogates, runs: Seque
     """The run that starts at the points of another evaluation, after all others: APGD, or a look at these points."""
     budget = protocol.apgd
     if budget is None or not surrogates.usable:
-        return Run(None, None, "square", "margin", 1 + _latest(runs, "target", "square"), chained=True, continues=True)
+        restart = 1 + _latest(runs, "target", SquareAttack.label)
+        return Run(None, SquareAttack(1, 0.8), "margin", restart, chained=True, continues=True)
     surrogate = surrogates.exact
-    restart = 1 + _latest(runs, surrogate.name, "apgd")
-    return Run(surrogate, ApgdAttack("margin", budget.steps), "apgd", "margin", restart, chained=True, continues=True)
+    restart = 1 + _latest(runs, surrogate.name, ApgdAttack.label)
+    return Run(surrogate, ApgdAttack("margin", budget.steps), "margin", restart, chained=True, continues=True)
 
 
 def _latest(runs: Sequence[Run], surrogate: str, attack: str) -> int:
@@ -259,7 +261,7 @@ def _apgd_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_classes: in
             turns=budget.combine == "alternate",
             from_start=chained and bool(runs) and again == 0,
         )
-        runs.append(Run(has[name], attack, "apgd", loss, again, chained, moves, budget.passes))
+        runs.append(Run(has[name], attack, loss, again, chained, moves, budget.passes))
     return runs
 
 
@@ -296,8 +298,8 @@ def _query_runs(protocol: Protocol, *, more: int = 0) -> list[Run]:
         spsa_budget = replace(spsa_budget, queries=spsa_budget.queries + more // 2)
     if square_budget is not None:
         attack = SquareAttack(square_budget.queries, square_budget.p_init)
-        runs += [Run(None, attack, "square", "margin", i, chained) for i in range(square_budget.restarts)]
+        runs += [Run(None, attack, "margin", i, chained) for i in range(square_budget.restarts)]
     if spsa_budget is not None:
         estimate = SpsaAttack(spsa_budget.queries, spsa_budget.samples)
-        runs += [Run(None, estimate, "spsa", "margin", i, chained) for i in range(spsa_budget.restarts)]
+        runs += [Run(None, estimate, "margin", i, chained) for i in range(spsa_budget.restarts)]
     return runs

@@ -18,25 +18,13 @@ from torch import Tensor
 from msa_eval.attacks.batch import AdversarialBatch
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.auditing.sign import Sign
-from msa_eval.engine.messages import BatchResult, Failure, RunResult
+from msa_eval.engine.messages import BatchResult, Failure
 from msa_eval.evidence.proof import Proof
-from msa_eval.judging.outcomes import BreakingBatch, Nearest, Outcome, Trace
+from msa_eval.judging.outcomes import BreakingBatch, Nearest, RunResult, Trace
 
 RECORDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (
-        Failure,
-        Fault,
-        BreakingBatch,
-        Nearest,
-        Outcome,
-        AdversarialBatch,
-        Proof,
-        BatchResult,
-        Sign,
-        RunResult,
-        Trace,
-    )
+    for kind in (Failure, Fault, BreakingBatch, Nearest, AdversarialBatch, Proof, BatchResult, Sign, RunResult, Trace)
 }
 """The dataclasses that may be packed, by name."""
 

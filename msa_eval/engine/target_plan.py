@@ -13,7 +13,7 @@ from msa_eval.auditing.finding import Finding
 from msa_eval.auditing.surrogate_search import SurrogateSearch
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, WholeModel
-from msa_eval.defense.micro_batches import retry_in_smaller_parts
+from msa_eval.defense.micro_batches import in_smaller_parts
 from msa_eval.defense.precision import EXACT, SearchPrecision
 from msa_eval.engine.continued import Continued
 from msa_eval.engine.external_runs import external_runs
@@ -71,14 +71,15 @@ class TargetPlan:
         if protocol.apgd is not None:
             together = any(not CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)
             search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find, together=together)
-            look = functools.partial(
-                select_surrogates, protocol.apgd, defense, batch := next(iter(clean)), own=own,
-                use_own=name == "defense",
-                batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
-                find=search.more,
-            )  # fmt: skip
+            batch = next(iter(clean))
             with seeded(seed):
-                surrogates = retry_in_smaller_parts(defense, len(batch.x), look)
+                for attempt in in_smaller_parts(defense, len(batch.x)):
+                    with attempt:
+                        surrogates = select_surrogates(
+                            protocol.apgd, defense, batch, own=own, use_own=name == "defense",
+                            batch_dependent=clean.batch_dependent, recombination=protocol.recombination,
+                            find=search.more,
+                        )  # fmt: skip
             finding = search.finding
         companions = clean.batch_dependent and max(map(len, clean.batch_plan)) > 1
         runs = {

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from msa_eval.defense.contexts import CONTEXTS
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """One run over all samples; arrays are ``(N,)`` in the order of `TargetRecord.index`.
-
-    The fields are those of `msa_eval.judging.outcomes.Outcome`, joined over batches. Where it failed, nothing is
-    broken, and margin and perturbation are NaN. ``notes`` are its faults in words; ``None`` for our own attacks.
-    """
-
-    name: str
-    surrogate: str
-    attack: str
-    loss: str
-    restart: int
-    surrogate_fooled: npt.NDArray[np.bool_]
-    final_broken: npt.NDArray[np.bool_]
-    any_broken: npt.NDArray[np.bool_]
-    first_iterate: npt.NDArray[np.int64]
-    min_margin: npt.NDArray[np.float32]
-    perturbation: npt.NDArray[np.float32]
-    forwards: int
-    backwards: int
-    decisions: int
-    seconds: float
-    notes: tuple[str, ...] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether it failed on no batch, so that its shares mean something."""
-        return not bool(np.isnan(self.min_margin).any())
-
-
-@dataclass(frozen=True)
 class TargetRecord:
-    """One target in one context; arrays are ``(N,)``.
+    """One target in one context, over R runs and N samples; arrays are ``(N,)`` unless said otherwise.
 
     Attributes:
         target: ``defense`` or ``fc``.
@@ -56,7 +25,12 @@ class TargetRecord:
         clean_prediction: the target's answer on the clean batch.
         clean_margin: its logit margin there.
         committed: in ``joint``, right on the one adversarial batch that leaves the fewest of its batch right.
-        runs: in the order they were made.
+        runs: a row a run, in the order they were made: ``run`` (its name), ``surrogate``, ``attack``, ``loss``,
+            ``restart``, ``forwards``, ``backwards``, ``decisions``, ``seconds`` and, of a third-party attack, ``notes``
+            on its faults.
+        surrogate_fooled: what each run did to each sample ``(R, N)``, as in `msa_eval.judging.outcomes.RunResult`;
+            where it failed nothing is broken, and margin and perturbation are NaN.
+        final_broken: likewise, as are those that follow.
         taken_back: how many samples of a stochastic target were called broken, but no break was upheld.
     """
 
@@ -69,7 +43,13 @@ class TargetRecord:
     clean_prediction: npt.NDArray[np.int64]
     clean_margin: npt.NDArray[np.float32]
     committed: npt.NDArray[np.bool_]
-    runs: Sequence[RunRecord]
+    runs: pd.DataFrame
+    surrogate_fooled: npt.NDArray[np.bool_]
+    final_broken: npt.NDArray[np.bool_]
+    any_broken: npt.NDArray[np.bool_]
+    first_iterate: npt.NDArray[np.int64]
+    min_margin: npt.NDArray[np.float32]
+    perturbation: npt.NDArray[np.float32]
     taken_back: int = 0
 
     @property
@@ -81,8 +61,19 @@ class TargetRecord:
         """
         if not CONTEXTS[self.context].one_batch_per_sample:
             return self.committed
-        never: npt.NDArray[np.bool_] = self.correct & ~np.stack([run.any_broken for run in self.runs]).any(axis=0)
-        return never
+        return self.unbroken
+
+    @property
+    def unbroken(self) -> npt.NDArray[np.bool_]:
+        """Right on the clean batch and in every batch that a run showed."""
+        unbroken: npt.NDArray[np.bool_] = self.correct & ~np.logical_or.reduce(self.any_broken, axis=0)
+        return unbroken
+
+    @property
+    def complete(self) -> npt.NDArray[np.bool_]:
+        """The runs ``(R,)`` that failed on no batch, so that their shares mean something."""
+        complete: npt.NDArray[np.bool_] = ~np.logical_or.reduce(np.isnan(self.min_margin), axis=1)
+        return complete
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:

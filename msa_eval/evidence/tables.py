@@ -32,56 +32,35 @@ def _whole_or_missing(values: npt.NDArray[np.int64], present: npt.NDArray[np.boo
     return pd.Series(values, dtype="Int64").where(pd.Series(present))
 
 
-def _stack(record: TargetRecord, name: str) -> Any:
-    return np.stack([getattr(run, name) for run in record.runs])
-
-
 def _summary(record: TargetRecord) -> pd.DataFrame:
     about = {"target": record.target, "context": record.context}
     return pd.DataFrame([about | {"metric": one.name} | one.of(record)._asdict() for one in METRICS.values()])
 
 
 def _attacks(record: TargetRecord) -> pd.DataFrame:
-    rows = []
-    unbroken = record.correct
-    with_notes = any(run.notes is not None for run in record.runs)
-    for run in record.runs:
-        newly = unbroken & run.any_broken
-        unbroken = unbroken & ~run.any_broken
-        shares = {
-            "surrogate_accuracy": float((~run.surrogate_fooled).mean()),
-            "final": float((record.correct & ~run.final_broken).mean()),
-            "any": float((record.correct & ~run.any_broken).mean()),
-        }
-        rows.append(
-            {
-                "target": record.target,
-                "context": record.context,
-                "run": run.name,
-                "surrogate": run.surrogate,
-                "attack": run.attack,
-                "loss": run.loss,
-                "restart": run.restart,
-                **(shares if run.whole else dict.fromkeys(shares, np.nan)),
-                "newly_broken": int(newly.sum()),
-                "forwards": run.forwards,
-                "backwards": run.backwards,
-                "decisions": run.decisions,
-                "seconds": round(run.seconds, 3),
-            }
-            | ({"notes": "; ".join(run.notes or ())} if with_notes else {})
-        )
-    return pd.DataFrame(rows)
+    left = record.correct & ~np.logical_or.accumulate(record.any_broken, axis=0)
+    newly = record.correct.sum() - left.sum(axis=1)
+    shares = {
+        "surrogate_accuracy": ~record.surrogate_fooled,
+        "final": record.correct & ~record.final_broken,
+        "any": record.correct & ~record.any_broken,
+    }
+    runs = record.runs
+    table = runs[["run", "surrogate", "attack", "loss", "restart"]].copy()
+    table.insert(0, "target", record.target)
+    table.insert(1, "context", record.context)
+    for name, right in shares.items():
+        table[name] = np.where(record.complete, right.mean(axis=1), np.nan)
+    table["newly_broken"] = np.diff(newly, prepend=0)
+    table = pd.concat([table, runs[["forwards", "backwards", "decisions", "seconds"]]], axis=1)
+    return table.assign(notes=runs["notes"].fillna("")) if runs["notes"].notna().any() else table
 
 
 def _samples(record: TargetRecord) -> pd.DataFrame:
-    broken = _stack(record, "any_broken")
-    names = np.array([run.name for run in record.runs])
-    first_run = broken.argmax(axis=0)
-    hit = broken.any(axis=0)
-    iterate = _stack(record, "first_iterate")[first_run, np.arange(len(hit))]
-    right = record.correct
-    broken_by = pd.Series(np.where(right, names[first_run], "clean"), dtype=object)
+    first_run = record.any_broken.argmax(axis=0)
+    hit, right = record.any_broken.any(axis=0), record.correct
+    iterate = record.first_iterate[first_run, np.arange(len(right))]
+    broken_by = pd.Series(np.where(right, record.runs["run"].to_numpy()[first_run], "clean"), dtype=object)
     return pd.DataFrame(
         {
             "target": record.target,
@@ -92,31 +71,28 @@ def _samples(record: TargetRecord) -> pd.DataFrame:
             "position": record.position,
             "clean_prediction": record.clean_prediction,
             "clean_correct": right,
-            "robust": right & ~hit,
+            "robust": record.unbroken,
             "broken_by": broken_by.where(pd.Series(hit | ~right), None),
             "broken_at": _whole_or_missing(iterate, right & hit),
-            "min_margin": np.fmin(record.clean_margin, np.fmin.reduce(_stack(record, "min_margin"), axis=0)),
+            "min_margin": np.fmin(record.clean_margin, np.fmin.reduce(record.min_margin, axis=0)),
             "committed_right": record.realised,
         }
     )
 
 
 def _outcomes(record: TargetRecord) -> pd.DataFrame:
-    frames = [
-        pd.DataFrame(
-            {
-                "target": record.target,
-                "context": record.context,
-                "run": run.name,
-                "index": record.index,
-                "surrogate_fooled": run.surrogate_fooled,
-                "final_broken": run.final_broken,
-                "any_broken": run.any_broken,
-                "first_iterate": _whole_or_missing(run.first_iterate, run.any_broken),
-                "min_margin": run.min_margin,
-                "perturbation": run.perturbation,
-            }
-        )
-        for run in record.runs
-    ]
-    return pd.concat(frames, ignore_index=True)
+    count, size = record.any_broken.shape
+    return pd.DataFrame(
+        {
+            "target": record.target,
+            "context": record.context,
+            "run": record.runs["run"].to_numpy().repeat(size),
+            "index": np.tile(record.index, count),
+            "surrogate_fooled": record.surrogate_fooled.ravel(),
+            "final_broken": record.final_broken.ravel(),
+            "any_broken": record.any_broken.ravel(),
+            "first_iterate": _whole_or_missing(record.first_iterate.ravel(), record.any_broken.ravel()),
+            "min_margin": record.min_margin.ravel(),
+            "perturbation": record.perturbation.ravel(),
+        }
+    )

@@ -12,7 +12,7 @@ from msa_eval.attacks.batch import AdversarialBatch, Batch, capacity
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contexts import CONTEXTS, Companions, own_companions
 from msa_eval.evidence.proof import Proof, cover
-from msa_eval.judging.outcomes import BreakingBatch, Nearest, Outcome, Trace
+from msa_eval.judging.outcomes import BreakingBatch, Nearest, RunResult
 
 POINTS = 144
 """So many points of each image are kept at most, the latest."""
@@ -64,8 +64,10 @@ class BatchHistory:
         """The samples that are right on the clean batch and that nothing has broken ``(B,)``."""
         return self.correct & ~self.broken
 
-    def add(self, outcome: Outcome, trace: Trace, run: str = "") -> None:
-        """Enter what a run of some name did, and what it leaves."""
+    def add(self, made: RunResult) -> None:
+        """Enter what a run did, and what it leaves."""
+        trace, run = made.trace, made.run
+        assert trace is not None
         lower = trace.best_margin < self._margin
         self.runs = [run if better else before for better, before in zip(lower.tolist(), self.runs, strict=True)]
         self.best = self.best.with_rows(lower, trace.best)
@@ -73,10 +75,12 @@ class BatchHistory:
         if self.companions is not None and trace.companions is not None:
             index = torch.where(lower.unsqueeze(1), trace.companions, self.companions.index)
             self.companions = self.companions.with_companions(index)
-        self.broken = self.broken | outcome.any_broken
-        self.passes += outcome.forwards
-        if int(outcome.committed.sum()) < int(self.committed.sum()):
-            self.committed = outcome.committed
+        self.broken = self.broken | made.any_broken
+        self.upheld += made.upheld
+        self.taken_back = self.taken_back | made.taken_back
+        self.passes += made.forwards
+        if int(made.committed.sum()) < int(self.committed.sum()):
+            self.committed = made.committed
         self.points = [*self.points, *trace.trail, trace.final, trace.best]
         self.points = self.points[-min(POINTS, capacity(self.clean.x)) :]
         self.findings += [replace(finding, run=run) for finding in trace.findings]

@@ -23,7 +23,7 @@ from msa_eval.errors import AttackError
 from msa_eval.judging.break_record import BreakRecord
 from msa_eval.judging.deferred import Deferred
 from msa_eval.judging.judge import Judge, companions_of
-from msa_eval.judging.outcomes import Outcome, Trace
+from msa_eval.judging.outcomes import RunResult, Trace
 from msa_eval.judging.passes import Passes
 from msa_eval.judging.search_state import Answered, SearchState, Setting
 from msa_eval.surrogates.builtin import STE
@@ -56,7 +56,7 @@ class JudgedBatch:
         setting = setting or Setting()
         self.batch, self.ball, self.eot = batch, ball, setting.eot
         self.faults: tuple[Fault, ...] = ()
-        self.ranking = setting.ranking
+        self.ranking, self.found, self.pool = setting.ranking, setting.found, setting.pool
         self._setting, self._surrogate = setting, surrogate
         self._grid = None if ball.levels is None else Grid(ball, batch.x)
         self._calls = 0
@@ -299,7 +299,7 @@ class JudgedBatch:
         self._state.iterate += 1
         self._judge.enter(AdversarialBatch(x, z), self._judge.decide(self.target, z))
 
-    def finish(self, x: Tensor) -> Outcome:
+    def finish(self, x: Tensor) -> RunResult:
         """Judge the batch of final points by a fresh pass, and report.
 
         Raises:
@@ -329,7 +329,7 @@ class JudgedBatch:
                 f"the attack left the {self.ball.norm} ball of radius {self.ball.eps:.6g} or the [0, 1] box "
                 f"by {float(record.excess):.3g}; its points must be projected before they are proposed"
             )
-        return Outcome(
+        return RunResult(
             surrogate_fooled=fooled,
             final_broken=hard.argmax(dim=1) != self.batch.y,
             any_broken=record.broken,
@@ -340,6 +340,8 @@ class JudgedBatch:
             forwards=self._passes.forwards,
             backwards=self._passes.backwards,
             decisions=self._judge.decisions,
+            taken_back=torch.zeros_like(record.broken),
+            trace=self.trace(),
             faults=self.faults,
         )
 

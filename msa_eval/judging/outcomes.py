@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.external.faults import Fault
+from msa_eval.evidence.proof import Proof
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run did to a batch; one entry a sample ``(B,)`` unless said otherwise.
 
     Attributes:
@@ -88,7 +89,12 @@ class Outcome:
         forwards: images passed through the trunk (a number).
         backwards: images passed back through it (a number).
         decisions: rows decided by the hard target (a number).
+        taken_back: of a stochastic target, some break did not hold.
+        trace: what it leaves to later runs; ``None`` once all of them are made.
+        upheld: of a stochastic target, the proofs that hold.
         faults: of an attack of other libraries, what it did and should not have.
+        run: its name.
+        seconds: that it took.
     """
 
     surrogate_fooled: Tensor
@@ -101,16 +107,24 @@ class Outcome:
     forwards: int
     backwards: int
     decisions: int
+    taken_back: Tensor
+    trace: Trace | None = None
+    upheld: tuple[Proof, ...] = ()
     faults: tuple[Fault, ...] = ()
+    run: str = ""
+    seconds: float = 0.0
 
     @classmethod
-    def failed(cls, batch: Batch) -> Outcome:
+    def failed(cls, run: str, batch: Batch, seconds: float) -> RunResult:
         """Of a run that came to no end: it broke nothing, and what it would have measured is NaN."""
         nothing, unknown = torch.zeros_like(batch.correct), torch.full_like(batch.y, torch.nan, dtype=torch.float32)
         first = torch.full_like(batch.y, -1)
-        return cls(nothing, nothing, nothing, first, unknown, unknown, batch.correct, 0, 0, 0)
+        return cls(
+            nothing, nothing, nothing, first, unknown, unknown, batch.correct, 0, 0, 0, nothing, run=run,
+            seconds=seconds,
+        )  # fmt: skip
 
-    def taking_back(self, taken: Tensor, correct: Tensor) -> Outcome:
+    def taking_back(self, taken: Tensor, correct: Tensor) -> RunResult:
         """The same run with some of its breaks taken back: these samples count as right on every batch it showed.
 
         Nothing else is changed, except that the attacker commits to the final batch where that now leaves fewer right.
@@ -128,4 +142,9 @@ class Outcome:
             first_iterate=self.first_iterate.masked_fill(taken, -1),
             min_margin=torch.where(taken, self.min_margin.clamp(min=0), self.min_margin),
             committed=last if int(last.sum()) < int(committed.sum()) else committed,
+            taken_back=taken,
         )
+
+    def without_images(self) -> RunResult:
+        """What the tables need of it."""
+        return dataclasses.replace(self, trace=None, upheld=())

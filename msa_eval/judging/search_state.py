@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.batch import AdversarialBatch, Batch, PartialBatch
+from msa_eval.attacks.batch import AdversarialBatch, Batch, CompanionPool, PartialBatch
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.precision import EXACT, SearchPrecision
@@ -35,6 +36,8 @@ class Setting:
         trail: whether the points of every iterate are kept, for a pursuit to mix.
         search: how the search passes its points; what it seems to break is passed again, as the target is.
         ranking: the classes of each sample, nearest first ``(B, k)``, where an earlier run ranked them.
+        found: the clean batch, where earlier runs ended, and their best points.
+        pool: the images that companions are chosen from, where the attacker chooses them.
     """
 
     start: AdversarialBatch | None = None
@@ -50,6 +53,8 @@ class Setting:
     trail: bool = False
     search: SearchPrecision = EXACT
     ranking: Tensor | None = None
+    found: Sequence[AdversarialBatch] = ()
+    pool: CompanionPool | None = None
 
 
 @dataclass(frozen=True)

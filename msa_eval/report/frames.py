@@ -7,14 +7,13 @@ import tomllib
 
 import pandas as pd
 
+from msa_eval.attacks.attacked_batch import from_history
+from msa_eval.attacks.pursuit import PursuitAttack, RecombinationAttack
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.evidence.metrics import rate
 from msa_eval.evidence.results import Results
 from msa_eval.protocols.schema import StochasticBudget
 from msa_eval.report.style import NAMES
-
-AMONG_FOUND = ("recombination", "pursuit", "composition", "overtime", "odds")
-"""Attacks that go on from what earlier runs found, under any protocol; their final is not one surrogate's."""
 
 
 def targets_of(results: Results) -> list[str]:
@@ -180,8 +179,8 @@ def cascades(results: Results) -> bool:
 
 
 def among_found(attacks: pd.DataFrame) -> pd.Series:
-    """Whether each run is a search among, or from, what others found."""
-    found: pd.Series = attacks["attack"].astype(str).str.split("-").str[0].isin(AMONG_FOUND)
+    """Whether each run is a search among, or from, what others found; its final is not one surrogate's."""
+    found: pd.Series = attacks["attack"].astype(str).str.split("-").str[0].isin(from_history())
     return found
 
 
@@ -206,7 +205,7 @@ def chained(results: Results, target: str, context: str) -> set[str]:
     if not cascades(results):
         return set(attacks.loc[late, "run"])
     apart = CONTEXTS[context].one_batch_per_sample
-    mixing = late & False if apart else attacks["attack"].isin(["recombination", "pursuit"])
+    mixing = late & False if apart else attacks["attack"].isin([RecombinationAttack.label, PursuitAttack.label])
     return set(attacks.loc[mixing.cummax(), "run"] if mixing.any() else attacks["run"])
 
 

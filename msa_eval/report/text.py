@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from msa_eval.attacks.attacked_batch import gradient_free
 from msa_eval.attacks.external.faults import LOUD
 from msa_eval.auditing.rules import NO_TRANSFER
 from msa_eval.evidence.metrics import METRICS
@@ -17,8 +18,6 @@ from msa_eval.report import frames
 from msa_eval.report.statements import statements
 from msa_eval.studies.ablation import Ablation
 from msa_eval.studies.crosscheck import Crosscheck
-
-QUERY = ("square", "spsa")
 
 WIDTH = 100
 """Columns of a table in a terminal."""
@@ -81,11 +80,9 @@ def _failures(results: Results, targets: list[str]) -> list[str]:
 
 def _alarm(attacks: _Rows, targets: list[str]) -> list[str]:
     """What gradient-free attacks broke that no run before them had: where gradients are sound, next to nothing."""
-    added = {
-        target: sum(row["newly_broken"] for (t, _), row in attacks.items() if t == target and row["attack"] in QUERY)
-        for target in targets
-    }
-    if not any(row["attack"] in QUERY for row in attacks.values()):
+    free = [(target, row["newly_broken"]) for (target, _), row in attacks.items() if row["attack"] in gradient_free()]
+    added = {target: sum(newly for of, newly in free if of == target) for target in targets}
+    if not free:
         return []
     return ["broken by gradient-free attacks alone: " + ", ".join(f"{added[t]} ({t})" for t in targets)]
 

@@ -322,7 +322,7 @@ class _Bout:
                 outcome = judged.finish(again.attack(judged, generator))
                 claimed = outcome.any_broken & left
                 history = BatchHistory(batch)
-                history.add(dataclasses.replace(outcome, any_broken=claimed), judged.trace())
+                history.add(dataclasses.replace(outcome, any_broken=claimed))
                 proven = self._proven(history, context, batch)
             met = _Met(
                 met.broken | (claimed & proven), met.unconfirmed | (claimed & ~proven),

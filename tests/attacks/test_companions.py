@@ -15,7 +15,8 @@ from toys import make_batch, make_hpm, make_samples
 
 from msa_eval import HPM, evaluate
 from msa_eval.attacks import Ball
-from msa_eval.attacks.companions import ALL, CompositionAttack, _margin, descend
+from msa_eval.attacks.batch import CompanionPool
+from msa_eval.attacks.companions import ALL, CompanionSearch, _margin, descend
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contexts import Companions, OneAtATime
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -79,10 +80,12 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     index = torch.stack([torch.tensor([j for j in range(8) if j != i]) for i in range(8)])
     companions = Companions(pool, index, torch.arange(8))
     judged = JudgedBatch(OneAtATime(hpm, companions), get("frozen-assignment"), batch, BALL)
-    attack = CompositionAttack(companions, identity, classes, torch.arange(8), trials=80, greedy=search == "greedy")
+    attack = CompanionSearch(
+        CompanionPool(companions, identity, classes, torch.arange(8)), trials=80, greedy=search == "greedy"
+    )
     generator = torch.Generator().manual_seed(0)
     outcome = judged.finish(
-        attack.pursue(judged, generator, turn=4) if search == "pursuit" else attack(judged, generator)
+        attack.pursue(judged, generator, turn=4) if search == "pursuit" else attack.choose(judged, generator)
     )
     assert judged.trace().companions is not None
     for i, row in enumerate(judged.trace().companions):
@@ -98,13 +101,13 @@ def test_company_is_of_clean_images_none_twice_and_never_the_sample(search: str)
     assert (float(outcome.perturbation.max()) == 0) == (search != "pursuit")
 
 
-def _gathering(pool: int, *, seats: int = 4) -> tuple[CompositionAttack, Tensor]:
+def _gathering(pool: int, *, seats: int = 4) -> tuple[CompanionSearch, Tensor]:
     """Two rows with ``seats`` companions each; the pool holds every image twice, of classes 0, 1, 2 in turn."""
     identity = torch.arange(pool).repeat(2)
     companions = Companions(
         torch.zeros(2 * pool, 3), torch.arange(seats).repeat(2, 1), torch.zeros(2, dtype=torch.long)
     )
-    attack = CompositionAttack(companions, identity, identity % 3, torch.tensor([0, 1]), trials=0, greedy=True)
+    attack = CompanionSearch(CompanionPool(companions, identity, identity % 3, torch.tensor([0, 1])))
     return attack, torch.tensor([0, 1])
 
 
@@ -112,10 +115,10 @@ def _gathering(pool: int, *, seats: int = 4) -> tuple[CompositionAttack, Tensor]
 def test_company_is_gathered_with_so_many_images_of_the_two_classes(sizes: tuple[int | None, int | None]) -> None:
     attack, y = _gathering(18)
     toward = torch.tensor([1, 2])
-    index = attack._gathered(y, toward, attack.own, sizes, torch.Generator().manual_seed(0))
+    index = attack._gathered(y, toward, attack.pool.own, sizes, torch.Generator().manual_seed(0))
     assert index is not None
     for i, row in enumerate(index):
-        classes, who = attack.classes[row].tolist(), attack.identity[row].tolist()
+        classes, who = attack.pool.classes[row].tolist(), attack.pool.identity[row].tolist()
         for aim, size in zip((y, toward), sizes, strict=True):
             if size is not None:
                 assert classes.count(int(aim[i])) == min(size, 4 - (sizes == (1, ALL)))
@@ -125,17 +128,17 @@ def test_company_is_gathered_with_so_many_images_of_the_two_classes(sizes: tuple
 
 def test_where_a_class_has_too_few_images_others_fill_up_and_a_small_pool_gathers_nothing() -> None:
     attack, y = _gathering(9)
-    crowd = attack._gathered(y, y + 1, attack.own, (ALL, None), torch.Generator())
+    crowd = attack._gathered(y, y + 1, attack.pool.own, (ALL, None), torch.Generator())
     assert crowd is not None
-    assert [int((attack.classes[row] == label).sum()) for row, label in zip(crowd, y, strict=True)] == [2, 2]
+    assert [int((attack.pool.classes[row] == label).sum()) for row, label in zip(crowd, y, strict=True)] == [2, 2]
     attack, y = _gathering(4)
-    assert attack._gathered(y, y + 1, attack.own, (ALL, None), torch.Generator()) is None
+    assert attack._gathered(y, y + 1, attack.pool.own, (ALL, None), torch.Generator()) is None
 
 
 def test_images_of_the_two_classes_are_offered_as_often_as_all_others() -> None:
     attack, y = _gathering(400, seats=60)
-    attack = replace(attack, classes=attack.identity % 40)
-    offers = attack.classes[attack._offers(y, torch.tensor([7, 7]), torch.Generator().manual_seed(0))]
+    attack = replace(attack, pool=replace(attack.pool, classes=attack.pool.identity % 40))
+    offers = attack.pool.classes[attack._offers(y, torch.tensor([7, 7]), torch.Generator().manual_seed(0))]
     for row, label in zip(offers, y, strict=True):  # half of them from the whole pool, a quarter from either class
         for aim in (int(label), 7):
             assert float((row == aim).float().mean()) == pytest.approx(0.25 + 0.5 / 40, abs=0.05)
@@ -163,7 +166,8 @@ def test_company_goes_from_a_crowd_to_none_where_every_single_step_is_worse() ->
     )  # fmt: skip
     assert by_one.index.tolist() == companions.index.tolist()
     assert margins.tolist() == [5.0, 5.0]
-    attack = replace(_gathering(18)[0], companions=companions)
+    attack = _gathering(18)[0]
+    attack = replace(attack, pool=replace(attack.pool, companions=companions))
     judged: Any = SimpleNamespace(target=Hill(), latest=SimpleNamespace(z=z), batch=SimpleNamespace(y=y))
     found = attack._towards(judged, companions, toward, torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     assert not bool((pool[found.index] == 0).any())

@@ -11,7 +11,7 @@ from msa_eval.attacks import Ball
 from msa_eval.attacks.batch import AdversarialBatch, Batch
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.attacks.mixtures import MixtureSearch
-from msa_eval.attacks.pursuit import PursuitAttack, _Pursuit, gather, roles
+from msa_eval.attacks.pursuit import PursuitAttack, RecombinationAttack, _Pursuit, gather, roles
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.search_state import Setting
@@ -31,8 +31,10 @@ def test_recombined_batches_are_real_ones_and_break_what_no_single_batch_did() -
         points = [AdversarialBatch(x, hpm.features(x)) for x in clouds]
         broken = torch.stack([decide(hpm, p.z).argmax(1) != batch.y for p in points]).any(dim=0)
         unbroken = batch.correct & ~broken
-        judged = JudgedBatch(hpm, None, batch, BALL, setting=Setting(counted=unbroken, known=broken, keep=True))
-        attack = PursuitAttack(points, sweeps=2)
+        judged = JudgedBatch(
+            hpm, None, batch, BALL, setting=Setting(counted=unbroken, known=broken, keep=True, found=points)
+        )
+        attack = RecombinationAttack(sweeps=2)
         outcome = judged.finish(attack(judged, generator) if bool(unbroken.any()) else batch.x)
         for finding in judged.trace().findings:
             assert finding.own is None
@@ -58,9 +60,9 @@ def test_a_pursuit_moves_the_whole_batch_against_one_sample_and_keeps_to_its_pas
         broken = []
         for passes in (0, 60):
             judged = JudgedBatch(
-                hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True)
+                hpm, get("soft-hybrid"), batch, ball, setting=Setting(counted=batch.correct, keep=True, found=points)
             )
-            outcome = judged.finish(PursuitAttack(points, sweeps=2, passes=passes)(judged, generator))
+            outcome = judged.finish(PursuitAttack(sweeps=2, passes=passes)(judged, generator))
             broken.append(outcome.any_broken & batch.correct)
             # Recombination confirms what it claims, a pursuit keeps to its passes; and one pass is the final one.
             assert outcome.forwards <= 12 * (passes + int(broken[-1].sum()) + 1)

@@ -146,8 +146,10 @@ def test_which_targets_are_pursued_so(kind: str) -> None:
     batch = dataclasses.replace(case()[1], z=target.features(case()[1].x))
     usable = select_surrogates(protocol.apgd, target, batch, own={}, recombination=protocol.recombination)
     runs = plan_runs(protocol, usable, num_classes=4, caches=kind == "asked")
-    labels = [run.label for run in runs]
-    assert [type(run.attack) is VictimAttack for run in runs if run.label == "pursuit"] == [True] * (kind != "apart")
+    labels = [run.attack.name for run in runs]
+    assert [type(run.attack) is VictimAttack for run in runs if run.attack.name == "pursuit"] == [True] * (
+        kind != "apart"
+    )
     assert ("recombination" in labels) == (kind == "asked")
     assert not any(run.moves == "companions" for run in runs)
     if kind != "apart":
@@ -164,7 +166,7 @@ def test_a_target_without_a_trunk_falls_in_joint_for_little_more_than_the_passes
         "threat.eps": 0.02, "threat.contexts": ["joint"], "batches.size": 24, "audit.samples": 0,
         "attack.recombination.passes": 60, "attack.square.queries": 10, "attack.spsa.queries": 12,
     }  # fmt: skip
-    made, seen = BatchRunner._step, 0
+    made, seen = BatchRunner._make, 0
 
     def counted(*args: Any, **settings: Any) -> RunResult:
         nonlocal seen
@@ -173,7 +175,7 @@ def test_a_target_without_a_trunk_falls_in_joint_for_little_more_than_the_passes
         seen += model.images - before
         return found
 
-    monkeypatch.setattr(BatchRunner, "_step", counted)
+    monkeypatch.setattr(BatchRunner, "_make", counted)
     results = evaluate(model, samples, protocol="msa", overrides=overrides, found_surrogates=False)
     runs = results.attacks.set_index("run")
     passes = runs["forwards"] / 24

@@ -21,7 +21,7 @@ from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.engine import evaluate as engine
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.judging.search_state import Setting
 from msa_eval.protocols import make_protocol
 from msa_eval.surrogates import get
@@ -63,7 +63,7 @@ class Watched(HPM):
 
 def _searched(
     search: SearchPrecision, kind: str, surrogate: str, *, early: bool = False, ball: Ball = BALL
-) -> tuple[Watched, Batch, list[Tensor], Outcome, JudgedBatch]:
+) -> tuple[Watched, Batch, list[Tensor], RunResult, JudgedBatch]:
     """One APGD run; with the points that the attack asked about."""
     hpm: Any = make_hpm().requires_grad_(False)
     hpm.__class__ = Watched

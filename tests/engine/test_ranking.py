@@ -41,14 +41,14 @@ def test_the_class_that_is_reached_is_aimed_at_first(loss: str, breaks: bool) ->
     """By hand: at (0.5, 0.5) the leads are 0.3 and 0.4, and a step of 0.1 takes 0.1 and 0.8 off them."""
     defense = _steep()
     batch = _batch(defense, torch.full((3, 1, 1, 2), 0.5), torch.zeros(3, dtype=torch.long))
-    run = Run(get("ste"), ApgdAttack(loss, STEPS), "apgd", loss, 0, chained=True)
+    run = Run(get("ste"), ApgdAttack(loss, STEPS), loss, 0, chained=True)
     history = BatchHistory(batch)
     judged = JudgedBatch(defense, get("ste"), batch, BALL, mixes_rows=False, setting=run.setting(defense, history))
     assert run.attack is not None
     start = torch.Generator().manual_seed(0)
     outcome = judged.finish(run.attack(judged, start))
     assert bool(outcome.any_broken.all()) == breaks
-    history.add(outcome, judged.trace())
+    history.add(outcome)
     assert (history.ranking is not None) == breaks
 
 
@@ -62,13 +62,13 @@ def test_the_classes_are_ranked_once_for_those_that_stand() -> None:
     assert 0 < right < 4
     for loss in ("margin", MALT, "margin", MALT):
         attack = ApgdAttack(loss, STEPS)
-        run = Run(get("ste"), attack, "apgd", loss, 0, chained=True)
+        run = Run(get("ste"), attack, loss, 0, chained=True)
         setting = run.setting(defense, history)
         judged = JudgedBatch(defense, get("ste"), batch, Ball("Linf", 1e-4), mixes_rows=False, setting=setting)
         points = attack(judged, torch.Generator().manual_seed(0))
         searched = judged.forwards
         outcome = judged.finish(points)
-        history.add(outcome, judged.trace())
+        history.add(outcome)
         made.append((searched, outcome.backwards))
     plain = (right * (STEPS + 1), right * STEPS)
     assert made == [plain, (plain[0] + right, plain[1] + 3 * right), plain, plain]

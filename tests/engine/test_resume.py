@@ -328,7 +328,7 @@ class _Flaky:
     [
         (lambda: RuntimeError("out of luck"), "out of luck"),
         (MemoryError, "MemoryError"),
-        (lambda: KeyError("a key"), "'a key'"),
+        (lambda: KeyError("a key"), "KeyError: 'a key'"),
     ],
 )
 def test_a_failed_run_makes_the_results_incomplete(

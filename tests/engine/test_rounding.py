@@ -16,7 +16,7 @@ from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judge import Judge
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.protocols import make_protocol
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]
@@ -47,7 +47,7 @@ class Answers:
             lowest[judge] = torch.minimum(lowest[judge], -margin_loss(exact, judge.batch.y))
             enter_apart(judge, point, logits, **iterate)
 
-        def finished(judged: JudgedBatch, x: Tensor) -> Outcome:
+        def finished(judged: JudgedBatch, x: Tensor) -> RunResult:
             outcome = finish(judged, x)
             if not judged.among_others:  # whose own rows stay, so that their leads are no points' own
                 clean = -margin_loss(judged.batch.logits, judged.batch.y)

@@ -92,11 +92,11 @@ def test_losses_that_need_more_classes(loss: str, classes: int) -> None:
 def test_every_target_and_context_gets_as_many_runs_of_a_cascade() -> None:
     """What a target has not is made up for: its first surrogate, another start, the next target class."""
     joint, solo, static = (
-        [run for run in _runs(defense, "msa", classes=10, context=context) if run.label in ("apgd", "pursuit")]
+        [run for run in _runs(defense, "msa", classes=10, context=context) if run.attack.name in ("apgd", "pursuit")]
         for defense, context in ((make_hpm(), "joint"), (make_hpm(), "solo"), (make_classifier(), "joint"))
     )
     assert len(solo) == len(static) == 20
-    assert [run.label for run in joint] == ["apgd"] * 3 + ["pursuit"]  # which has the passes of the others
+    assert [run.attack.name for run in joint] == ["apgd"] * 3 + ["pursuit"]  # which has the passes of the others
     assert [run.chained for run in joint] == [False] * 3 + [True]
     for runs in (joint, solo, static):
         assert len({run.name for run in runs}) == len(runs)
@@ -114,15 +114,15 @@ def test_overtime_is_for_samples_decided_apart_and_comes_before_the_queries() ->
         (make_hpm(), "solo", both), (make_hpm(), "alone", both),
     ):  # fmt: skip
         runs = _runs(defense, "msa", classes=10, context=context)
-        overtime = [run for run in runs if run.label == "overtime"]
+        overtime = [run for run in runs if run.attack.name == "overtime"]
         assert [run.surrogate_name for run in overtime] == expected
         if expected:
             assert runs[-2 - len(overtime) :] == [*overtime, *runs[-2:]]
-            assert [run.label for run in runs[-2:]] == ["square", "spsa"]
+            assert [run.attack.name for run in runs[-2:]] == ["square", "spsa"]
             attacks = [run.attack for run in overtime if isinstance(run.attack, BorderlineAttack)]
             assert [attack.steps for attack in attacks] == [30] * len(expected)
             assert [attack.passes for attack in attacks] == [100 // len(expected)] * len(expected)
-    assert not [r for r in _runs(make_classifier(), "msa", 10, attack__apgd__overtime=0) if r.label == "overtime"]
+    assert not [r for r in _runs(make_classifier(), "msa", 10, attack__apgd__overtime=0) if r.attack.name == "overtime"]
 
 
 def test_runs_that_gather_points_stand_in_for_the_others_in_joint_alone() -> None:
@@ -130,7 +130,7 @@ def test_runs_that_gather_points_stand_in_for_the_others_in_joint_alone() -> Non
     gathered = {"attack__recombination__runs": ["soft-hybrid:margin", "ste:margin"], "attack__recombination__steps": 7}
     own: Any = {"mine": lambda defense, z: defense.fc_logits(z)}
     joint, solo = (
-        [run for run in _runs(make_hpm(), "quick", own=own, context=context, **gathered) if run.label == "apgd"]
+        [run for run in _runs(make_hpm(), "quick", own=own, context=context, **gathered) if run.attack.name == "apgd"]
         for context in ("joint", "solo")
     )
     assert [run.name for run in joint] == [
@@ -155,13 +155,13 @@ def test_a_victim_whose_companions_move_is_not_pursued() -> None:
 
 def test_company_is_chosen_again_between_the_runs() -> None:
     """And along with the steps, towards every class, where batches that differ in one row come in closed form."""
-    labels = [run.label for run in _runs(make_hpm(), "msa", classes=10, context="composed")]
+    labels = [run.attack.name for run in _runs(make_hpm(), "msa", classes=10, context="composed")]
     assert labels[:5] == ["composition", "apgd", "apgd", "apgd", "composition"]
     assert labels[-3:] == ["composition", "square", "spsa"]
     assert (labels.count("apgd"), labels.count("composition"), labels.count("pursuit")) == (20, 8, 0)
     closed = _runs(make_hpm(), "msa", classes=10, context="composed", exchanges=True)
-    assert [run.label for run in closed].count("apgd") == 6
-    pursuits = [run for run in closed if run.label == "pursuit"]
+    assert [run.attack.name for run in closed].count("apgd") == 6
+    pursuits = [run for run in closed if run.attack.name == "pursuit"]
     assert [run.restart for run in pursuits] == list(range(18))  # six classes, three times
     assert {run.surrogate_name for run in pursuits} == {"frozen-assignment"}
 
@@ -173,7 +173,7 @@ def test_a_cascade_ends_where_its_passes_are_spent() -> None:
     z = hpm.features(x).detach()
     logits = decide(hpm, z)
     history = BatchHistory(Batch(0, x, logits.argmax(dim=1), z, logits))
-    run = next(run for run in _runs(hpm, "msa", classes=10, context="solo") if run.label == "apgd")
+    run = next(run for run in _runs(hpm, "msa", classes=10, context="solo") if run.attack.name == "apgd")
     assert run.passes == 240
     for passes, searched in ((0, True), (5 * 240 - 1, True), (5 * 240, False)):
         history.passes = passes
@@ -186,7 +186,7 @@ def test_a_cascade_ends_where_its_passes_are_spent() -> None:
 
 def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
     listed = {"attack__apgd__moves": ["companions"], "attack__apgd__losses": ["margin"]}
-    runs = [run for run in _runs(make_hpm(), **listed) if run.label == "apgd"]
+    runs = [run for run in _runs(make_hpm(), **listed) if run.attack.name == "apgd"]
     assert {run.moves for run in runs} == {"companions"}
     assert "fc-oracle" not in {run.surrogate_name for run in runs}
     assert {run.moves for run in _runs(make_classifier(), **listed)} == {"batch"}
@@ -194,7 +194,7 @@ def test_companions_are_moved_through_surrogates_that_reach_them() -> None:
 
 def test_what_stands_is_moved_alone_where_samples_are_decided_together() -> None:
     listed = {"attack__apgd__moves": ["standing"], "attack__apgd__combine": "cascade"}
-    runs = [run for run in _runs(make_hpm(), "quick", **listed) if run.label == "apgd"]
+    runs = [run for run in _runs(make_hpm(), "quick", **listed) if run.attack.name == "apgd"]
     assert {run.moves for run in runs} == {"standing"}
     assert {run.attack_name for run in runs} == {"apgd-standing"}
     assert {run.moves for run in _runs(make_classifier(), "quick", **listed)} == {"batch"}
@@ -225,7 +225,7 @@ def test_the_default_protocol_runs_on_two_classes() -> None:
 def test_recombination_and_composition_are_for_those_who_have_companions() -> None:
     def labels(defense: Any, context: str, *, exchanges: bool = False) -> set[str]:
         runs = _runs(defense, "msa", classes=10, context=context, exchanges=exchanges)
-        return {run.label for run in runs} - {"apgd", "square", "spsa"}
+        return {run.attack.name for run in runs} - {"apgd", "square", "spsa"}
 
     assert labels(make_hpm(), "joint", exchanges=True) == {"pursuit"}
     assert labels(make_hpm(), "joint") == {"recombination", "pursuit"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from scipy.stats import norm
 from msa_eval.defense.contexts import JOINT, SOLO
 from msa_eval.evidence import metrics
 from msa_eval.evidence.metrics import Mask
-from msa_eval.evidence.records import RunRecord, TargetRecord
+from msa_eval.evidence.records import TargetRecord
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
@@ -99,8 +100,12 @@ def _record(correct: Mask, final: Mask, ever: Mask, committed: Mask) -> TargetRe
     index, none = np.arange(n), np.zeros(n, dtype=np.float32)
     return TargetRecord(
         "defense", "joint", index, index, index, index, np.where(correct, index, -1), none, committed,
-        [
-            RunRecord(f"run {r}", "ste", "apgd", "ce", r, final[r], final[r], ever[r], index, none, none, 0, 0, 0, 0.0)
-            for r in range(runs)
-        ],
+        pd.DataFrame(
+            {
+                "run": [f"run {r}" for r in range(runs)], "surrogate": "ste", "attack": "apgd", "loss": "ce",
+                "restart": range(runs), "forwards": 0, "backwards": 0, "decisions": 0, "seconds": 0.0, "notes": None,
+            }
+        ),
+        surrogate_fooled=final, final_broken=final, any_broken=ever, first_iterate=np.tile(index, (runs, 1)),
+        min_margin=np.tile(none, (runs, 1)), perturbation=np.tile(none, (runs, 1)),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from msa_eval.defense.contract import decide
 from msa_eval.defense.precision import SearchPrecision
 from msa_eval.judging.deferred import Deferred
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import get
 
@@ -88,7 +88,7 @@ def test_the_counter_sees_what_makes_a_host_wait() -> None:
     assert not reads.met
 
 
-def _attack(judged: JudgedBatch, steps: int = 12) -> Outcome:
+def _attack(judged: JudgedBatch, steps: int = 12) -> RunResult:
     return judged.finish(ApgdAttack("margin", steps=steps)(judged, torch.Generator().manual_seed(0)))
 
 
@@ -128,7 +128,7 @@ def test_a_search_waits_only_where_the_batch_that_is_passed_changes() -> None:
 
 def _both(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], JudgedBatch]
-) -> tuple[JudgedBatch, Outcome, JudgedBatch, Outcome]:
+) -> tuple[JudgedBatch, RunResult, JudgedBatch, RunResult]:
     at_once = make()
     expected = _attack(at_once)
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def _both(
     return at_once, expected, late, found
 
 
-def _checked(defense: Any, batch: Batch, judged: JudgedBatch, outcome: Outcome) -> None:
+def _checked(defense: Any, batch: Batch, judged: JudgedBatch, outcome: RunResult) -> None:
     """What was found breaks what it says, passed anew in its batch, and each sample's lead is that of its point."""
     proven = torch.zeros_like(outcome.any_broken)
     for finding in judged.trace().findings:

@@ -17,7 +17,7 @@ from toys import make_classifier, make_samples
 
 from msa_eval import Classifier, Results, Samples, WholeModel, evaluate, verify
 from msa_eval.judging.majority import CONFIRM, CONFIRM_SIGMAS, JUDGE, JUDGE_SIGMAS, clear_majority, telling_draw
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.judging.replay import Replay
 from msa_eval.protocols import make_protocol
 
@@ -175,11 +175,11 @@ def test_the_order_of_the_numbers_survives_what_is_taken_back(data: st.DataObjec
     wrong = torch.tensor([data.draw(flags) for _ in range(iterates)])
     rights = [correct, *(correct & ~shown for shown in wrong)]
     ever = wrong.any(dim=0)
-    outcome = Outcome(
+    outcome = RunResult(
         surrogate_fooled=ever, final_broken=wrong[-1], any_broken=ever,
         first_iterate=torch.where(ever, wrong.long().argmax(dim=0), -1), min_margin=torch.where(ever, -1.0, 1.0),
         perturbation=torch.zeros(n), committed=min(rights, key=lambda right: int(right.sum())),
-        forwards=0, backwards=0, decisions=0,
+        forwards=0, backwards=0, decisions=0, taken_back=torch.zeros_like(ever),
     )  # fmt: skip
     taken = torch.tensor(data.draw(flags)) & ever & correct
     left = outcome.taking_back(taken, correct)

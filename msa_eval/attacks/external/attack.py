@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msa_eval.attacks.attacked_batch import AttackedBatch
+from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.external.adapter import LibraryAttack
 from msa_eval.attacks.external.batch_model import BatchModel
 from msa_eval.attacks.external.sanitize import run_guarded
@@ -15,7 +15,7 @@ from msa_eval.defense.contract import modules_of
 
 
 @dataclass(frozen=True)
-class ExternalAttack:
+class ExternalAttack(Attack):
     """An attack of other libraries on whole batches.
 
     Where rows are decided apart from each other (in ``solo``, ``alone`` and ``composed``, or by a target that ignores
@@ -29,6 +29,11 @@ class ExternalAttack:
 
     library_attack: LibraryAttack
     turn: int = 0
+
+    @property
+    def name(self) -> str:
+        """``library:attack``."""
+        return self.library_attack.name
 
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return its points, made sound; what had to be mended stands in the batch's ``faults``."""

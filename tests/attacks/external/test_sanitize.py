@@ -26,7 +26,7 @@ from msa_eval.attacks.external import (
 from msa_eval.attacks.external.attack import ExternalAttack
 from msa_eval.defense.contract import decide
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.outcomes import Outcome
+from msa_eval.judging.outcomes import RunResult
 from msa_eval.surrogates import FC_ORACLE, STE
 
 BALL = Ball("Linf", 0.06)
@@ -71,7 +71,7 @@ def _run_guarded(search: Toy) -> tuple[Found, JudgedBatch, Batch]:
     return run_guarded(_peer(search), _batch_model(judged, batch), seed=SEED), judged, batch
 
 
-def _run(search: Toy) -> tuple[Outcome, Batch]:
+def _run(search: Toy) -> tuple[RunResult, Batch]:
     judged, batch = _case()
     attack = ExternalAttack(_peer(search))
     return judged.finish(attack(judged, torch.Generator().manual_seed(0))), batch
