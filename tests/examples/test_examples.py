@@ -37,6 +37,21 @@ def test_batch_statistics_depend_on_the_batch_and_fall_in_it() -> None:
     assert alone["clean"] > 90
 
 
+def test_adaptation_that_is_set_back_is_evaluated_and_falls_one_sample_at_a_time() -> None:
+    table = run("tent")
+    numbers = column(table)
+    assert "[batch_dependence]" in table
+    assert "[state_guard]" not in table
+    assert numbers["worst_case"] < numbers["paper"] - 30 < numbers["clean"] - 30
+
+
+def test_companions_vote_in_label_propagation() -> None:
+    table = run("label_propagation")
+    numbers = column(table)
+    assert "[batch_dependence]" in table
+    assert numbers["worst_case"] < numbers["paper"] - 10 < numbers["clean"] - 30
+
+
 def test_random_features_are_found_out_and_judged_by_the_majority() -> None:
     table = run("random_features")
     numbers = column(table)
