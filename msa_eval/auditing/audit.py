@@ -23,10 +23,10 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.batch import Batch
 from msa_eval.auditing.evidence_signs import signs_from
 from msa_eval.auditing.probes import Probes
-from msa_eval.auditing.rules import weighed, without_advice
 from msa_eval.auditing.sign import Sign, Verdict, verdict_of
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.auditing.surrogate_search import SurrogateSearch
+from msa_eval.auditing.weighing import weighed, without_advice
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.micro_batches import in_smaller_parts

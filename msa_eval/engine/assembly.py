@@ -12,7 +12,7 @@ import pandas as pd
 
 from msa_eval._version import __version__
 from msa_eval.auditing.audit import Sign, signs_from, verdict_of
-from msa_eval.auditing.rules import weighed, without_advice
+from msa_eval.auditing.weighing import weighed, without_advice
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.engine.continued import digest_of
 from msa_eval.engine.messages import Failure

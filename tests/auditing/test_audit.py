@@ -24,8 +24,8 @@ from msa_eval.auditing.rules import (
     one_step_beats_forty,
     surrogate_disagrees,
     transfer_beats_direct,
-    weighed,
 )
+from msa_eval.auditing.weighing import weighed
 from msa_eval.defense.contract import decide
 from msa_eval.errors import AttackError
 from msa_eval.evidence.results import Results

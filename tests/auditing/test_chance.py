@@ -13,7 +13,8 @@ from toys import make_classifier, make_samples
 
 from msa_eval import Samples, audit, evaluate
 from msa_eval.auditing.chance import against_chance, ranges
-from msa_eval.auditing.rules import OF_ATTACKS, clean_at_chance
+from msa_eval.auditing.rules import clean_at_chance
+from msa_eval.auditing.weighing import OF_ATTACKS
 
 Y = np.arange(60) % 10
 RANDOM = np.random.default_rng(0).integers(0, 10, 60)
