@@ -133,7 +133,7 @@ def run(
     click.echo(render_table(results, all_runs=all_runs))
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))
-    click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s")
+    click.echo(f"\nCSV tables and run.json in {out}, {results.run['seconds']:.0f} s on {device}")
     write_report(out)
     options.check_complete(results.summary, "target")
     if strict and results.run["verdict"] != "sound":

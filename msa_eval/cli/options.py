@@ -92,7 +92,7 @@ def assignments(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def device(command: Callable[..., None]) -> Callable[..., None]:
-    """The option --device; a device that was found, not named, is told in one line."""
+    """The option --device; an accelerator that was found, not named, is told in one line."""
 
     @functools.wraps(command)
     def gathered(device: str, **given: Any) -> None:
@@ -100,7 +100,7 @@ def device(command: Callable[..., None]) -> Callable[..., None]:
             from msa_eval.device import automatic_device
 
             device = automatic_device()
-            if not given.get("quiet"):
+            if device != "cpu" and not given.get("quiet"):
                 click.echo(f"note: computing on {device} (--device changes it)", err=True)
         command(device=device, **given)
 

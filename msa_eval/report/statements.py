@@ -34,14 +34,15 @@ def statements(results: Results) -> list[str]:
 
 
 def _worst_case(results: Results) -> str:
-    run, threat = results.run, tomllib.loads(results.run["protocol"]["text"])["threat"]
+    run, threat = results.run, tomllib.loads(results.run["protocol"]["text"]).get("threat", {})
     protocol = f"{run['protocol']['name']} v{run['protocol']['version']}"
     changed = ", modified" if run["protocol"]["modified"] else ""
+    ball = f"{threat.get('norm')}, \N{GREEK SMALL LETTER EPSILON} = {threat.get('eps')}"
     clean = frames.number(results, "defense", frames.contexts_of(results)[0], "clean")["value"]
     return (
-        f"Under protocol {protocol}{changed} ({threat['norm']}, \N{GREEK SMALL LETTER EPSILON} = {threat['eps']}), the "
-        f"defence classifies in the worst case {_numbers(results, 'defense')} of {run['data']['n']} samples correctly "
-        f"(95 % intervals in brackets); on clean batches it is {100 * clean:.1f} %."
+        f"Under protocol {protocol}{changed} ({ball}), "
+        f"the defence classifies in the worst case {_numbers(results, 'defense')} of {run['data']['n']} samples "
+        f"correctly (95 % intervals in brackets); on clean batches it is {100 * clean:.1f} %."
     )
 
 

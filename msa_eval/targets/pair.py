@@ -54,8 +54,10 @@ def make_targets(
     if fc is not None and fc is not False:
         classifier = _counted(fc, images, device)
         targets["fc"] = in_parts(classifier, None if isinstance(classifier, WholeModel) else micro_batch)
+    # Noise serves as well as the data here, and no image is decoded for it but the first, whose shape it has.
+    noise = torch.rand((min(IMAGES, micro_batch or IMAGES), *samples.shape), generator=torch.Generator().manual_seed(0))
     for one in targets.values():
-        find_own_gradients(one, onto(images(), device))
+        find_own_gradients(one, onto(noise, device))
     return targets
 
 

@@ -67,7 +67,7 @@ def test_all_variants_share_start_samples_batches_and_protocol(folder: Path) -> 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=ids)
 def test_the_document_shows_the_table_and_the_pairs(folder: Path) -> None:
-    text = (ROOT / "docs/ablation.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/research/ablation.md").read_text(encoding="utf-8")
     ablation = Ablation.load(folder)
     assert render_ablation(ablation) in text
     part = text.partition(f"results/{folder.name}/")[2]

@@ -1,4 +1,4 @@
-"""The committed figures' tables agree with the formulas, with themselves and with what docs/sensitivity.md says."""
+"""The committed figures' tables agree with the formulas, with themselves and with what the documentation says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_papers_figures_follow_from_the_formulas() -> None:
 
 @pytest.mark.parametrize("folder", CURVES, ids=lambda folder: folder.name)
 def test_the_documentation_shows_the_curves(folder: Path) -> None:
-    text = (ROOT / "docs/sensitivity.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/research/sensitivity.md").read_text(encoding="utf-8")
     curves = pd.read_csv(folder / "curves.csv")
     for head, title in (("fc", "FC"), ("l2", "ℓ2")):
         for run, name in (("own", "own"), ("worst_case", "worst case")):
