@@ -156,9 +156,20 @@ def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: st
         notes += [
             f"{word} was made for images of {built.size}x{built.size}, but gets {images.shape[-2]}x{images.shape[-1]}"
         ]
+        _check_size(word, built.model, images)
     if images is None:
         images = torch.rand(2, 3, *2 * [built.size or 224], generator=torch.Generator().manual_seed(0))
     return _split(word, word, built.model, images, head, whole, about, notes)
+
+
+def _check_size(word: str, model: nn.Module, images: Tensor) -> None:
+    """Find out whether a model takes images of a size that it was not made for: some do, some don't."""
+    try:
+        with torch.no_grad():
+            model(images[:1].clone())
+    except (RuntimeError, ValueError, AssertionError) as error:
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"{word}: the model can't take images of shape {shape}: {error}") from error
 
 
 def _own(
