@@ -176,6 +176,7 @@ def test_names_of_the_package_exist(page: str) -> None:
             path = f"{path}.{part}"
             with contextlib.suppress(ImportError):
                 importlib.import_module(path)
+            assert hasattr(found, part), path
             found = getattr(found, part)
 
 

@@ -16,23 +16,6 @@ from typing import Any
 
 from msa_eval.attacks.ball import Ball
 from msa_eval.attacks.external.adapter import LibraryAttack
-from msa_eval.attacks.external.batch_model import BatchModel
-from msa_eval.attacks.external.faults import ExternalAttackError, Fault, describe_faults
-from msa_eval.attacks.external.sanitize import Found, run_guarded
-
-__all__ = [
-    "LIBRARIES",
-    "BatchModel",
-    "ExternalAttackError",
-    "Fault",
-    "Found",
-    "LibraryAttack",
-    "describe_faults",
-    "find",
-    "installed",
-    "library_of",
-    "run_guarded",
-]
 
 LIBRARIES: Mapping[str, tuple[str, str]] = {
     "autoattack": ("pyautoattack", "pip install pyautoattack==0.2.0"),
