@@ -64,13 +64,13 @@ class ApgdBudget:
             Where companions can't be moved, a run that would move them attacks the next target class instead. A loss
             that needs more classes than the target has is replaced by the margin. So every target gets the same number
             of runs.
-        moves: which images a run moves, in ``joint`` on a batch-dependent target: the whole ``batch``; each ``image``
-            among companions that stay; the ``companions`` of an image that stays; or, in a cascade, the ``standing``
-            (unbroken) images, while broken ones stay as they are and cost no more passes.
-        combine: ``separate`` runs each attack one surrogate. ``mean`` attacks the mean of the surrogates' losses,
-            ``alternate`` another surrogate in each step. In a ``cascade`` a run attacks only the samples that are still
-            unbroken, from the best points so far, or from a random start if the run is listed again. Where samples are
-            decided independently, a sample leaves the search as soon as it is broken.
+        moves: which images a run moves, in ``joint`` on a batch-dependent target: the whole ``batch``; the
+            ``companions`` of an image that stays; or, in a cascade, the ``standing`` (unbroken) images, while broken
+            ones stay as they are and cost no more passes.
+        combine: ``separate`` runs each attack one surrogate. ``mean`` attacks the mean of the surrogates' losses. In a
+            ``cascade`` a run attacks only the samples that are still unbroken, from the best points so far, or from a
+            random start if the run is listed again. Where samples are decided independently, a sample leaves the search
+            as soon as it is broken.
         passes: in a cascade: no further run starts on a batch after this many forward passes per sample. Default: as
             many as the listed runs take. Samples that break early leave their passes to the unbroken ones.
         overtime: after a cascade, on targets that decide samples independently: this many more passes per sample, all

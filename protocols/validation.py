@@ -17,10 +17,10 @@ from msa_eval.quantity import as_number
 SCHEMA = 1
 
 
-COMBINATIONS = ("separate", "mean", "alternate", "cascade")
+COMBINATIONS = ("separate", "mean", "cascade")
 
 
-MOVES = ("batch", "image", "companions", "standing")
+MOVES = ("batch", "companions", "standing")
 
 
 def _text(value: Any) -> str:
@@ -196,8 +196,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             found.append(f"{key} ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
     if "standing" in moves and values.get("attack.apgd.combine") != "cascade":
         found.append("only a cascade knows what stands; give attack.apgd.combine = 'cascade', or move the batch")
-    if values.get("attack.apgd.combine") in ("mean", "alternate") and set(moves) - {"batch", ""}:
-        found.append("surrogates combined by mean or alternate move the batch; leave attack.apgd.moves out")
+    if values.get("attack.apgd.combine") == "mean" and set(moves) - {"batch", ""}:
+        found.append("surrogates combined by mean move the batch; leave attack.apgd.moves out")
     if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:
         found.append("attack.recombination.steps is of its own runs; give attack.recombination.runs, or leave it out")
     if "attack.recombination.runs" in values and not any(key.startswith("attack.apgd.") for key in values):
@@ -205,8 +205,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     if "attack.apgd.runs" in values:
         other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
         found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]
-        if values.get("attack.apgd.combine") in ("mean", "alternate"):
-            found.append("attack.apgd.runs can't be combined by mean or alternate; give surrogates and losses")
+        if values.get("attack.apgd.combine") == "mean":
+            found.append("attack.apgd.runs can't be combined by mean; give surrogates and losses")
     return found
 
 

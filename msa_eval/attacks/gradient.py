@@ -15,7 +15,6 @@ from msa_eval.attacks.losses import (
     MALT,
     TARGETED,
     Loss,
-    alternating,
     averaged,
     by_likelihood,
     focused,
@@ -84,7 +83,6 @@ class ApgdAttack(Attack):
         loss: its name.
         steps: gradient steps.
         target: the rank of the class that a targeted loss pushes towards.
-        turns: on an ensemble, whether its members take turns; else their mean is followed.
         from_start: whether to start at the batch's starting points; else at random ones.
     """
 
@@ -93,7 +91,6 @@ class ApgdAttack(Attack):
     loss: str
     steps: int
     target: int = 0
-    turns: bool = False
     from_start: bool = False
 
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
@@ -129,6 +126,4 @@ class ApgdAttack(Attack):
             loss = targeted_dlr(most_likely_others(likely, attacked.batch.y, self.target)[rows])
         else:
             loss = LOSSES[self.loss]
-        if not attacked.ensemble:
-            return loss
-        return alternating(loss, calls=attacked.eot) if self.turns else averaged(loss)
+        return averaged(loss) if attacked.ensemble else loss

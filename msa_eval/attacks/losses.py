@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -99,25 +98,6 @@ def averaged(loss: Loss) -> Loss:
         return torch.stack([loss(member, y) for member in logits]).mean(dim=0)
 
     return mean
-
-
-def alternating(loss: Loss, *, calls: int = 1) -> Loss:
-    """A loss of an ensemble's logits ``(S, B, k)``: its value is the mean, its gradient each member's in turn.
-
-    With one value for all steps, an attack can tell whether a step was one forward.
-
-    Args:
-        loss: of each member.
-        calls: how many calls make a step.
-    """
-    steps = itertools.count()
-
-    def turn(logits: Tensor, y: Tensor) -> Tensor:
-        losses = torch.stack([loss(member, y) for member in logits])
-        one = losses[next(steps) // calls % len(losses)]
-        return one + (losses.mean(dim=0) - one).detach()
-
-    return turn
 
 
 def focused(loss: Loss, rows: Callable[[], Tensor]) -> Loss:

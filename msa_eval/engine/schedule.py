@@ -17,7 +17,7 @@ from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import MALT, MIN_CLASSES, TARGETED
 from msa_eval.attacks.pursuit import PursuitAttack, RecombinationAttack, VictimAttack
 from msa_eval.attacks.query import SpsaAttack, SquareAttack
-from msa_eval.defense.contexts import JOINT, AmongOthers, Context, OneAtATime
+from msa_eval.defense.contexts import JOINT, AmongOthers, Context
 from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.search_state import Setting
@@ -95,10 +95,8 @@ class Run:
         """
         still = history.best if self.chained else history.clean
         counted = history.unbroken if self.chained else None
-        view: OneAtATime | AmongOthers | None = None
-        if self.moves == "image":
-            view = OneAtATime(defense, still.z)
-        elif self.moves == "companions":
+        view: AmongOthers | None = None
+        if self.moves == "companions":
             view = AmongOthers(defense, still.z)
             counted = victim if victim is not None else history.unbroken if self.chained else history.correct
         if self.passes is not None and history.passes >= self.passes * len(history.broken):
@@ -258,7 +256,6 @@ def _apgd_runs(budget: ApgdBudget, surrogates: UsableSurrogates, num_classes: in
             loss,
             budget.steps,
             target=again % (num_classes - 1),
-            turns=budget.combine == "alternate",
             from_start=chained and bool(runs) and again == 0,
         )
         runs.append(Run(has[name], attack, loss, again, chained, moves, budget.passes))

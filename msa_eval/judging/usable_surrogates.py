@@ -153,7 +153,7 @@ def select_surrogates(
         own=[s.name for s in usable if s.name in own],
         turns=more.turns,
     )
-    if budget.combine in ("mean", "alternate") and len(attacked := surrogates.of(budget)) > 1:
+    if budget.combine == "mean" and len(attacked := surrogates.of(budget)) > 1:
         surrogates = replace(surrogates, together=ensemble(budget.combine, attacked, defense, batch.x, batch.z))
     moves = {*budget.moves, *(run.moves for run in (*budget.runs, *gathering.runs))}
     pursues = batch_dependent and len(batch.x) > 1 and recombination.passes and budget.victim is None

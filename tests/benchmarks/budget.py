@@ -65,7 +65,6 @@ def contenders(eps: Any, samples: int) -> Iterator[tuple[str, Protocol]]:
                 "attack.apgd.targets": 7, **steps}  # fmt: skip
     yield "separate", make_protocol({**base, **steps, "attack.apgd.runs": still, "attack.apgd.combine": "separate"})
     yield "mean", make_protocol({**base, **together, "attack.apgd.combine": "mean"})
-    yield "alternate", make_protocol({**base, **together, "attack.apgd.combine": "alternate"})
     yield "cascade", make_protocol({**base, **steps, "attack.apgd.runs": still, "attack.apgd.combine": "cascade"})
     yield (
         "cascade, companions",

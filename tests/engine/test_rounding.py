@@ -20,8 +20,8 @@ from msa_eval.judging.outcomes import RunResult
 from msa_eval.protocols import make_protocol
 
 RUNS = ["fc-oracle:margin", "soft-hybrid@0.3:dlr-targeted", "ste:margin", "fc-oracle:ce"]
-MOVES = ["fc-oracle:margin", "soft-hybrid@0.3:margin:companions", "ste:margin:image", "frozen-assignment:dlr:standing"]
-OWN = ["soft-hybrid@0.3:margin", "mine:margin:image", "mine:margin:standing", "mine:margin"]
+MOVES = ["fc-oracle:margin", "soft-hybrid@0.3:margin:companions", "ste:margin", "frozen-assignment:dlr:standing"]
+OWN = ["soft-hybrid@0.3:margin", "mine:margin:standing", "mine:margin"]
 
 
 class Answers:

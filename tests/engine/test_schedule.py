@@ -209,12 +209,10 @@ def test_a_cascade_starts_at_random_then_from_the_best_and_again_at_random_where
     assert not any(run.chained for run in separate)
 
 
-@pytest.mark.parametrize("combine", ["mean", "alternate"])
-def test_surrogates_attacked_together_are_one(combine: str) -> None:
-    runs = _runs(make_hpm(), "quick", attack__apgd__combine=combine)
-    assert [run.name for run in runs] == [f"{combine}:apgd-ce:0", f"{combine}:apgd-dlr:0", "target:square-margin:0"]
-    assert [run.attack.turns for run in runs[:2] if isinstance(run.attack, ApgdAttack)] == [combine == "alternate"] * 2
-    alone = _runs(make_classifier(), "quick", attack__apgd__combine=combine)
+def test_surrogates_attacked_together_are_one() -> None:
+    runs = _runs(make_hpm(), "quick", attack__apgd__combine="mean")
+    assert [run.name for run in runs] == ["mean:apgd-ce:0", "mean:apgd-dlr:0", "target:square-margin:0"]
+    alone = _runs(make_classifier(), "quick", attack__apgd__combine="mean")
     assert [run.surrogate_name for run in alone] == ["fc-oracle", "fc-oracle", "target"]
 
 
