@@ -14,6 +14,7 @@ from msa_eval.auditing.rules import (
     transfer_beats_direct,
 )
 from msa_eval.auditing.sign import Sign
+from msa_eval.evidence.records import CARRIED
 from msa_eval.evidence.results import Results
 
 
@@ -32,6 +33,23 @@ def gradient_free_only(passes: float) -> Sign:
         f"too high against whoever has more of them, or a gradient"
     )
     return Sign("gradient_free_only", True, "suspect", passes, 0.0, reason[0].upper() + reason[1:] + ".")
+
+
+def weaker_than_narrower(carried: int, n: int) -> Sign:
+    """Whether attacks that control more broke less than attacks in a context with less control did.
+
+    Args:
+        carried: samples that were broken in a narrower context, and by no attack of this one.
+        n: all samples.
+
+    >>> weaker_than_narrower(3, 100).fired, weaker_than_narrower(2, 100).fired, weaker_than_narrower(3, 1000).fired
+    (True, False, False)
+    """
+    fired = carried > 2 and carried / n > 0.01
+    reason = f"{carried} of {n} samples were broken only by what a narrower context found, and count as broken"
+    if fired:
+        reason += "; the search with more control was too weak, so that its number may be too high: give it more passes"
+    return Sign("weaker_than_narrower", fired, "suspect", carried / n, 0.01, reason + ".")
 
 
 def signs_from(results: Results, *, target: str = "defense") -> list[Sign]:
@@ -64,9 +82,11 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
     wide = outcomes.pivot(index="index", columns="run", values="any_broken").loc[right.index]
     broken: dict[str, Mask] = {str(run): wide[run].to_numpy(dtype=bool) & right.to_numpy() for run in wide.columns}
     kinds = {str(row["run"]): row for row in attacks.to_dict(orient="records")}
-    free = [run for run in broken if kinds[run]["attack"] in gradient_free()]
+    carried = [run for run in broken if str(kinds[run]["attack"]).startswith(CARRIED)]
+    made = [run for run in broken if run not in carried]
+    free = [run for run in made if kinds[run]["attack"] in gradient_free()]
     # Attacks of other libraries have a colon in their names; the signs are of our own runs.
-    white = [run for run in broken if kinds[run]["attack"] not in gradient_free() and ":" not in kinds[run]["attack"]]
+    white = [run for run in made if kinds[run]["attack"] not in gradient_free() and ":" not in kinds[run]["attack"]]
     # A run of a cascade goes on from the points of earlier ones, so runs say nothing about each other there.
     continued = 'combine = "cascade"' in results.run.get("protocol", {}).get("text", "")
     signs = [
@@ -75,7 +95,9 @@ def _signs_in(results: Results, target: str, context: str) -> list[Sign]:
             results.run["targets"][target]["num_classes"],
         )
     ]  # fmt: skip
-    if free and len(free) == len(broken):
+    if carried:
+        signs.append(weaker_than_narrower(int(_union(broken, carried, len(right)).sum()), len(right)))
+    if free and not attacks["backwards"].any():
         signs.append(gradient_free_only(float(attacks["forwards"].sum()) / len(right)))
     elif free:
         only = _union(broken, free, len(right)) & ~_union(broken, white, len(right))

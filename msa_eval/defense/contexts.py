@@ -205,6 +205,7 @@ class Context:
         one_batch_per_sample: whether each sample has adversarial batches of its own, in which no other image is moved.
         has_companions: whether other images sit beside it.
         chooses_companions: whether the attacker chooses these.
+        includes: the contexts whose attacker can do nothing that this one can't: what is broken there is broken here.
     """
 
     name: str
@@ -213,6 +214,7 @@ class Context:
     one_batch_per_sample: bool = True
     has_companions: bool = True
     chooses_companions: bool = False
+    includes: tuple[str, ...] = ()
 
     @property
     def proof_kinds(self) -> tuple[str, ...]:
@@ -236,7 +238,7 @@ class Context:
 
 JOINT = Context(
     "joint", "every image of the batch", "some adversarial batch makes the target wrong on it",
-    one_batch_per_sample=False,
+    one_batch_per_sample=False, includes=("solo",),
 )  # fmt: skip
 
 
@@ -248,7 +250,7 @@ ALONE = Context("alone", "the one image, in a batch of one", "the target is wron
 
 COMPOSED = Context(
     "composed", "the one image, and which clean images of a pool sit beside it", "some such batch makes it wrong",
-    chooses_companions=True,
+    chooses_companions=True, includes=("solo",),
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.engine.collector import Collector
 from msa_eval.engine.continued import Continued
 from msa_eval.engine.executors import Executor, executor_of
+from msa_eval.engine.inclusion import carried_proofs, carry_over, not_carried
 from msa_eval.engine.output import pictures, save, write_results
 from msa_eval.engine.resume import ResumeStore, opened
 from msa_eval.engine.state import EvaluationState
@@ -274,9 +275,8 @@ def _carried_out(
     engine.make(every, evaluation)
     records: list[TargetRecord] = []
     for plan in plans:
-        for collector in collectors[plan.name]:
-            records.append(collector.record())
-            evaluation.failures += collector.failures
+        records += carry_over([collector.record() for collector in collectors[plan.name]])
+        evaluation.failures += [failure for one in collectors[plan.name] for failure in one.failures]
         # A target that ignores its companions answers the same in all contexts.
         same = plan.protocol.contexts[len(collectors[plan.name]) :]
         records += [dataclasses.replace(records[-1], context=context) for context in same]
@@ -287,21 +287,8 @@ def _carried_out(
             signs[plan.name].append(collectors[plan.name][0].guard.sign())
         except Exception as error:
             evaluation.fail(plan.name, "the state guard", error)
-    parts = {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None}
-    last = [plan.name for plan in plans if passed_last(plan.defense)]
-    copied = [plan.name for plan in plans if plan.search.trunk is not None]
-    rounds = about["search"]["precision"] == "bf16"
-    full_precision = [plan.name for plan in plans if rounds and not plan.search.rough]
-    more: dict[str, Any] = {
-        "micro_batch": parts,
-        "channels_last": last,
-        "bf16_copy": copied,
-        "fp32_search": full_precision,
-    }
-    more["whole"] = why_whole({plan.name: plan.defense for plan in plans})
+    more = _remarks_on(plans, rounds=about["search"]["precision"] == "bf16")
     more["begun_elsewhere"] = evaluation.store.environments
-    found = {plan.name: plan.finding.about() for plan in plans if plan.finding is not None}
-    more["found_surrogates"] = {name: tried for name, tried in found.items() if tried}
     run = {**about, "taken_back": taken_back(records, about["draws"])}
     run |= {name: value for name, value in more.items() if value}
     results = tabulate(records, run | {"verdict": "not audited"})
@@ -311,10 +298,14 @@ def _carried_out(
     results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(evaluation.store.seconds, 3)})
     if out is None:
         return results
+    proofs = [proof for one in every for proof in one.proofs]
+    clean = plans[0].clean
+    carried = carried_proofs(proofs, records, [clean.chosen[places] for places in clean.batch_plan])
+    best_points = not_carried([proof for one in every for proof in one.others], carried)
     write = functools.partial(
         write_results, results=results, force=force, plans=plans,
-        proofs=[proof for one in every for proof in one.proofs] if evaluation.keep else None,
-        others=[proof for one in every for proof in one.others] if evaluation.every else None,
+        proofs=[*proofs, *carried] if evaluation.keep else None,
+        others=best_points if evaluation.every else None,
         pictures=pictures([shown for one in every for shown in one.exhibits()]), progress=evaluation.progress,
     )  # fmt: skip
     results = save(write, out)
@@ -324,6 +315,19 @@ def _carried_out(
     if not evaluation.failures:
         evaluation.store.finish()
     return results
+
+
+def _remarks_on(plans: Sequence[TargetPlan], *, rounds: bool) -> dict[str, Any]:
+    """What ``run.json`` says of how each target was passed, and what was found of it."""
+    found = {plan.name: plan.finding.about() for plan in plans if plan.finding is not None}
+    return {
+        "micro_batch": {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None},
+        "channels_last": [plan.name for plan in plans if passed_last(plan.defense)],
+        "bf16_copy": [plan.name for plan in plans if plan.search.trunk is not None],
+        "fp32_search": [plan.name for plan in plans if rounds and not plan.search.rough],
+        "whole": why_whole({plan.name: plan.defense for plan in plans}),
+        "found_surrogates": {name: tried for name, tried in found.items() if tried},
+    }
 
 
 def _runners(plan: TargetPlan) -> list[BatchRunner]:

@@ -10,6 +10,9 @@ import pandas as pd
 
 from msa_eval.defense.contexts import CONTEXTS
 
+CARRIED = "from-"
+"""How the attack of a run is named that made no pass: what it broke was broken in the context that follows."""
+
 
 @dataclass(frozen=True)
 class TargetRecord:

@@ -100,7 +100,10 @@ class Results:
                              f"but got {target!r:.40} and {context!r:.40}")  # fmt: skip
         protocol = make_protocol(tomllib.loads(self.run["protocol"]["text"]), source="the protocol in run.json")
         sizes = Counter(self.batches["batch"].tolist())
-        return read(self.folder, self.run, protocol.ball, sizes, target=target, context=context)
+        run = load_run(self.folder)  # the files' hashes stand there
+        if run.get("key") != self.run.get("key"):
+            raise ValueError(f"{self.folder} holds other results by now")
+        return read(self.folder, run, protocol.ball, sizes, target=target, context=context)
 
     def save(
         self,
