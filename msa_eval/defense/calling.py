@@ -34,6 +34,9 @@ class Taken(NamedTuple):
 def call(code: Callable[..., Any], given: Tensor, *more: Any, **settings: Any) -> Any:
     """Call a target's code with a copy of a tensor, so that code which writes into what it is given changes only that.
 
+    No code is given an empty batch, which ``x.view(len(x), -1)`` can't take: it answers for one row of zeros, and no
+    row of that is returned.
+
     Args:
         code: the target's.
         given: images or features ``(B, ...)``.
@@ -50,6 +53,9 @@ def call(code: Callable[..., Any], given: Tensor, *more: Any, **settings: Any) -
     >>> call(lambda x: x.sub_(1), x).sum(), x.sum()
     (tensor(0.), tensor(6.))
     """
+    if not len(given):
+        answer = logits_in(call(code, given.new_zeros(1, *given.shape[1:]), *more, **settings)).value
+        return answer[:0] if isinstance(answer, Tensor) else answer
     copy = given.clone()
     if copy.requires_grad:
         copy.retain_grad()  # for code that asks for the gradient of what it is given

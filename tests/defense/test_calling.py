@@ -62,6 +62,18 @@ def test_code_may_ask_for_the_gradient_of_what_it_is_given() -> None:
     assert torch.equal(call(adapting, x.requires_grad_()), -x)
 
 
+@pytest.mark.parametrize("wrapped", [lambda z: z, lambda z: {"logits": z}])
+def test_an_empty_batch_is_never_passed(wrapped: Callable[[Tensor], Any]) -> None:
+    def reshaping(x: Tensor) -> Any:
+        return wrapped(x.view(len(x), -1))
+
+    none = torch.zeros(0, 3, 2, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="0 elements"):
+        reshaping(none)
+    found = call(reshaping, none)
+    assert (found.shape, found.dtype) == ((0, 12), torch.float64)
+
+
 @pytest.mark.parametrize("error", [KeyError("head"), TypeError("no"), AssertionError("guard"), AttributeError("x")])
 def test_errors_of_other_kinds_become_one_that_names_them(error: Exception) -> None:
     def failing(x: Tensor) -> Tensor:

@@ -83,6 +83,38 @@ class Counts(Around):
         return self.model(x.view(len(x), -1))
 
 
+class LooksAtItsBatch(Counts):
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        return out - 0.1 * out.mean(dim=0)
+
+
+class CountsInParts(Around):
+    """A trunk and a decision that can't take an empty batch, and no companions that matter."""
+
+    batch_dependent = False
+
+    def features(self, x: Tensor) -> Tensor:
+        assert len(x)
+        out: Tensor = self.model[:3](x.view(len(x), -1))
+        return out
+
+    def logits(self, z: Tensor) -> Tensor:
+        assert len(z)
+        out: Tensor = self.model[3](z.view(len(z), -1))
+        return out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(self.features(x))
+
+
+class LooksAtItsBatchInParts(CountsInParts):
+    batch_dependent = True
+
+    def logits(self, z: Tensor) -> Tensor:
+        return super().logits(z - 0.1 * z.mean(dim=0))
+
+
 class Trunk:
     """A defence that is no module, whose parts write into what they are given."""
 
@@ -183,6 +215,15 @@ def test_a_model_in_any_wrapping_has_the_figures_of_the_plain_one(
     assert torch.equal(SAMPLES.x, x)
     assert bool(notes) is bool(note)
     assert note in " ".join(notes)
+
+
+@pytest.mark.filterwarnings("ignore:.*once a sample")
+@pytest.mark.parametrize("make", [Counts, LooksAtItsBatch, CountsInParts, LooksAtItsBatchInParts])
+def test_no_context_and_no_audit_passes_an_empty_batch(make: Callable[[], nn.Module]) -> None:
+    every = {"threat.contexts": ["joint", "solo", "alone", "composed"], "audit.samples": 8, "batches.size": 4}
+    protocol = make_protocol(PROTOCOL.values, overrides=every)
+    found = evaluate(make(), SAMPLES.x[:8], SAMPLES.y[:8], protocol=protocol, notify=lambda note: None)
+    assert found.run["verdict"] != "incomplete"
 
 
 def test_an_audit_says_the_same(plain: Results) -> None:
