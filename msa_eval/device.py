@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msa_eval.progress import Notify
+
 ASYNCHRONOUS = ("cuda",)
 """Devices that compute while the host goes on, and that reading a value would stop."""
 
@@ -56,6 +58,14 @@ def check_device(device: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from error
+    return name
+
+
+def device_for(device: str, notify: Notify) -> str:
+    """As `check_device`; an accelerator that ``auto`` found is said in one line."""
+    name = check_device(device)
+    if device == "auto" and name != "cpu":
+        notify(f"computing on {name} (device= changes it)")
     return name
 
 

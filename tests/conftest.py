@@ -41,9 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def steady() -> Iterator[None]:
-    """Whether `auto` finds bf16 faster depends on what else the machine does, so here it never does."""
+    """What `auto` finds is the machine's and depends on its load: here bf16 is never faster, and there is no GPU."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("msa_eval.defense.precision.WORTH", math.inf)
+        patched.setattr("msa_eval.device.automatic_device", lambda: "cpu")
         yield
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from toys import make_classifier, make_samples
 
-from msa_eval.device import check_device, onto
+import msa_eval
+from msa_eval.device import check_device, device_for, onto
+from msa_eval.engine.executors import LocalExecutor
+from msa_eval.protocols import make_protocol
+from msa_eval.studies.crosscheck import crosscheck
 
 
 class _Recorded:
@@ -52,3 +59,42 @@ def test_a_device_that_is_not_there() -> None:
             check_device("cuda")
     with pytest.raises(ValueError, match="can't be used here"):
         check_device("nonsense")
+
+
+def test_an_accelerator_that_was_found_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    assert device_for("auto", notes.append) == device_for("cpu", notes.append) == "cpu"
+    assert not notes
+    monkeypatch.setattr("msa_eval.device.automatic_device", lambda: "meta")
+    assert device_for("auto", notes.append) == device_for("meta", notes.append) == "meta"
+    assert notes == ["computing on meta (device= changes it)"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [msa_eval.evaluate, msa_eval.audit, msa_eval.verify, msa_eval.finetune, msa_eval.ablate, crosscheck],
+)
+def test_the_device_is_found_by_default(function: Callable[..., Any]) -> None:
+    assert inspect.signature(function).parameters["device"].default == "auto"
+
+
+def test_an_evaluation_takes_the_device_that_was_found_and_a_cluster_none_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Watched(LocalExecutor):
+        def check(self, device: str) -> None:
+            asked.append(device)
+
+    asked: list[str] = []
+    monkeypatch.setattr("msa_eval.device.automatic_device", lambda: "nowhere")
+    model = make_classifier()
+    one = make_protocol(
+        {
+            "schema": 1, "name": "device", "version": 1, "description": "A test.", "audit.samples": 0,
+            "threat": {"norm": "Linf", "eps": 0.08}, "attack": {"square": {"queries": 1}},
+        }
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'nowhere' can't be used"):
+        msa_eval.evaluate(model, make_samples(model, 4), protocol=one)
+    msa_eval.evaluate(model, make_samples(model, 4), protocol=one, engine=Watched())
+    assert asked == ["cpu"]

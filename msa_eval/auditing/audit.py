@@ -31,13 +31,13 @@ from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.micro_batches import in_smaller_parts
 from msa_eval.defense.weight_gradients import without_weight_gradients
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.errors import AttackError
 from msa_eval.judging.batch_plan import plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.usable_surrogates import Find, answer_with_gradient, select_surrogates
 from msa_eval.numerics import full_precision
-from msa_eval.progress import Progress, silent
+from msa_eval.progress import Progress, silent, warn
 from msa_eval.protocols.loading import load_protocol
 from msa_eval.protocols.schema import ApgdBudget, Protocol
 from msa_eval.randomness import seeded
@@ -89,7 +89,7 @@ def audit(
     surrogates: Mapping[str, SurrogateLike] | None = None,
     found_surrogates: bool = True,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overrides: Mapping[str, Any] | None = None,
     limit: int = 128,
     progress: Progress = silent,
@@ -121,7 +121,7 @@ def audit(
         protocol = load_protocol(protocol, overrides=overrides)
     elif overrides:
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
-    samples, device = Samples.of(x, y), check_device(device)
+    samples, device = Samples.of(x, y), device_for(device, warn)
     protocol.ball.check_radius(math.prod(samples.shape))
     target, _ = resolve(target, samples)
     targets = make_targets(target, False if fc is None else fc, samples, device)

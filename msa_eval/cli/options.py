@@ -99,7 +99,7 @@ def device(command: Callable[..., None]) -> Callable[..., None]:
         if device == "auto":
             from msa_eval.device import automatic_device
 
-            device = automatic_device()
+            device = "cpu" if given.get("engine") == "ray" else automatic_device()
             if device != "cpu" and not given.get("quiet"):
                 click.echo(f"note: computing on {device} (--device changes it)", err=True)
         command(device=device, **given)

@@ -21,7 +21,7 @@ from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.defense.weight_gradients import without_weight_gradients
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
 from msa_eval.engine.audit_step import probe_target
 from msa_eval.engine.batch_runner import BatchRunner
@@ -61,7 +61,7 @@ def evaluate(
     surrogates: Mapping[str, SurrogateLike] | None = None,
     found_surrogates: bool = True,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
@@ -133,7 +133,8 @@ def evaluate(
         raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
     samples = Samples.of(x, y)
     protocol.ball.check_radius(math.prod(samples.shape))
-    device = check_device(device)
+    # Workers of a cluster have GPUs where these are asked for alone.
+    device = "cpu" if device == "auto" and engine != "local" else device_for(device, notify)
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with (

@@ -13,7 +13,7 @@ from msa_eval.defense.contract import Defense
 from msa_eval.engine.schedule import OWN, Run
 from msa_eval.judging.usable_surrogates import select_surrogates
 from msa_eval.protocols.schema import ApgdBudget, ExternalSpec
-from msa_eval.surrogates.registry import Surrogate, SurrogateLike
+from msa_eval.surrogates.registry import Surrogate, SurrogateLike, get
 
 TARGET = "target"
 """Among an external attack's surrogates, the hard target itself."""
@@ -27,6 +27,7 @@ def external_runs(
     *,
     num_classes: int,
     own: Mapping[str, SurrogateLike] | None = None,
+    use_own: bool = True,
 ) -> list[Run]:
     """The runs of a protocol's peers: each through each of its surrogates, as often as it is restarted.
 
@@ -39,6 +40,7 @@ def external_runs(
         batch: a clean batch to try surrogates on.
         num_classes: k.
         own: surrogates of the caller's own, for the external attacks that name them.
+        use_own: whether they are for this target; one that they are not for is attacked through the others.
 
     Raises:
         ValueError: when there is no such attack, option or surrogate, a library is not installed, or a gradient is
@@ -52,7 +54,7 @@ def external_runs(
             raise ValueError(f"{spec.name} starts at the clean images and draws nothing; leave its restarts out")
         if num_classes < 4 and spec.name == "autoattack:apgd-t":
             raise ValueError(f"{spec.name} needs at least 4 classes, but the model has {num_classes}; leave it out")
-        for surrogate in _attacked(spec, library_attack, defense, batch, own or {}):
+        for surrogate in _attacked(spec, library_attack, defense, batch, own or {}, use_own):
             name = TARGET if surrogate is None else surrogate.name
             first = again.get((spec.name, name), 0)
             again[spec.name, name] = first + spec.restarts
@@ -64,7 +66,12 @@ def external_runs(
 
 
 def _attacked(
-    spec: ExternalSpec, library_attack: LibraryAttack, defense: Defense, batch: Batch, own: Mapping[str, SurrogateLike]
+    spec: ExternalSpec,
+    library_attack: LibraryAttack,
+    defense: Defense,
+    batch: Batch,
+    own: Mapping[str, SurrogateLike],
+    use_own: bool,
 ) -> list[Surrogate | None]:
     """What an external attack is run on; ``None`` is the hard target."""
     names = spec.surrogates or ((TARGET,) if library_attack.gradient_free else ApgdBudget().surrogates)
@@ -75,7 +82,9 @@ def _attacked(
     others = tuple(name for name in names if name != TARGET)
     found: list[Surrogate | None] = [None] if TARGET in names else []
     if others:
+        for name in others:
+            get(name, own)  # which says what there is where it is unknown
         mine = {name: own[name] for name in others if name in own}
         budget = ApgdBudget(surrogates=others)
-        found += select_surrogates(budget, defense, batch, own=mine).of(budget)
+        found += select_surrogates(budget, defense, batch, own=mine, use_own=use_own).of(budget)
     return found

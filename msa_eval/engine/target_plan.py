@@ -95,7 +95,7 @@ class TargetPlan:
             with seeded(seed):
                 more = external_runs(
                     protocol.peers, protocol.ball, defense, next(iter(clean)), num_classes=clean.num_classes,
-                    own=own if name == "defense" else {},
+                    own=own, use_own=name == "defense",
                 )  # fmt: skip
             runs = {context: [*made, *more] for context, made in runs.items()}
         apart = any(CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)

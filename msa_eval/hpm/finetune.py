@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.hpm.ikl import ClassMeanSoftmax, ikl, soft_ce
 from msa_eval.hpm.model import HPM, Variant
-from msa_eval.progress import Progress, silent
+from msa_eval.progress import Progress, silent, warn
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def finetune(
     *,
     settings: FinetuneSettings | None = None,
     variant: Variant | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress = silent,
 ) -> HPM:
     """Put an HPM head on a classifier and fine-tune it adversarially, the trunk frozen.
@@ -91,7 +91,7 @@ def finetune(
         samples: the training set, with samples of every class.
         settings: the paper's for CIFAR-10 by default.
         variant: the ablation switches.
-        device: where to compute.
+        device: where to compute. ``auto`` is CUDA, else MPS, else the CPU.
         progress: shows how far each loop has come.
 
     Returns:
@@ -108,7 +108,7 @@ def finetune(
             f"expected labels below {num_classes}, the classifier's number of classes, "
             f"but {samples.name} has label {int(samples.y.max())}"
         )
-    device = check_device(device)
+    device = device_for(device, warn)
     if absent := sorted(set(range(num_classes)) - set(samples.y.unique().tolist())):
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         raise ValueError(

@@ -38,7 +38,7 @@ def accuracy_curves(
     limit: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress = silent,
 ) -> pd.DataFrame:
     """Attack a plain ℓ2 head and the FC head beside it with APGD in Linf balls that grow.
@@ -57,7 +57,7 @@ def accuracy_curves(
         limit: at most so many samples, uniformly drawn.
         batch_size: images a batch; both heads decide each image on its own.
         seed: of the attacks.
-        device: where to compute.
+        device: where to compute, as for `msa_eval.evaluate`.
         progress: shows how far each run has come.
 
     Returns:

@@ -21,7 +21,7 @@ import torch
 from msa_eval._version import __version__
 from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.provenance import environment
 from msa_eval.evidence.results import INCOMPLETE, WITHOUT_AUDIT, Results
@@ -92,7 +92,7 @@ def ablate(
     settings: FinetuneSettings | None = None,
     variants: Mapping[str, Variant] = VARIANTS,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     out: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -113,7 +113,7 @@ def ablate(
             CIFAR-10.
         variants: by name.
         seed: of the attacks.
-        device: where to compute.
+        device: where to compute, as for `msa_eval.evaluate`.
         out: a folder for the table, each variant's evidence and, where ``start`` is a `Checkpoint`, its checkpoint. An
             ablation that was stopped there goes on after the last variant it finished.
         force: replace what was made there with other settings.
@@ -132,7 +132,7 @@ def ablate(
     classifier = (
         start.fc_target if isinstance(start, HPM) else start if isinstance(start, Classifier) else start.classifier
     )
-    settings, device = settings or settings_of(start), check_device(device)
+    settings, device = settings or settings_of(start), device_for(device, notify)
     variants = {FULL: VARIANTS[FULL], **variants}
     _check(classifier, train, test, variants)
     common = {

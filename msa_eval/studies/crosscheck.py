@@ -20,9 +20,9 @@ from msa_eval.attacks.external.faults import Fault, describe_faults
 from msa_eval.attacks.external.libraries import LIBRARIES, find, installed
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
-from msa_eval.defense.contract import Defense
+from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.weight_gradients import without_weight_gradients
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.engine.external_runs import external_runs
 from msa_eval.engine.schedule import Run
 from msa_eval.judging.batch_history import BatchHistory
@@ -30,7 +30,7 @@ from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import full_precision
-from msa_eval.progress import Progress, silent, ticking
+from msa_eval.progress import Progress, silent, ticking, warn
 from msa_eval.protocols.schema import ExternalSpec
 from msa_eval.randomness import seeded
 from msa_eval.verification.reopen import Reopened, reopen
@@ -120,7 +120,7 @@ def crosscheck(
     steps: int = STEPS,
     passes: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress = silent,
 ) -> Crosscheck:
     """Run attacks of others on the samples that results call robust.
@@ -137,7 +137,8 @@ def crosscheck(
         y: labels ``(N,)``, unless ``x`` is `Samples`.
         fc: the plain classifier, if it was given to `msa_eval.evaluate`.
         peers: names, ``library:attack``; by default `DEFAULT`, as far as installed.
-        surrogates: what they are run on; by default `SURROGATES`, or the hard target for one without gradients.
+        surrogates: what they are run on, among them those that the defence brings; by default `SURROGATES`, or the
+            hard target for one without gradients.
         contexts: some of the results'; by default all but ``composed``.
         targets: some of the results'; by default all.
         steps: of a run.
@@ -151,7 +152,7 @@ def crosscheck(
         ValueError: when the results can't be put beside target and data, or something named is not there.
     """
     samples = Samples.of(x, y)
-    device = check_device(device)
+    device = device_for(device, warn)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
         opened = reopen(folder, target, samples, fc=fc, device=device)
@@ -251,6 +252,7 @@ class _Bout:
             runs = external_runs(
                 specs, self.opened.protocol.ball, self.defense, next(iter(self.clean)),
                 num_classes=self.clean.num_classes,
+                own=own_surrogates(self.opened.targets.get("defense")), use_own=self.name == "defense",
             )  # fmt: skip
         made = []
         for context in contexts:

@@ -161,7 +161,7 @@ def _finished(
         return None  # which the evaluation says, or mends
     if before != {name: continued.digest(name) for name in run["targets"]}:
         return None
-    reopen(place, target, samples, fc=options.get("fc"), device=check_device(options.get("device", "cpu")))
+    reopen(place, target, samples, fc=options.get("fc"), device=check_device(options.get("device", "auto")))
     options.get("notify", warn)(f"{place} is finished, and taken as it is")
     return results
 

@@ -79,7 +79,7 @@ def paper_table(
     random_weights: bool = False,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     out: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -97,7 +97,7 @@ def paper_table(
         random_weights: run the models untrained, to try the machinery; the table says so.
         overrides: values to put in place of the protocol's, such as ``{"samples.limit": 64}``.
         seed: of every attack.
-        device: where to compute.
+        device: where to compute, as for `msa_eval.evaluate`.
         out: a folder that gets ``paper_table.csv`` and a folder of results a model.
         force: write over other results there.
         progress: shows how far each run has come.

@@ -23,13 +23,13 @@ from msa_eval.attacks.ball import Ball
 from msa_eval.data import Samples
 from msa_eval.defense.contract import Defense
 from msa_eval.defense.weight_gradients import without_weight_gradients
-from msa_eval.device import check_device
+from msa_eval.device import device_for
 from msa_eval.evidence.archive import Archive
 from msa_eval.evidence.folder import ARCHIVE, POINTS
 from msa_eval.evidence.results import load_run
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import full_precision
-from msa_eval.progress import Progress, silent
+from msa_eval.progress import Progress, silent, warn
 from msa_eval.targets.loading import resolve
 from msa_eval.targets.pair import make_targets
 from msa_eval.verification.best_points import check_points
@@ -110,7 +110,7 @@ def verify(
     y: Tensor | Any = None,
     *,
     fc: object = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress = silent,
 ) -> Verification:
     """Check results against themselves, and against the target and the data they are said to be about.
@@ -139,7 +139,7 @@ def verify(
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no complete results: there is no run.json")
     samples = Samples.of(x, y)
-    device = check_device(device)
+    device = device_for(device, warn)
     only = _named_targets(folder)
     targets = make_targets(resolve(target, samples)[0], fc, samples, device, only=only)
     case = _Case(folder, targets, samples, device, progress)

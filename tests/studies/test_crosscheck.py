@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
+from toys import make_hpm, make_samples
 
 from msa_eval import HPM, Results, Samples, evaluate
 from msa_eval.attacks.external import LibraryAttack
@@ -75,6 +76,21 @@ def test_a_strong_protocol_leaves_nothing(strong: Path, digits_hpm: HPM, digits:
     assert found.found.empty
     assert found.table["samples"].min() > 0
     assert found.table["surrogate"].tolist() == ["fc-oracle", "ste"] * 2 + ["fc-oracle"] * 2
+
+
+def test_peers_are_run_on_a_surrogate_that_the_target_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hpm = make_hpm()
+    monkeypatch.setattr(hpm, "surrogates", {"smooth": lambda defense, z: defense.fc_logits(z)}, raising=False)
+    samples = make_samples(hpm.fc_target, 12)
+    protocol = load_protocol("quick", overrides=WEAK | {"samples.limit": 12, "threat.contexts": ["joint"]})
+    evaluate(hpm, samples, protocol=protocol, out=tmp_path / "r", save_gallery=False)
+    found = crosscheck(
+        tmp_path / "r", hpm, samples, peers=["autoattack:apgd-ce"], surrogates=["smooth"], steps=2
+    ).table  # fmt: skip
+    assert found[["target", "surrogate"]].to_numpy().tolist() == [["defense", "smooth"], ["fc", "ste"]]
+    assert not found["error"].any()
+    with pytest.raises(ValueError, match="unknown surrogate 'smoth'; did you mean 'smooth'"):
+        crosscheck(tmp_path / "r", hpm, samples, peers=["autoattack:apgd-ce"], surrogates=["smoth"], steps=2)
 
 
 def test_passes_are_spent_by_further_starts(weak: Path, digits_hpm: HPM, digits: Samples) -> None:
