@@ -49,7 +49,7 @@ FIGURES, EXPORT = "figures", "export"
 made them."""
 
 
-UNFINISHED, LOCK = "unfinished", ".lock"
+UNFINISHED, LOCK, HOLDER = "unfinished", ".lock", ".lock-holder"
 """What an evaluation keeps there while it is under way (see `msa_eval.engine.resume`)."""
 
 
@@ -88,7 +88,9 @@ def claim_folder(folder: Path, about: Mapping[str, Any], *, force: bool = False)
             NEW_ARCHIVE,
             POINTS,
             NEW_POINTS,
-            *((*OURS, LOCK) if (folder / UNFINISHED).is_dir() else (LOCK,)),
+            LOCK,
+            HOLDER,
+            *(OURS if (folder / UNFINISHED).is_dir() else ()),
         }
         ours = names | {f"{name}.part" for name in names}
         held = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_eval.attacks.batch import AdversarialBatch
-from msa_eval.engine import folder_lock
 from msa_eval.engine.resume import ResumeStore, opened
 from msa_eval.engine.serialization import pack, unpack
 from msa_eval.evidence.diff import differences
+from msa_eval.evidence.folder import HOLDER, LOCK
 from msa_eval.judging.outcomes import BreakingBatch
 
 ABOUT = {"key": "k", "seed": 0, "protocol": {"name": "small", "text": "[attack]\nsteps = 3\n"}}
@@ -175,19 +176,27 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(
     if not locks:
         _without_locks(monkeypatch)
     pid = _dead()
-    (tmp_path / ".lock").write_text(json.dumps({"pid": pid, "host": platform.node()}))
+    (tmp_path / HOLDER).write_text(f"{pid}\n{platform.node()}\n")
     notes: list[str] = []
     with _opened(tmp_path, notes):
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert (tmp_path / HOLDER).read_text().startswith(f"{os.getpid()}\n")
     assert notes == [f"took over the lock of process {pid} on {platform.node()}, which has ended"]
-    assert not (tmp_path / ".lock").exists()
+    assert list(tmp_path.glob(".lock*")) == []
+
+
+def test_the_operating_system_knows_that_a_process_elsewhere_has_ended(tmp_path: Path) -> None:
+    (tmp_path / HOLDER).write_text(f"{os.getpid()}\nelsewhere\n")
+    notes: list[str] = []
+    with _opened(tmp_path, notes):
+        pass
+    assert notes == [f"took over the lock of process {os.getpid()} on elsewhere, which has ended"]
 
 
 def _without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def test_where_there_are_no_locks_a_process_at_work_is_asked_for(
@@ -196,17 +205,18 @@ def test_where_there_are_no_locks_a_process_at_work_is_asked_for(
     """One of another machine can't be asked, and counts as being at work."""
     _without_locks(monkeypatch)
     for pid, host in ((os.getpid(), platform.node()), (_dead(), "elsewhere")):
-        (tmp_path / ".lock").write_text(json.dumps({"pid": pid, "host": host}))
+        (tmp_path / HOLDER).write_text(f"{pid}\n{host}\n")
         with pytest.raises(ValueError, match=f"in use by process {pid} on {host}"), _opened(tmp_path):
             pass
-        assert (tmp_path / ".lock").exists()
+        assert (tmp_path / HOLDER).exists()
 
 
 def test_a_lock_without_a_name_is_no_hindrance(tmp_path: Path) -> None:
     for text in ("", "{", "[]", "7", '{"pid": 1}'):
-        (tmp_path / ".lock").write_text(text)
+        for name in (LOCK, HOLDER):
+            (tmp_path / name).write_text(text)
         with _opened(tmp_path):
-            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+            assert (tmp_path / HOLDER).read_text().startswith(f"{os.getpid()}\n")
 
 
 def test_results_cut_short_by_a_kill_are_written_over(tmp_path: Path) -> None:
