@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import MISSING
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from msa_eval.attacks.ball import Ball, Norm
-from msa_eval.protocols.schema import (
-    NORMS,
-    ApgdBudget,
-    CompositionBudget,
-    Protocol,
-    RecombinationBudget,
-    SpsaBudget,
-    SquareBudget,
-    StochasticBudget,
-)
-from msa_eval.protocols.validation import KEYS, REQUIRED, contradictions
+from msa_eval.protocols.checks import NORMS
+from msa_eval.protocols.keys import FILE, KEYS
+from msa_eval.protocols.schema import Protocol
+from msa_eval.protocols.validation import contradictions
 from msa_eval.untrusted import printable
-
-T = TypeVar("T")
 
 
 def shipped() -> dict[str, Path]:
@@ -80,7 +71,7 @@ def make_protocol(
     changed = {key: value for key, value in wanted.items() if given.get(key) != value}
     values = dict(sorted((given | changed).items()))
     parsed: dict[str, Any] = {}
-    mistakes = [f"{key} is missing" for key in REQUIRED if key not in values]
+    mistakes = [f"{key} is missing" for key in KEYS if KEYS[key].default is MISSING and key not in values]
     for key, value in values.items():
         if value == {}:
             mistakes.append(f"the table [{printable(key)}] is empty; give at least one of its keys, or leave it out")
@@ -91,48 +82,20 @@ def make_protocol(
             mistakes.append(f"unknown key {printable(key)}{hint}")
             continue
         try:
-            parsed[key] = KEYS[key](value)
+            parsed[key] = KEYS[key].check(value)
         except ValueError as error:
             mistakes.append(f"{key}: expected {error}, but got {printable(repr(value))}")
     mistakes += contradictions(values)
     if mistakes:
         more = f"; and {len(mistakes) - MISTAKES} more" if len(mistakes) > MISTAKES else ""
         raise ValueError(f"{source}: " + "; ".join(mistakes[:MISTAKES]) + more)
-    return Protocol(
-        name=parsed["name"],
-        version=parsed["version"],
-        description=parsed["description"],
-        ball=Ball(cast(Norm, parsed["threat.norm"]), parsed["threat.eps"], parsed.get("threat.levels")),
-        apgd=_section(ApgdBudget, "attack.apgd.", parsed),
-        square=_section(SquareBudget, "attack.square.", parsed),
-        spsa=_section(SpsaBudget, "attack.spsa.", parsed),
-        recombination=_section(RecombinationBudget, "attack.recombination.", parsed),
-        composition=_section(CompositionBudget, "attack.composition.", parsed) or CompositionBudget(),
-        stochastic=_section(StochasticBudget, "stochastic.", parsed) or StochasticBudget(),
-        overrides=changed,
-        values=values,
-        **{
-            name: parsed[key]
-            for name, key in {
-                "contexts": "threat.contexts",
-                "fraction": "samples.fraction",
-                "per_class": "samples.per_class",
-                "limit": "samples.limit",
-                "samples_seed": "samples.seed",
-                "batch_size": "batches.size",
-                "batches_seed": "batches.seed",
-                "audited": "audit.samples",
-                "peers": "attack.peers",
-            }.items()
-            if key in parsed
-        },
-    )
-
-
-def _section(kind: Callable[..., T], prefix: str, parsed: Mapping[str, Any]) -> T | None:
-    """Build a section from its keys; ``None`` where it has none at all."""
-    given = {key.removeprefix(prefix): value for key, value in parsed.items() if key.startswith(prefix)}
-    return kind(**given) if given else None
+    parts: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in parsed.items():
+        parts.setdefault(KEYS[key].part, {})[KEYS[key].field] = value
+    parts.pop(FILE, None)
+    kinds = {key.part: key.kind for key in KEYS.values()}
+    sections = {part: kinds[part](**given) for part, given in parts.items() if part}
+    return Protocol(**parts[""], **sections, overrides=changed, values=values)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A protocol: which surrogates, losses and budget, on which samples, in which batches, in which contexts.
 
 A protocol is a TOML file. Every key has a dotted name, which the command line uses to override it; all mistakes of a
-file are reported together.
+file are reported together. What a key may hold stands in the annotation of its field; of the fields of `Protocol`, also
+its dotted name or that of its section.
 """
 
 from __future__ import annotations
@@ -10,41 +11,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any
 
-from msa_eval.attacks.ball import Ball, Norm
-
-NORMS: Mapping[str, str] = {name.lower(): name for name in get_args(Norm)} | {
-    "inf": "Linf", "∞": "Linf", "l∞": "Linf", "linfinity": "Linf", "2": "L2", "2.0": "L2", "1": "L1", "1.0": "L1",
-}  # fmt: skip
-"""How people write the norms."""
-
-
-class RunSpec(NamedTuple):
-    """A white-box run as a protocol names it: what is attacked, by which loss, and which images move."""
-
-    surrogate: str
-    loss: str
-    moves: str = "batch"
-
-
-class ExternalSpec(NamedTuple):
-    """A third-party attack as a protocol names it (see `msa_eval.attacks.external`).
-
-    Attributes:
-        name: ``library:attack``.
-        surrogates: what it is run on; ``target`` for an attack that needs no gradient. Surrogates that the target does
-            not have are left out. Default: the target for gradient-free attacks, otherwise ``fc-oracle`` and
-            ``soft-hybrid``.
-        restarts: number of runs on each surrogate, each with its own seed.
-        options: the attack's own options, under the names that its authors gave them.
-    """
-
-    name: str
-    surrogates: tuple[str, ...] = ()
-    restarts: int = 1
-    options: Mapping[str, Any] = MappingProxyType({})
+from msa_eval.attacks.ball import Ball
+from msa_eval.attacks.losses import MIN_CLASSES
+from msa_eval.defense.contexts import CONTEXTS
+from msa_eval.protocols import checks
+from msa_eval.protocols.checks import ExternalSpec, RunSpec
 
 
 @dataclass(frozen=True)
@@ -78,17 +51,17 @@ class ApgdBudget:
         victim: index of the one sample whose companions are moved in order to break it. Default: all samples.
     """
 
-    surrogates: tuple[str, ...] = ("fc-oracle", "soft-hybrid")
-    losses: tuple[str, ...] = ("ce", "dlr")
-    steps: int = 40
-    restarts: int = 1
-    targets: int = 9
-    runs: tuple[RunSpec, ...] = ()
-    moves: tuple[str, ...] = ("batch",)
-    combine: str = "separate"
-    passes: int | None = None
-    overtime: int = 0
-    victim: int | None = None
+    surrogates: Annotated[tuple[str, ...], checks.texts()] = ("fc-oracle", "soft-hybrid")
+    losses: Annotated[tuple[str, ...], checks.texts(tuple(MIN_CLASSES))] = ("ce", "dlr")
+    steps: Annotated[int, checks.whole(1)] = 40
+    restarts: Annotated[int, checks.whole(1)] = 1
+    targets: Annotated[int, checks.whole(1)] = 9
+    runs: Annotated[tuple[RunSpec, ...], checks.runs] = ()
+    moves: Annotated[tuple[str, ...], checks.texts(checks.MOVES)] = ("batch",)
+    combine: Annotated[str, checks.choice(*checks.COMBINATIONS)] = "separate"
+    passes: Annotated[int | None, checks.whole(1)] = None
+    overtime: Annotated[int, checks.whole(0)] = 0
+    victim: Annotated[int | None, checks.whole(0)] = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,9 +79,9 @@ class SquareBudget:
         restarts: number of runs, each with its own random sequence.
     """
 
-    queries: int = 5000
-    p_init: float = 0.8
-    restarts: int = 1
+    queries: Annotated[int, checks.whole(1)] = 5000
+    p_init: Annotated[float, checks.number(0, 1)] = 0.8
+    restarts: Annotated[int, checks.whole(1)] = 1
 
 
 @dataclass(frozen=True)
@@ -121,9 +94,9 @@ class SpsaBudget:
         restarts: number of runs, each with its own directions.
     """
 
-    queries: int = 1000
-    samples: int = 8
-    restarts: int = 1
+    queries: Annotated[int, checks.whole(3)] = 1000
+    samples: Annotated[int, checks.whole(1)] = 8
+    restarts: Annotated[int, checks.whole(1)] = 1
 
 
 @dataclass(frozen=True)
@@ -144,11 +117,11 @@ class RecombinationBudget:
         steps: gradient steps of each of these runs. Default: as in ``attack.apgd``.
     """
 
-    sweeps: int = 2
-    passes: int = 0
-    classes: int = 0
-    runs: tuple[RunSpec, ...] = ()
-    steps: int | None = None
+    sweeps: Annotated[int, checks.whole(1)] = 2
+    passes: Annotated[int, checks.whole(0)] = 0
+    classes: Annotated[int, checks.whole(0)] = 0
+    runs: Annotated[tuple[RunSpec, ...], checks.runs] = ()
+    steps: Annotated[int | None, checks.whole(1)] = None
 
     def gathering(self, budget: ApgdBudget) -> ApgdBudget:
         """The white-box runs that gather the points."""
@@ -171,9 +144,9 @@ class CompositionBudget:
             many if the defence has a closed form for them.
     """
 
-    pool: int = 512
-    search: str = "greedy"
-    trials: int = 500
+    pool: Annotated[int, checks.whole(1)] = 512
+    search: Annotated[str, checks.choice("greedy", "random")] = "greedy"
+    trials: Annotated[int, checks.whole(1)] = 500
 
 
 @dataclass(frozen=True)
@@ -186,8 +159,8 @@ class StochasticBudget:
         eot: number of answers that a gradient is averaged over (expectation over transformation, Athalye et al. 2018).
     """
 
-    draws: int = 9
-    eot: int = 4
+    draws: Annotated[int, checks.odd] = 9
+    eot: Annotated[int, checks.whole(1)] = 4
 
 
 @dataclass(frozen=True)
@@ -220,25 +193,25 @@ class Protocol:
         values: all keys as given, after overrides.
     """
 
-    name: str
-    version: int
-    description: str
-    ball: Ball
-    contexts: tuple[str, ...] = ("joint",)
-    fraction: float | None = None
-    per_class: int | None = None
-    limit: int | None = None
-    samples_seed: int = 0
-    batch_size: int = 64
-    batches_seed: int = 0
-    apgd: ApgdBudget | None = None
-    square: SquareBudget | None = None
-    spsa: SpsaBudget | None = None
-    recombination: RecombinationBudget | None = None
-    peers: tuple[ExternalSpec, ...] = ()
-    composition: CompositionBudget = CompositionBudget()
-    stochastic: StochasticBudget = StochasticBudget()
-    audited: int = 128
+    name: Annotated[str, checks.text]
+    version: Annotated[int, checks.whole(1)]
+    description: Annotated[str, checks.text]
+    ball: Annotated[Ball, "threat", {"norm": checks.norm, "eps": checks.number(0, 1000), "levels": checks.levels}]
+    contexts: Annotated[tuple[str, ...], "threat.contexts", checks.texts(tuple(CONTEXTS))] = ("joint",)
+    fraction: Annotated[float | None, "samples.fraction", checks.number(0, 1)] = None
+    per_class: Annotated[int | None, "samples.per_class", checks.whole(1)] = None
+    limit: Annotated[int | None, "samples.limit", checks.whole(1)] = None
+    samples_seed: Annotated[int, "samples.seed", checks.whole(0)] = 0
+    batch_size: Annotated[int, "batches.size", checks.whole(1)] = 64
+    batches_seed: Annotated[int, "batches.seed", checks.whole(0)] = 0
+    apgd: Annotated[ApgdBudget | None, "attack.apgd"] = None
+    square: Annotated[SquareBudget | None, "attack.square"] = None
+    spsa: Annotated[SpsaBudget | None, "attack.spsa"] = None
+    recombination: Annotated[RecombinationBudget | None, "attack.recombination"] = None
+    peers: Annotated[tuple[ExternalSpec, ...], "attack.peers", checks.peers] = ()
+    composition: Annotated[CompositionBudget, "attack.composition"] = CompositionBudget()
+    stochastic: Annotated[StochasticBudget, "stochastic"] = StochasticBudget()
+    audited: Annotated[int, "audit.samples", checks.whole(0)] = 128
     overrides: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -277,4 +250,6 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return repr(value)  # JSON has other words for infinity and NaN
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -12,7 +12,8 @@ from msa_eval.attacks.external.libraries import find
 from msa_eval.defense.contract import Defense
 from msa_eval.engine.schedule import OWN, Run
 from msa_eval.judging.usable_surrogates import select_surrogates
-from msa_eval.protocols.schema import ApgdBudget, ExternalSpec
+from msa_eval.protocols.checks import ExternalSpec
+from msa_eval.protocols.schema import ApgdBudget
 from msa_eval.surrogates.registry import Surrogate, SurrogateLike, get
 
 TARGET = "target"

@@ -22,7 +22,8 @@ from msa_eval.defense.contract import Defense
 from msa_eval.judging.batch_history import BatchHistory
 from msa_eval.judging.search_state import Setting
 from msa_eval.judging.usable_surrogates import UsableSurrogates
-from msa_eval.protocols.schema import ApgdBudget, Protocol, RecombinationBudget, RunSpec, SpsaBudget, SquareBudget
+from msa_eval.protocols.checks import RunSpec
+from msa_eval.protocols.schema import ApgdBudget, Protocol, RecombinationBudget, SpsaBudget, SquareBudget
 from msa_eval.surrogates.ensemble import Ensemble
 from msa_eval.surrogates.registry import Surrogate
 

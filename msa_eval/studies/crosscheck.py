@@ -31,7 +31,7 @@ from msa_eval.judging.judged_batch import JudgedBatch
 from msa_eval.judging.replay import Replay
 from msa_eval.numerics import full_precision
 from msa_eval.progress import Progress, silent, ticking, warn
-from msa_eval.protocols.schema import ExternalSpec
+from msa_eval.protocols.checks import ExternalSpec
 from msa_eval.randomness import seeded
 from msa_eval.verification.reopen import Reopened, reopen
 

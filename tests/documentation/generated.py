@@ -8,39 +8,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
 
-from msa_eval.attacks.ball import Ball
 from msa_eval.evidence.schema import columns_markdown
+from msa_eval.protocols.keys import KEYS, Key
 from msa_eval.protocols.loading import load_protocol, shipped
-from msa_eval.protocols.schema import (
-    ApgdBudget,
-    CompositionBudget,
-    Protocol,
-    RecombinationBudget,
-    SpsaBudget,
-    SquareBudget,
-    StochasticBudget,
-)
-from msa_eval.protocols.validation import KEYS, REQUIRED
 
 DOCS = Path(__file__).parents[2] / "docs"
-SECTIONS: Mapping[str, type] = {
-    "attack.apgd.": ApgdBudget,
-    "attack.square.": SquareBudget,
-    "attack.spsa.": SpsaBudget,
-    "attack.recombination.": RecombinationBudget,
-    "attack.composition.": CompositionBudget,
-    "stochastic.": StochasticBudget,
-    "threat.": Ball,
-}
-ELSEWHERE = {
-    "threat.contexts": "contexts", "samples.fraction": "fraction", "samples.per_class": "per_class",
-    "samples.limit": "limit", "samples.seed": "samples_seed", "batches.size": "batch_size",
-    "batches.seed": "batches_seed", "audit.samples": "audited", "attack.peers": "peers",
-}  # fmt: skip
 OF_THE_FILE = {
     "schema": "version of this format; this release reads 1.",
     "source": "where the protocol comes from, such as a paper's section.",
@@ -56,29 +31,18 @@ def meanings(kind: type) -> dict[str, str]:
     return {name: " ".join(meaning.split()).replace("``", "`") for name, meaning in entries}
 
 
-def _place(key: str) -> tuple[type, str]:
-    if key in ELSEWHERE:
-        return Protocol, ELSEWHERE[key]
-    for prefix, kind in SECTIONS.items():
-        if key.startswith(prefix):
-            return kind, key.removeprefix(prefix)
-    return Protocol, key
-
-
-def _default(key: str) -> str:
-    if key in REQUIRED:
+def _default(key: Key) -> str:
+    if key.default is MISSING:
         return "required"
-    kind, name = _place(key)
-    found: Any = {one.name: one.default for one in fields(kind)}.get(name, MISSING)
-    if found is MISSING or found is None or found == ():
+    if key.default is None or key.default == ():
         return ""
-    shown = list(found) if isinstance(found, tuple) else found
+    shown = list(key.default) if isinstance(key.default, tuple) else key.default
     return f"`{str(shown).replace(chr(39), chr(34))}`"
 
 
-def _held(key: str) -> str:
+def _held(key: Key) -> str:
     try:
-        KEYS[key](object())
+        key.check(object())
     except ValueError as error:
         return str(error).replace(" and below 2^63", "")
     raise AssertionError(key)
@@ -87,10 +51,9 @@ def _held(key: str) -> str:
 def keys_markdown() -> str:
     """Every key of a protocol: what it may hold, its default and its meaning."""
     lines = ["| key | holds | default | meaning |", "| --- | --- | --- | --- |"]
-    for key in KEYS:
-        kind, name = _place(key)
-        meaning = OF_THE_FILE.get(key) or meanings(kind)[name]
-        lines.append(f"| `{key}` | {_held(key)} | {_default(key)} | {meaning} |")
+    for name, key in KEYS.items():
+        meaning = OF_THE_FILE.get(name) or meanings(key.kind)[key.field]
+        lines.append(f"| `{name}` | {_held(key)} | {_default(key)} | {meaning} |")
     return "\n".join(lines)
 
 
