@@ -97,7 +97,7 @@ def test_single_mistakes(change: dict[str, Any], message: str) -> None:
 
 
 def test_numbers_and_characters_that_json_writes_otherwise_come_back() -> None:
-    options = {"a": float("inf"), "b": -1e-7, "c": "x\x7f\"y\n", "d": True, "e": 1e16}
+    options = {"a": float("inf"), "b": -1e-7, "c": 'x\x7f"y\n', "d": True, "e": 1e16}
     protocol = make_protocol({**GOOD, "attack.peers": [{"name": "autoattack:apgd-t", **options}]})
     assert tomllib.loads(protocol.text())["attack"]["peers"][0] == {"name": "autoattack:apgd-t", **options}
 
