@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_eval.defense.contract import Defense
+from msa_eval.defense.contract import Defense, decide
+from msa_eval.defense.vectorized import decide_many, has_room, vectorizes
 
 NEAR_TIE = 1e-4
-"""Where two logits are closer than this share of their size, a closed form is not asked for the verdict."""
+"""Where two logits are closer than this share of their size, neither a closed form nor a pass of many batches at once
+is asked for the verdict."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ def own_companions(size: int) -> Tensor:
 class OneAtATime:
     """A target whose row i is decided in a batch of its own.
 
-    A defence with a closed form has ``logits_one_at_a_time(z, companions, **settings)``; any other is asked once a
-    row. A verdict so close that the closed form's rounding could turn it is asked of the defence itself. All else is
-    the defence's own.
+    A defence with a closed form has ``logits_one_at_a_time(z, companions, **settings)``; any other is asked about as
+    many batches as there are rows. A verdict so close that rounding could turn it is asked of the defence about that
+    batch alone. All else is the defence's own.
 
     Args:
         defense: the target.
@@ -83,6 +85,10 @@ class OneAtATime:
     def logits(self, z: Tensor, **settings: Any) -> Tensor:
         """Logits ``(B, k)`` of features ``(B, ...)``, each row decided in a batch of its own."""
         return decide_each(self._defense, z, self._companions, **settings)
+
+    def draws(self, z: Tensor, count: int) -> Tensor:
+        """So many answers ``(r, B, k)`` of a target that answers at random."""
+        return _draw_each(self._defense, z, self._companions, count)
 
 
 class AmongOthers:
@@ -118,6 +124,10 @@ class AmongOthers:
         """Logits ``(B, k)`` of the rows that stay, row i among the other rows of ``z`` ``(B, ...)``."""
         return decide_each(self._defense, self._own, z, **settings)
 
+    def draws(self, z: Tensor, count: int) -> Tensor:
+        """So many answers ``(r, B, k)`` of a target that answers at random."""
+        return _draw_each(self._defense, self._own, z, count)
+
 
 def decide_each(
     defense: Defense, z: Tensor, companions: Tensor | Companions | None, **settings: Any
@@ -133,16 +143,27 @@ def decide_each(
     Returns:
         logits ``(B, k)``.
     """
-    closed_form = getattr(defense, "logits_one_at_a_time", None)
-    if closed_form is None:
-        return torch.stack([_decide_row(defense, z, companions, i, settings) for i in range(len(z))])
-    known = companions.pool[companions.index] if isinstance(companions, Companions) else companions
-    logits: Tensor = closed_form(z, known, **settings)
-    if not torch.is_grad_enabled():
+    logits, exact = _answers(defense, z, companions, settings)
+    if not exact and not torch.is_grad_enabled():
         top = logits.topk(2, dim=1).values
         for i in (top[:, 0] - top[:, 1] <= NEAR_TIE * logits.abs().amax(dim=1)).nonzero().flatten().tolist():
             logits[i] = _decide_row(defense, z, companions, i, settings)
     return logits
+
+
+def _answers(
+    defense: Defense, z: Tensor, companions: Tensor | Companions | None, settings: dict[str, Any]
+) -> tuple[Tensor, bool]:
+    """Logits ``(B, k)``, and whether the defence was asked about each row's batch by itself."""
+    closed_form = getattr(defense, "logits_one_at_a_time", None)
+    if closed_form is not None:
+        known = companions.pool[companions.index] if isinstance(companions, Companions) else companions
+        return closed_form(z, known, **settings), False
+    if not has_room(_batch_of(z, companions, 0)[0]):
+        return torch.stack([_decide_row(defense, z, companions, i, settings) for i in range(len(z))]), True
+    batches, places = _batches_of(z, companions)
+    logits = decide_many(defense, batches, **settings)[range(len(z)), places]
+    return logits, not vectorizes(defense, batches, settings)
 
 
 def decide_offers(defense: Defense, z: Tensor, companions: Companions, offers: Tensor, *, place: int | None) -> Tensor:
@@ -181,17 +202,58 @@ def decide_offers(defense: Defense, z: Tensor, companions: Companions, offers: T
         return logits
 
 
+def decide_draws(defense: Defense, z: Tensor, count: int) -> Tensor:
+    """So many answers of a target that answers at random, each drawn anew ``(r, B, k)``, in float32.
+
+    Args:
+        defense: the target, or a view of it.
+        z: features ``(B, ...)``.
+        count: r.
+
+    Raises:
+        ValueError: when the target returns something else than logits.
+    """
+    first = decide(defense, z).unsqueeze(0)
+    if count == 1:
+        return first
+    with torch.no_grad():
+        if isinstance(defense, OneAtATime | AmongOthers):
+            return torch.cat([first, defense.draws(z.float(), count - 1).float()])
+        return torch.cat([first, decide_many(defense, z.float().expand(count - 1, *z.shape)).float()])
+
+
+def _draw_each(defense: Defense, z: Tensor, companions: Tensor | Companions | None, count: int) -> Tensor:
+    """So many answers to each row of ``z`` in a batch of its own ``(r, B, k)``."""
+    if not hasattr(defense, "logits_one_at_a_time") and has_room(_batch_of(z, companions, 0)[0]):
+        batches, places = _batches_of(z, companions)
+        answers = decide_many(defense, batches.repeat(count, *[1] * (batches.ndim - 1)))
+        picked: Tensor = answers.unflatten(0, (count, len(z)))[:, range(len(z)), places]
+        return picked
+    return torch.stack([decide_each(defense, z, companions) for _ in range(count)])
+
+
+def _batches_of(z: Tensor, companions: Tensor | Companions | None) -> tuple[Tensor, list[int]]:
+    """Every row's batch ``(B, b, ...)``, and the row's place there."""
+    batches, places = zip(*(_batch_of(z, companions, i) for i in range(len(z))), strict=True)
+    return torch.stack(batches), list(places)
+
+
 def _decide_row(
     defense: Defense, z: Tensor, companions: Tensor | Companions | None, i: int, settings: dict[str, Any]
 ) -> Tensor:
+    batch, place = _batch_of(z, companions, i)
+    return defense.logits(batch, **settings)[place]
+
+
+def _batch_of(z: Tensor, companions: Tensor | Companions | None, i: int) -> tuple[Tensor, int]:
+    """The batch in which a row is decided ``(b, ...)``, and the row's place there."""
     if companions is None:
-        return defense.logits(z[i : i + 1], **settings)[0]
+        return z[i : i + 1], 0
     if isinstance(companions, Companions):
         beside, seat = companions.pool[companions.index[i]], int(companions.seats[i])
     else:
         beside, seat = torch.cat([companions[:i], companions[i + 1 :]]), i
-    batch = torch.cat([beside[:seat], z[i : i + 1], beside[seat:]])
-    return defense.logits(batch, **settings)[seat]
+    return torch.cat([beside[:seat], z[i : i + 1], beside[seat:]]), seat
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.losses import margin_loss
+from msa_eval.defense.contexts import decide_draws
 from msa_eval.defense.contract import Defense, decide
 
 CONFIRM, CONFIRM_SIGMAS = 11, 2.0
@@ -57,7 +58,7 @@ def decide_by_majority(defense: Defense, z: Tensor, y: Tensor, *, draws: int, si
     """
     if draws == 1:
         return decide(defense, z)
-    return telling_draw(torch.stack([decide(defense, z) for _ in range(draws)]), y, sigmas=sigmas)
+    return telling_draw(decide_draws(defense, z, draws), y, sigmas=sigmas)
 
 
 def telling_draw(drawn: Tensor, y: Tensor, *, sigmas: float = 0.0) -> Tensor:

@@ -25,7 +25,7 @@ from msa_eval.defense.precision import SearchPrecision
 from msa_eval.errors import AttackError
 from msa_eval.judging.break_record import BreakRecord
 from msa_eval.judging.judged_batch import JudgedBatch
-from msa_eval.judging.majority import decide_by_majority
+from msa_eval.judging.majority import decide_by_majority, telling_draw
 from msa_eval.judging.outcomes import BreakingBatch, RunResult
 from msa_eval.judging.search_state import Setting
 from msa_eval.surrogates import ensemble, get
@@ -603,16 +603,10 @@ def test_a_stochastic_target_is_wrong_where_most_draws_are() -> None:
 def test_a_majority_is_told_even_in_a_tie() -> None:
     """Ties of the logits are right or wrong by the place of the label, and so is their median."""
 
-    class Tied:
-        answers = iter([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-
-        def logits(self, z: Tensor) -> Tensor:
-            return torch.tensor([next(self.answers)])
-
-    tied: Any = Tied()
-    z = torch.zeros(1, 1)
-    assert int(decide_by_majority(tied, z, torch.tensor([0]), draws=3).argmax()) == 0
-    assert int(decide_by_majority(tied, z, torch.tensor([1]), draws=3).argmax()) == 0
+    drawn = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]])
+    assert int(telling_draw(drawn, torch.tensor([0])).argmax()) == 0
+    drawn = torch.tensor([[[0.0, 0.0]], [[0.0, 1.0]], [[0.0, 0.0]]])
+    assert int(telling_draw(drawn, torch.tensor([1])).argmax()) == 0
 
 
 def test_draws_are_averaged_by_the_attack_and_the_target_is_asked_once_a_point() -> None:
