@@ -16,6 +16,9 @@ from msa_eval.protocols.schema import Protocol
 from msa_eval.protocols.validation import contradictions
 from msa_eval.untrusted import printable
 
+CLOSE = 0.75
+"""How like a key that there is an unknown one must be, of 1, for it to be what was meant."""
+
 
 def shipped() -> dict[str, Path]:
     """The protocols that come with the toolkit: name to file.
@@ -77,7 +80,8 @@ def make_protocol(
             mistakes.append(f"the table [{printable(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in KEYS:
-            close = [name for name in KEYS if name.endswith(f".{key}")] or difflib.get_close_matches(key, KEYS, n=1)
+            close = [name for name in KEYS if name.endswith(f".{key}")]
+            close = close or difflib.get_close_matches(key, KEYS, n=1, cutoff=CLOSE)
             hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ""
             mistakes.append(f"unknown key {printable(key)}{hint}")
             continue

@@ -57,10 +57,11 @@ class Ball:
         erasing = self.erasing(pixels)
         if self.eps < erasing:
             return
-        meant = f"; did you mean {self.eps:g}/255?" if self.eps >= 1 and self.eps / 255 < erasing else ""
+        in_levels = self.eps >= 1 and self.eps / 255 < erasing
+        meant = f"did you mean {self.eps:g}/255?" if in_levels else "take a smaller one"
         raise ValueError(
             f"threat.eps is {self.eps:g} in pixels from 0 to 1, but from {self.norm} {erasing:.4g} on "
-            f"every image can be made the same grey one, and no classifier withstands that{meant}"
+            f"every image can be made the same grey one, and no classifier withstands that; {meant}"
         )
 
     def erasing(self, pixels: int) -> float:

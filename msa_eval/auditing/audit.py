@@ -193,7 +193,9 @@ def _audit(
         warnings.warn(f"of the {name}: {note}", stacklevel=5)
     guard = StateGuard(defense, batch=batches[0], seed=seed)
     with seeded(seed):
-        search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find and protocol.follows_gradients)
+        search = SurrogateSearch(
+            clean, protocol.ball, seed=seed, search=find and protocol.follows_gradients, progress=progress
+        )  # fmt: skip
         usable = _usable(protocol.apgd or ApgdBudget(), defense, batches[0], own, search.more)
     for attempt in in_smaller_parts(defense, max(len(batch.x) for batch in batches)):
         with attempt:

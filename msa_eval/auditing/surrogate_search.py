@@ -39,6 +39,7 @@ from msa_eval.defense.contract import Defense
 from msa_eval.defense.micro_batches import is_out_of_memory
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.usable_surrogates import More
+from msa_eval.progress import Progress, silent, ticking
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import Surrogate
 
@@ -101,14 +102,17 @@ class SurrogateSearch:
         seed: of everything drawn.
         search: whether to look for more surrogates than there are.
         together: whether the attacker moves companions too.
+        progress: shows that it is under way.
 
     Attributes:
         finding: what was found; ``None`` before `more` was asked for.
     """
 
     def __init__(
-        self, clean: CleanBatches, ball: Ball, *, seed: int, search: bool = True, together: bool = True
+        self, clean: CleanBatches, ball: Ball, *, seed: int, search: bool = True, together: bool = True,
+        progress: Progress = silent,
     ) -> None:  # fmt: skip
+        self._progress = progress
         self._clean, self._ball, self._seed, self._search, self._together = clean, ball, seed, search, together
         self.finding: Finding | None = None
 
@@ -116,12 +120,13 @@ class SurrogateSearch:
         """Find more surrogates than there are; a failure leaves it at those, and is noted."""
         batch, clean = self._clean.batch(0), self._clean
         try:
-            self.finding = find_surrogates(
-                clean.defense, batch.x, batch.y, batch.correct, self._ball, existing,
-                brought=any(surrogate.name not in PLAIN for surrogate in existing),
-                batch_dependent=clean.batch_dependent, draws=clean.eot, seed=self._seed, search=self._search,
-                together=self._together,
-            )  # fmt: skip
+            with ticking(self._progress, 1, "how true gradients are"):
+                self.finding = find_surrogates(
+                    clean.defense, batch.x, batch.y, batch.correct, self._ball, existing,
+                    brought=any(surrogate.name not in PLAIN for surrogate in existing),
+                    batch_dependent=clean.batch_dependent, draws=clean.eot, seed=self._seed, search=self._search,
+                    together=self._together,
+                )  # fmt: skip
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -14,7 +14,7 @@ from msa_eval.progress import Progress, silent
 
 _ARGUMENT = re.compile(
     r"\b(whole|force|random_weights|save_adversarial|weights|head|trunk|device|precision|engine|address|cpus|gpus|format"
-    r")"
+    r"|mean|std|resize|crop|classes)"
     r"=(True\b|[^\s,;:)]*)"
 )
 _OVERRIDE = re.compile(r'overrides=\{"([\w.]+)": (.*?)\}')
@@ -25,13 +25,15 @@ def as_options(message: str) -> str:
 
     >>> print(as_options("evaluate it whole (whole=True), or use device=cpu"))
     evaluate it whole (--whole), or use --device cpu
+    >>> print(as_options("mean=, std= change it; give resize=N, crop=N"))
+    --mean, --std change it; give --resize N, --crop N
     """
 
     def option(found: re.Match[str]) -> str:
         name = {"cpus": "cpus-per-worker", "gpus": "gpus-per-worker"}.get(found[1], found[1].replace("_", "-"))
         if name == "save-adversarial" and found[2] != "True":
             return f"--{name}={found[2]}".replace('"', "")
-        return f"--{name}" if found[2] == "True" else f"--{name} {found[2]}"
+        return f"--{name}" if found[2] in ("True", "") else f"--{name} {found[2]}"
 
     return _ARGUMENT.sub(option, _OVERRIDE.sub(r"--set '\1=\2'", message)).replace("the same call", "the same command")
 

@@ -42,8 +42,11 @@ def as_images(given: Any, name: str) -> Tensor:
         return _eight_bits(images, name)
     images = images.float()
     low, high = float(images.min()), float(images.max())
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"{name}: the images hold NaN or infinite values")
+    if not bool((finite := torch.isfinite(images)).all()):
+        bad = (~finite.flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name}: {len(bad)} of the images hold NaN or infinite values, the first is image {bad[0]}; leave them out"
+        )
     if low < -ROUNDING or high > 1 + ROUNDING:
         scale = "divide them by 255" if low >= 0 and 1 < high <= 255 else "put any normalisation inside the model"
         raise ValueError(
@@ -75,7 +78,9 @@ def as_labels(given: Any, name: str) -> Tensor:
         raise ValueError(f"{name}: expected integer labels, but got {kind}; bring them to int64")
     labels = labels.long()
     if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"{name}: labels must not be negative, but the lowest is {int(labels.min())}")
+        raise ValueError(
+            f"{name}: labels must not be negative, but the lowest is {int(labels.min())}; leave out what has no label"
+        )
     return labels
 
 

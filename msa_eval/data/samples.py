@@ -199,7 +199,7 @@ class Decoder:
             if image.shape != first.shape:
                 raise ValueError(
                     f"{self._named(number)} is {tuple(image.shape)} where {self._named(numbers[0])} is "
-                    f"{tuple(first.shape)}; bring all images to one size first, as resize and crop do"
+                    f"{tuple(first.shape)}; bring all images to one size, as with resize=N, crop=N"
                 )
             held[place] = image
         return held

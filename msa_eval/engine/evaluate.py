@@ -211,7 +211,7 @@ def _evaluate(
                     model, samples, chosen, batch_plan, device=device, stochastic=protocol.stochastic,
                     ball=protocol.ball, progress=progress,
                 ),
-                protocol=protocol, own=own, seed=seed, find=find, continued=continued,
+                protocol=protocol, own=own, seed=seed, find=find, continued=continued, progress=progress,
             )
             for name, model in targets.items()
         ]  # fmt: skip

@@ -21,6 +21,7 @@ from msa_eval.engine.schedule import Run, continuing_run, plan_runs
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.judging.replay import Replay
 from msa_eval.judging.usable_surrogates import UsableSurrogates, select_surrogates
+from msa_eval.progress import Progress, silent
 from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import SurrogateLike
@@ -54,6 +55,7 @@ class TargetPlan:
         seed: int,
         find: bool = True,
         continued: Continued | None = None,
+        progress: Progress = silent,
     ) -> TargetPlan:
         """Plan the runs of a target; the caller's own surrogates are the defence's.
 
@@ -66,11 +68,14 @@ class TargetPlan:
             seed: of everything drawn.
             find: whether to look for surrogates where the target's own gradients are not true.
             continued: points of another evaluation to go on from.
+            progress: shows how far it has come.
         """
         surrogates, finding = UsableSurrogates((), (), ""), None
         if protocol.apgd is not None:
             together = any(not CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)
-            search = SurrogateSearch(clean, protocol.ball, seed=seed, search=find, together=together)
+            search = SurrogateSearch(
+                clean, protocol.ball, seed=seed, search=find, together=together, progress=progress
+            )  # fmt: skip
             batch = next(iter(clean))
             with seeded(seed):
                 for attempt in in_smaller_parts(defense, len(batch.x)):

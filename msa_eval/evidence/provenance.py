@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from msa_eval._version import __version__
 from msa_eval.defense.contract import Defense, modules_of
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.hashing import weights_hash
 
-PACKAGES = ("msa-eval", "torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
+PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pyautoattack")
 PEERS = ("torchattacks", "foolbox")
 """Optional packages whose versions are recorded where they are installed."""
 
@@ -32,7 +33,8 @@ def defense_hash(defense: Defense) -> str:
 def place(device: str) -> dict[str, Any]:
     """Versions and machine: what results should not depend on, but may."""
     return {
-        "packages": {name: _version(name) for name in PACKAGES}
+        "packages": {"msa-eval": __version__}
+        | {name: _version(name) or "unknown" for name in PACKAGES}
         | {name: version for name in PEERS if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "platform": platform.platform(),

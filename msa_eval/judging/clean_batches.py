@@ -16,7 +16,7 @@ from msa_eval.data import Samples
 from msa_eval.defense.calling import described, not_finite
 from msa_eval.defense.checks import check_trunk
 from msa_eval.defense.contexts import CONTEXTS, Companions, own_companions
-from msa_eval.defense.contract import Defense, WholeModel, decide
+from msa_eval.defense.contract import Defense, WholeModel, decide, modules_of
 from msa_eval.defense.micro_batches import unwrap
 from msa_eval.device import onto
 from msa_eval.hashing import bytes_of
@@ -96,8 +96,10 @@ class CleanBatches:
         self.num_classes = self._logits[0].shape[1]
         highest = int(samples.y[chosen].max())
         if highest >= self.num_classes:
+            from_one = highest == self.num_classes and int(samples.y.min()) == 1
             raise ValueError(
-                f"{samples.name} has label {highest}, but the model has {self.num_classes} classes (labels from 0)"
+                f"{samples.name} has label {highest}, but the model has {self.num_classes} classes; "
+                + ("count labels from 0: y - 1" if from_one else f"give labels from 0 to {self.num_classes - 1}")
             )
         first = next(iter(self))
         check_trunk(defense, first.x, first.z)
@@ -201,12 +203,20 @@ class CleanBatches:
             logits = self._decide(number, self._defense, z)
         except (RuntimeError, IndexError) as error:
             shape = tuple(x.shape)
-            raise ValueError(f"the model can't take a float32 batch of images of shape {shape}: {error}") from error
+            raise ValueError(
+                f"the model can't take a float32 batch of images of shape {shape}{self._other_dtype()}: {error}"
+            ) from error
         if wrong := not_finite(logits):
             raise ValueError(f"the model's logits on clean batch {number} are not finite: {wrong}")
         if z[0].numel() <= x[0].numel() and not isinstance(unwrap(self._defense), WholeModel):
             self._features[number] = z
         self._logits[number] = logits
+
+    def _other_dtype(self) -> str:
+        """What to do where the weights are of another dtype than images."""
+        kinds = {weight.dtype for module in modules_of(self._defense) for weight in module.parameters()}
+        others = sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32} if kind.is_floating_point)
+        return f" (its weights are {others[0]}; call .float() on it)" if others else ""
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

@@ -321,8 +321,8 @@ class JudgedBatch:
         record = self._record
         if not bool(record.finite):
             raise AttackError(
-                "the defence or its surrogate returned logits that are not finite; use finite numbers, such as -1e9 "
-                "for -inf"
+                "the defence or its surrogate returned logits that are NaN or infinite for an image of the ball; make "
+                "it return finite numbers there, such as -1e9 for -inf, and 0 / 1e-12 for 0 / 0"
             )
         if float(record.excess) > 0:
             raise AttackError(

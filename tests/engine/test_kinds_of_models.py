@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,37 @@ def test_a_model_without_a_gradient_is_evaluated_and_what_its_pass_raises_is_sai
     assert 0 <= found.summary.set_index("metric")["value"]["worst_case"] <= 1
     with pytest.raises(ValueError, match=rf"no surrogate.*{raised}.*black-box"):
         _evaluated(make(), found_surrogates=False)
+
+
+@pytest.mark.parametrize(("change", "kind"), [("double", "float64"), ("half", "float16"), ("bfloat16", "bfloat16")])
+def test_weights_of_another_dtype_are_named(change: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"its weights are {kind}; call \.float\(\) on it"):
+        _evaluated(getattr(_plain(), change)())
+
+
+def test_labels_that_count_from_1_are_told_so() -> None:
+    protocol = make_protocol(PROTOCOL.values, overrides={"audit.samples": 0})
+    with pytest.raises(ValueError, match=r"label 4, but the model has 4 classes; count labels from 0: y - 1"):
+        evaluate(PLAIN, SAMPLES.x, torch.arange(16) % 4 + 1, protocol=protocol)
+    with pytest.raises(ValueError, match=r"label 7, but the model has 4 classes; give labels from 0 to 3"):
+        evaluate(PLAIN, SAMPLES.x, torch.arange(16) % 8, protocol=protocol)
+
+
+def test_all_that_takes_its_time_is_shown(tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def recorded(iterable: Iterable[Any], description: str) -> Iterable[Any]:
+        shown.append(description)
+        return iterable
+
+    evaluate(_plain(), SAMPLES, protocol=PROTOCOL, out=tmp_path / "r", progress=recorded, save_adversarial="all")
+    assert list(dict.fromkeys(shown)) == [
+        "clean pass", "how true gradients are", "trial of precisions", "audit", "defense joint", "writing proofs",
+        "writing points",
+    ]  # fmt: skip
+    shown.clear()
+    audit(_plain(), SAMPLES, protocol=PROTOCOL, progress=recorded)
+    assert shown == ["clean pass", "how true gradients are", "audit"]
 
 
 def test_a_model_with_lazy_layers_is_told_to_be_passed_first() -> None:

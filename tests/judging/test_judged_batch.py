@@ -292,7 +292,7 @@ def test_a_batch_that_was_never_decided_is_never_counted() -> None:
     ("move", "message"),
     [
         (lambda x: x + 0.3, "left the Linf ball of radius 0.2"),
-        (lambda x: x * torch.nan, "not finite|left the"),
+        (lambda x: x * torch.nan, "NaN or infinite|left the"),
         (lambda x: torch.where(x > 0.7, 1.2, x), "left the Linf ball"),
     ],
 )
@@ -328,7 +328,7 @@ def test_outputs_that_are_not_finite_are_an_error(where: str) -> None:
     broken = Broken(hpm.trunk, hpm.fc).eval().requires_grad_(False)
     surrogate = get("x", {"x": lambda d, z: d.fc_logits(z) * (torch.inf if where == "surrogate" else 1)})
     judged = JudgedBatch(broken, surrogate, batch, BALL)
-    with pytest.raises(AttackError, match="not finite"):
+    with pytest.raises(AttackError, match="NaN or infinite"):
         judged.finish(batch.x)
 
 
