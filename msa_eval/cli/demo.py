@@ -18,8 +18,9 @@ from msa_eval.cli.evaluate import run
     show_default=True,
     help="Folder for the results.",
 )
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many of the 600 digits: sooner done.")
 @options.quiet
-def demo(out: Path, quiet: bool) -> None:
+def demo(out: Path, limit: int | None, quiet: bool) -> None:
     """Evaluate the packaged digits defence on 600 real test digits, offline."""
     from msa_eval.references import reference_path
 
@@ -28,6 +29,6 @@ def demo(out: Path, quiet: bool) -> None:
         options.Data("digits"),
         "digits",
         out,
-        overrides={},
+        overrides={} if limit is None else {"samples.limit": limit},
         quiet=quiet,
     )

@@ -234,7 +234,7 @@ def test_demo_in_a_new_folder(demo: Any) -> None:
     assert demo.ended.returncode == 0, demo.ended.stderr
     assert demo.ended.stderr == ""
     summary = pd.read_csv(demo.out / "summary.csv").set_index(["target", "metric"])
-    assert (summary["n"] == 600).all()
+    assert (summary["n"] == 120).all()
     assert 0.4 < summary.loc[("fc", "worst_case"), "value"] < 0.8
     assert summary.loc[("defense", "worst_case"), "value"] < summary.loc[("defense", "paper"), "value"]
     assert "worst_case" in demo.ended.stdout
