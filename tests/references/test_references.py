@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,11 +62,23 @@ def test_the_cifar10_reference_stands_on_the_shared_classifier(shared: Path, cif
     assert right.float().mean() > 0.5
 
 
-@pytest.mark.slow
-def test_the_digits_reference_is_made_again(tmp_path: Path, digits: Samples) -> None:
-    """Bit for bit on the machine it was made on; anywhere, the same answers on nearly all digits."""
-    make_digits(tmp_path / "again.safetensors")
+EARLY = "140146146119111111144110161111416411414141111111691011116610611611111116640411103670917601114164610700111761114561117541"
+"""What the FC head answers on the first 120 digits after five epochs of its training."""
+
+
+def test_the_digits_reference_is_trained_by_its_command_as_it_was(tmp_path: Path, digits: Samples) -> None:
+    """For five epochs of forty, when another seed, rate or number of steps has a model answer otherwise.
+
+    Other float arithmetic changes 7 % of the answers by then, another seed 45 %, one PGD step in place of seven 32 %.
+    """
+
+    def begun(iterable: Iterable[Any], task: str) -> Iterable[Any]:
+        if task == "adversarial training":
+            return islice(iterable, 5)
+        return () if task.startswith("epoch ") and task != "epoch 1/40" else iterable
+
+    make_digits(tmp_path / "again.safetensors", progress=begun)
     again = load_checkpoint(tmp_path / "again.safetensors").model
     with torch.no_grad():
-        one, two = (model.fc_target(digits.x).argmax(dim=1) for model in (again, _hpm("digits")))  # type: ignore[union-attr]
-    assert (one == two).float().mean() > 0.97
+        answers = again.fc_target(digits.x[:120]).argmax(dim=1).tolist()  # type: ignore[union-attr]
+    assert sum(one == int(two) for one, two in zip(answers, EARLY, strict=True)) > 0.8 * len(EARLY)
