@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,21 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators for a while, for targets that draw from them, and leave them as they were."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        _seed_torch(seed)
         yield
+
+
+def _seed_torch(seed: int) -> None:
+    """What `torch.manual_seed` does, which formats a traceback for each absent accelerator."""
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 @contextmanager
