@@ -90,16 +90,16 @@ def logits_in(answer: Any) -> Taken:
         return Taken(answer if answer.layout == torch.strided else answer.to_dense())
     if isinstance(answer, np.ndarray):
         return Taken(torch.from_numpy(answer), "it answers with a NumPy array, which has no gradient")
-    kind = type(answer).__name__
+    kind = _kind(answer)
     values = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
     named = [name for name in LOGITS if isinstance(_value(answer, name), Tensor)]
     if named:
-        return Taken(_plain(_value(answer, named[0])), f"it answers with a {kind}, of which {named[0]!r} is taken")
+        return Taken(_plain(_value(answer, named[0])), f"it answers with {kind}, of which {named[0]!r} is taken")
     listed = list(answer) if isinstance(answer, tuple | list) else list(values.values())
     fitting = [value for value in listed if isinstance(value, Tensor) and value.ndim == 2]
     if not fitting or len({value.shape for value in fitting}) > 1:
         return Taken(answer)
-    return Taken(_plain(fitting[0]), f"it answers with a {kind}, of which the first value of shape (B, k) is taken")
+    return Taken(_plain(fitting[0]), f"it answers with {kind}, of which the first value of shape (B, k) is taken")
 
 
 def _value(answer: Any, name: str) -> Any:
@@ -141,7 +141,17 @@ def described(value: object) -> str:
         return f"shape {tuple(value.shape)}"
     parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else []
     shapes = ", ".join(str(tuple(part.shape)) for part in parts if isinstance(part, Tensor))
-    return f"a {type(value).__name__}" + (f" of shapes {shapes}" if shapes else "")
+    return _kind(value) + (f" of shapes {shapes}" if shapes else "")
+
+
+def _kind(value: object) -> str:
+    """What a value is, with its article.
+
+    >>> _kind(()), _kind(OSError()), _kind(None)
+    ('a tuple', 'an OSError', 'nothing')
+    """
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'AEIOUaeio' else 'a'} {name}"
 
 
 def not_finite(logits: Tensor) -> str:

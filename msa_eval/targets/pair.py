@@ -70,6 +70,8 @@ def _counted(target: object, images: Callable[[], Tensor], device: str) -> Defen
             for weight in (*module.parameters(), *module.buffers())
         ):
             raise ValueError("the model has lazy layers, which take their size from a first batch; pass one through it")
+        if any(weight.is_meta for weight in (*module.parameters(), *module.buffers())) and device != "meta":
+            raise ValueError("the model lies on the meta device, which holds no values; load its weights first")
         module.to(device)
         _leave_inference_mode(module)
     if isinstance(defense, WholeModel):

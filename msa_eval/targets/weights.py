@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import pickle
 import pickletools
@@ -33,6 +34,14 @@ _COUNTERS = ("n_averaged", "total_ops", "total_params")
 
 _STATISTICS = ("mean", "std")
 """Last names of what a normalisation in front of the model holds."""
+
+
+_UNSEEN = ("PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
+"""Opcodes of a pickle that make nothing."""
+
+
+_DICTS = ("EMPTY_DICT", "DICT", "MARK", "GET", "BINGET", "LONG_BINGET")
+"""Those that begin a dict; a class that was named before, as that of ordered dicts, is got from the memory."""
 
 
 DEEPEST = 4
@@ -113,11 +122,14 @@ def read_plain(path: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
         if advice := _clean_copy(path, str(error)):
             raise ValueError(advice) from error
-        # The unpickler stops at a file of another kind with a bare number.
+        # The unpickler stops at a file of another kind with a bare number, or with words of its own.
         reason = str(error).splitlines()[0].split(". ")[0] if not isinstance(error, LookupError) and str(error) else ""
+        if not reason or reason.startswith(("[", "Weights only")):
+            reason = "it is of another kind"
         raise ValueError(
-            f"{path} is no file of plain weights that torch.load(weights_only=True) reads "
-            f"({reason or 'it is of another kind'}); save model.state_dict(), best as safetensors"
+            _not_fetched(path)
+            or f"{path} is no file of plain weights that torch.load(weights_only=True) reads ({reason}); save "
+            "model.state_dict(), best as safetensors"
         ) from error
 
 
@@ -233,7 +245,9 @@ def _clean_copy(path: Path, error: str) -> str:
     keys = _top_keys(path)
     weights = f"{load}.state_dict()"
     if keys is not None:
-        weights = f'{load}["{next((key for key in _HOLDERS if key in keys), "state_dict")}"]'
+        model = next((key for key in _HOLDERS if keys.get(key) is False), None)  # where no key holds a state dict
+        held = next((key for key in _HOLDERS if keys.get(key)), None)
+        weights = f'{load}["{held or model or "state_dict"}"]' + (".state_dict()" if model and not held else "")
     what = "holds" if keys is not None else "is, or holds,"
     return (
         f"{path} {what} an object of the class {printable(found[1])}, which is never unpickled here; where you trust "
@@ -241,17 +255,40 @@ def _clean_copy(path: Path, error: str) -> str:
     )
 
 
-def _top_keys(path: Path) -> set[str] | None:
+def _not_fetched(path: Path) -> str:
+    """What came in place of a file that was not fetched; empty where it is something else.
+
+    >>> _not_fetched(Path(__file__))
+    ''
+    """
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        return f"{path} is empty; fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the weights; run git lfs pull"
+    if start.startswith(b"<"):
+        return f"{path} is a web page, not the weights; fetch what it links to"
+    return ""
+
+
+def _top_keys(path: Path) -> dict[str, bool] | None:
     """Texts in a file whose outermost object is a dict, its keys among them; ``None`` where it is of another kind.
 
-    The pickle is read and not run.
+    Of each, whether a dict follows it: of a key, whether it holds one, and no other object. The pickle is read and not
+    run.
     """
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # of pickletools, on a damaged file
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        codes = list(pickletools.genops(archive.read(name)))
-        first = next(code.name for code, _, _ in codes if code.name not in ("PROTO", "FRAME"))
-        if first in ("EMPTY_DICT", "DICT", "MARK"):
-            return {str(argument) for _, argument, _ in codes if isinstance(argument, str)}
+        codes = [(code.name, argument) for code, argument, _ in pickletools.genops(archive.read(name))]
+        codes = [(code, argument) for code, argument in codes if code not in _UNSEEN]
+        if codes[0][0] in _DICTS:
+            found: dict[str, bool] = {}
+            for (_, text), (code, after) in itertools.pairwise(codes):
+                if isinstance(text, str):
+                    is_dict = code in _DICTS or str(after).startswith("collections")
+                    found[text] = found.get(text, False) or is_dict
+            return found
     return None
 
 

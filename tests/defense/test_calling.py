@@ -91,7 +91,7 @@ def test_errors_of_other_kinds_become_one_that_names_them(error: Exception) -> N
         (LOGITS, ""),
         ({"features": FEATURES, "logits": LOGITS}, "a dict, of which 'logits'"),
         ({"feat": FEATURES, "out": LOGITS}, "a dict, of which 'out'"),
-        (Output(LOGITS), "a Output, of which 'logits'"),
+        (Output(LOGITS), "an Output, of which 'logits'"),
         (Heads(LOGITS, LOGITS), "a Heads, of which 'logits'"),
         ((LOGITS, torch.zeros(())), "a tuple, of which the first value of shape (B, k)"),
         ([LOGITS, LOGITS + 1], "a list, of which the first value"),
@@ -122,6 +122,7 @@ def test_what_could_be_anything_is_not_guessed_at(answer: Any) -> None:
         (torch.zeros(3, 5), "a row of logits an image"),
         ((FEATURES, LOGITS), r"a tuple of shapes \(4, 9\), \(4, 3\); return the logits alone"),
         (LOGITS.to(torch.complex64), "return real numbers"),
+        (None, "but got nothing; return the logits"),
     ],
 )
 def test_an_answer_without_logits_is_told_what_to_return(answer: Any, advice: str) -> None:

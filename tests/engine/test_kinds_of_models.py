@@ -333,6 +333,11 @@ def test_a_model_with_lazy_layers_is_told_to_be_passed_first() -> None:
         _evaluated(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)).eval())
 
 
+def test_a_model_without_values_is_told_to_be_loaded() -> None:
+    with pytest.raises(ValueError, match=r"lies on the meta device.*load its weights first"):
+        _evaluated(_plain().to("meta"))
+
+
 def test_a_model_that_takes_one_size_of_batches_is_evaluated_in_these() -> None:
     fixed = torch.export.export(_plain(), (torch.rand(8, 3, 2, 2),)).module()
     found, _ = _evaluated(fixed)

@@ -120,6 +120,8 @@ def test_what_does_not_fit_is_named_on_both_sides(held: object, message: str, tm
         (NET, r"an object of the class torch.nn.modules.container.Sequential"),
         ({"state_dict": STATE, "args": argparse.Namespace(lr=1)}, r"holds an object of the class argparse.Namespace"),
         ({"model": STATE, "args": argparse.Namespace(lr=1)}, r"holds an object of the class argparse.Namespace"),
+        ({"model": NET, "epoch": 3}, r"holds an object of the class torch.nn.modules.container.Sequential"),
+        ({"model": NET, "state_dict": STATE}, r"holds an object of the class torch.nn.modules.container.Sequential"),
     ],
 )
 def test_the_line_that_is_advised_makes_a_clean_file(held: object, named: str, tmp_path: Path) -> None:
@@ -131,6 +133,21 @@ def test_the_line_that_is_advised_makes_a_clean_file(held: object, named: str, t
     model = _net(1)
     load_weights(model, read_weights(tmp_path / "clean.pt").tensors, source="clean.pt")
     assert _same(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty; fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the weights; run git lfs pull"),
+        (b"\n<!DOCTYPE html>", "is a web page, not the weights; fetch what it links to"),
+        (b"weights", r"\(it is of another kind\); save model.state_dict\(\)"),
+    ],
+)
+def test_what_came_in_place_of_the_weights_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_weights(tmp_path / "w.pt")
 
 
 def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
