@@ -22,6 +22,15 @@ NORMS: Mapping[str, str] = {name.lower(): name for name in get_args(Norm)} | {
 """How people write the norms."""
 
 
+def norm_named(value: object) -> str | None:
+    """The name of a norm as somebody writes it; ``None`` for what is none.
+
+    >>> norm_named("L-inf"), norm_named(2), norm_named("L0")
+    ('Linf', 'L2', None)
+    """
+    return NORMS.get(str(value).lower().replace("ℓ", "l").translate(dict.fromkeys(map(ord, "-_ "))))
+
+
 class RunSpec(NamedTuple):
     """A white-box run as a protocol names it: what is attacked, by which loss, and which images move."""
 
@@ -57,9 +66,10 @@ def text(value: Any) -> str:
 
 def norm(value: Any) -> str:
     """A norm, under its own name."""
-    if NORMS.get(str(value).lower()) is None or isinstance(value, bool):
+    named = norm_named(value)
+    if named is None or isinstance(value, bool):
         raise ValueError(f"one of {', '.join(get_args(Norm))}")
-    return NORMS[str(value).lower()]
+    return named
 
 
 def choice(*choices: str) -> Callable[[Any], str]:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from msa_eval.protocols.checks import NORMS
+from msa_eval.protocols.checks import norm_named
 from msa_eval.protocols.keys import FILE, KEYS
 from msa_eval.protocols.schema import Protocol
 from msa_eval.protocols.validation import contradictions
@@ -61,6 +61,20 @@ def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = N
     return make_protocol(content, overrides=overrides, source=str(source))
 
 
+def _like(key: str) -> list[str]:
+    """The keys that an unknown one may stand for: by its last part, or by all of it.
+
+    >>> _like("epsilon"), _like("restart"), _like("threat.targeted")
+    (['threat.eps'], ['attack.apgd.restarts', 'attack.square.restarts', 'attack.spsa.restarts'], [])
+    """
+    if "." in key:
+        return difflib.get_close_matches(key, KEYS, n=1, cutoff=CLOSE)
+    if found := [name for name in KEYS if key.startswith(name.rpartition(".")[2])]:
+        return found
+    lasts = difflib.get_close_matches(key, {name.rpartition(".")[2] for name in KEYS}, n=1, cutoff=CLOSE)
+    return [name for name in KEYS if lasts and name.endswith(f".{lasts[0]}")]
+
+
 def make_protocol(
     content: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "protocol"
 ) -> Protocol:
@@ -80,8 +94,7 @@ def make_protocol(
             mistakes.append(f"the table [{printable(key)}] is empty; give at least one of its keys, or leave it out")
             continue
         if key not in KEYS:
-            close = [name for name in KEYS if name.endswith(f".{key}")]
-            close = close or difflib.get_close_matches(key, KEYS, n=1, cutoff=CLOSE)
+            close = _like(key)
             hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ""
             mistakes.append(f"unknown key {printable(key)}{hint}")
             continue
@@ -115,7 +128,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _plain(key: str, value: Any) -> Any:
     """A value as TOML has it: NumPy's and torch's scalars as numbers, tuples as lists, norms by their own names."""
     if key == "threat.norm":
-        return NORMS.get(str(value).lower(), value)
+        return norm_named(value) or value
     if isinstance(value, tuple):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else value

@@ -18,14 +18,14 @@ DEFLATES = 1032
 """So many bytes can be packed into one, by zip's usual method."""
 
 SPLITS: Mapping[str, Sequence[tuple[str, str]]] = {
-    "train": (("x_train", "y_train"), ("X_train", "y_train"), ("train_images", "train_labels")),
-    "test": (("x_test", "y_test"), ("X_test", "y_test"), ("test_images", "test_labels")),
+    "train": (("x_train", "y_train"), ("train_images", "train_labels")),
+    "test": (("x_test", "y_test"), ("test_images", "test_labels")),
 }
 PAIRS = (
-    ("x", "y"), ("X", "y"), ("images", "labels"), ("image", "label"), ("data", "labels"), ("data", "targets"),
-    ("arr_0", "arr_1"),
+    ("x", "y"), ("images", "labels"), ("images", "targets"), ("image", "label"), ("data", "labels"),
+    ("data", "targets"), ("arr_0", "arr_1"),
 )  # fmt: skip
-"""Under which names files hold images and labels."""
+"""Under which names, in small or large letters, files hold images and labels."""
 
 
 def read_npz(path: Path, split: Split) -> Samples:
@@ -82,9 +82,11 @@ def names_in(held: Sequence[str], split: Split) -> tuple[str, str] | None:
     >>> names_in(["x_train", "y_train", "x_test", "y_test"], "test")
     ('x_test', 'y_test')
     """
+    folded = {name.lower(): name for name in reversed(held)}
     for names in (*SPLITS[split], *PAIRS):
-        if set(names) <= set(held):
-            return names
+        if all(name.lower() in folded for name in names):
+            images, labels = (name if name in held else folded[name.lower()] for name in names)
+            return images, labels
     return None
 
 

@@ -91,6 +91,8 @@ def _tensor(given: Any, name: str, what: str, remedy: str) -> Tensor:
     if not isinstance(given, Tensor):
         given = _from_numpy(given, name, what, remedy)
     given = given.detach().cpu()
+    if given.layout != torch.strided:
+        given = given.to_dense()
     if given.is_complex():
         raise ValueError(f"{name}: the {what} are complex numbers; give real ones")
     if given.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with

@@ -78,7 +78,7 @@ def read_picture(file: Path, prepare: Preparation, *, colour: bool) -> Tensor:
     Raises:
         ValueError: when it is no readable picture.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -86,7 +86,8 @@ def read_picture(file: Path, prepare: Preparation, *, colour: bool) -> Tensor:
             with Image.open(file, formats=FORMATS) as opened:
                 return pixels(opened, prepare, colour=colour)
     except Exception as error:  # of Pillow, whose readers raise whatever their parsers do
-        raise ValueError(f"{file} is not a readable image: {printable(error)}") from error
+        reason = "it is no picture; take it out of the folder" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{file} is not a readable image: {printable(reason)}") from error
 
 
 def is_colour(file: Path) -> bool:

@@ -20,6 +20,7 @@ Y = np.array([1, 0], np.uint8)
     [
         (("x_test", "y_test"), "test"), (("x_train", "y_train"), "train"), (("test_images", "test_labels"), "test"),
         (("train_images", "train_labels"), "train"), (("images", "labels"), "test"), (("X", "y"), "test"),
+        (("X", "Y"), "test"), (("images", "targets"), "test"), (("X_test", "Y_test"), "test"),
         (("arr_0", "arr_1"), "test"), (("x", "y"), "train"),
     ],
 )  # fmt: skip

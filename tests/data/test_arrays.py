@@ -131,3 +131,8 @@ def test_float_images_are_not_copied() -> None:
     assert Samples.of(x, Y).x.data_ptr() == x.ctypes.data
     x.flags.writeable = False
     assert torch.equal(Samples.of(x, Y).x, torch.from_numpy(X))
+
+
+def test_sparse_images_are_made_dense() -> None:
+    plain = torch.tensor([[[[0.0, 0.5], [0.0, 1.0]]]])
+    assert torch.equal(Samples(plain.to_sparse(), torch.tensor([0]), "sparse").x, plain)

@@ -144,3 +144,10 @@ def test_a_folder_of_parts_is_told_of_its_parts(tmp_path: Path) -> None:
     _folder(tmp_path / "val", ["cat", "dog"])
     with pytest.raises(ValueError, match=r"it is no file; give one part of the data, as .*val$"):
         load_samples(tmp_path)
+
+
+def test_a_file_that_is_no_picture_is_to_be_taken_out(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.txt is not a readable image: it is no picture; take it out"):
+        load_samples(tmp_path).images(torch.arange(1))

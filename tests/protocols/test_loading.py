@@ -126,6 +126,7 @@ def test_what_is_no_radius(given: Any) -> None:
     ("given", "norm"),
     [
         ("linf", "Linf"), ("LINF", "Linf"), ("inf", "Linf"), (float("inf"), "Linf"), (np.inf, "Linf"), ("L∞", "Linf"),
+        ("L-inf", "Linf"), ("l_2", "L2"), ("ℓ2", "L2"), ("ℓ∞", "Linf"),
         ("l2", "L2"), (2, "L2"), ("2", "L2"), (2.0, "L2"),
     ],
 )  # fmt: skip
@@ -140,6 +141,8 @@ def test_a_norm_as_people_write_it(given: Any, norm: str) -> None:
     [
         ("eps", "threat.eps"), ("norm", "threat.norm"), ("size", "batches.size"),
         ("steps", "attack.apgd.steps or attack.recombination.steps"), ("limit", "samples.limit"),
+        ("epsilon", "threat.eps"),
+        ("restart", "attack.apgd.restarts or attack.square.restarts or attack.spsa.restarts"),
     ],
 )  # fmt: skip
 def test_a_bare_key_leads_to_where_it_stands(key: str, hint: str) -> None:
