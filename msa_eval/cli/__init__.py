@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import signal
 import sys
@@ -92,12 +93,21 @@ class _Group(click.Group):
         command: click.Command = getattr(importlib.import_module(f"{folder}.{name}"), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of the first word; one that is not there is told what it is like."""
+        close = [] if args[0] in COMMANDS else difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if close:
+            ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:
-            with _terminable():
+            with _terminable(), messages.warnings_as_notes():
                 return super().invoke(ctx)
         except ValueError as error:
             self._stop(str(error), 2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -72,6 +74,25 @@ def _moving(iterable: Iterable[Any], description: str) -> Iterator[Any]:
         finally:
             done.set()
             thread.join()
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings meant for users as notes, in the words of the command line and without the line of the source."""
+    plain = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning:
+            return f"note: {as_options(str(message))}\n"
+        return plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def notes(quiet: bool) -> Callable[[str], None]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 from msa_eval import HPM, Blueprint, Samples, load_checkpoint, save_checkpoint
 from msa_eval.cli import main, messages
-from msa_eval.cli.messages import as_options
+from msa_eval.cli.messages import as_options, warnings_as_notes
 from msa_eval.references import reference_path
 
 DIGITS = str(reference_path("digits"))
@@ -402,3 +403,21 @@ def test_sigterm_is_told_apart_where_a_library_makes_a_bare_interrupt_of_it(monk
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = _run("--debug", "evaluate", "none", "--data", "digits", "--protocol", "quick", "--out", str(tmp_path))
     assert isinstance(result.exception, ValueError)
+
+
+def test_warnings_are_notes(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with warnings_as_notes():
+            sys.stderr.write(warnings.formatwarning("it is whole (whole=True)", UserWarning, "a.py", 3, "x = 1"))
+            sys.stderr.write(warnings.formatwarning("old", DeprecationWarning, "a.py", 3, "x = 1"))
+        sys.stderr.write(warnings.formatwarning("after", UserWarning, "a.py", 3, "x = 1"))
+    said = capfd.readouterr().err
+    assert said.startswith("note: it is whole (--whole)\n")
+    assert "a.py:3: DeprecationWarning: old" in said
+    assert "a.py:3: UserWarning: after" in said
+
+
+def test_a_command_that_is_not_there_is_told_what_it_is_like() -> None:
+    assert "No such command 'evaluat'; did you mean 'evaluate'?" in CliRunner().invoke(main, ["evaluat"]).stderr
+    assert "No such command 'zzz'." in CliRunner().invoke(main, ["zzz"]).stderr
