@@ -113,6 +113,8 @@ def no_logits(answer: Any, count: int) -> str:
     ''
     """
     expected = f"expected logits of shape ({count}, k)"
+    if isinstance(answer, torch.nn.Module):
+        return f"{expected}, but got {_kind(answer)}; a function that makes the model must need no argument"
     if not isinstance(answer, Tensor):
         return f"{expected}, but got {described(answer)}; return the logits alone, as a tensor"
     shape, z = tuple(answer.shape), "z" if answer.ndim == 2 else "z.view(-1, 1)"

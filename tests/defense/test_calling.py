@@ -123,6 +123,7 @@ def test_what_could_be_anything_is_not_guessed_at(answer: Any) -> None:
         ((FEATURES, LOGITS), r"a tuple of shapes \(4, 9\), \(4, 3\); return the logits alone"),
         (LOGITS.to(torch.complex64), "return real numbers"),
         (None, "but got nothing; return the logits"),
+        (torch.nn.Linear(2, 2), "but got a Linear; a function that makes the model must need no argument"),
     ],
 )
 def test_an_answer_without_logits_is_told_what_to_return(answer: Any, advice: str) -> None:
