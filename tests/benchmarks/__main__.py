@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     item("limit", "multiply-adds of the passes over what the trunk's convolutions reach", both,
          batch=64, steps=10, repeats=5)  # fmt: skip
     item("cluster", "one worker and two on a Ray cluster", hpm, samples=128, batch=16, repeats=2)
-    item("tables", "put the files' figures into docs/research/speed.md", ())
+    item("tables", "put the files' figures into docs/research/speed.md and overhead.md", ())
     return made
 
 

@@ -1,20 +1,20 @@
-"""The tables of docs/research/speed.md, made of the CSV files alone.
+"""The tables of docs/research/speed.md and overhead.md, made of the CSV files alone.
 
     python -m tests.benchmarks tables
 
-puts each between its two marks in the page, so that a rerun of a measurement needs no typing.
+puts each between its two marks, so that a rerun of a measurement needs no typing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-PAGE = Path("docs/research/speed.md")
+PAGES = (Path("docs/research/speed.md"), Path("docs/research/overhead.md"))
 
 
 class Column(NamedTuple):
@@ -130,6 +130,7 @@ def fill(page: str, folder: Path) -> str:
     return page
 
 
-def run(*, out: Path, page: Path = PAGE) -> None:
-    """Fill the page from the files of a folder."""
-    page.write_text(fill(page.read_text(encoding="utf-8"), out), encoding="utf-8")
+def run(*, out: Path, pages: Sequence[Path] = PAGES) -> None:
+    """Fill the pages from the files of a folder."""
+    for page in pages:
+        page.write_text(fill(page.read_text(encoding="utf-8"), out), encoding="utf-8")

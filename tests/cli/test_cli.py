@@ -33,6 +33,12 @@ BUDGETS = {
 FAST = ("--limit", "24", *(word for key, value in BUDGETS.items() for word in ("--set", f"{key}={value}")))
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have tests of their own, and drawing one takes as long as an evaluation here."""
+    monkeypatch.setattr("msa_eval.report.page.KINDS", ())
+
+
 def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -160,7 +166,7 @@ def test_advice_is_in_options_where_the_call_was_a_command() -> None:
 
 
 def test_contexts_and_a_victim_reach_the_engine(tmp_path: Path) -> None:
-    result = _evaluate(tmp_path / "r", "--quiet", "--context", "alone", "--context", "composed", "--limit", "12")
+    result = _evaluate(tmp_path / "r", "--quiet", "--context", "alone", "--context", "composed", "--limit", "6")
     assert result.exit_code == 0, result.stderr
     assert list(pd.read_csv(tmp_path / "r" / "summary.csv")["context"].unique()) == ["alone", "composed"]
 
@@ -196,8 +202,8 @@ def test_strict_exits_with_3_unless_the_verdict_is_sound(tmp_path: Path) -> None
 
 
 def test_what_is_saved_is_verified_and_a_changed_bit_is_found(tmp_path: Path) -> None:
-    every = ("--context", "joint", "--context", "solo", "--context", "alone", "--context", "composed")
-    result = _evaluate(tmp_path / "r", "--quiet", "--save-adversarial", *every, "--limit", "12", "--batch-size", "6")
+    two = ("--context", "joint", "--context", "composed")
+    result = _evaluate(tmp_path / "r", "--quiet", "--save-adversarial", *two, "--limit", "8", "--batch-size", "4")
     assert result.exit_code == 0, result.stderr
     checked = _run("verify", str(tmp_path / "r"), DIGITS, "--data", "digits", "--quiet")
     assert checked.exit_code == 0, checked.stdout + checked.stderr
