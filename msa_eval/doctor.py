@@ -37,7 +37,7 @@ ZOOS = ("torchvision", "timm")
 """Packages of models whose files are not held to their records: no other package is known to write over them."""
 
 LEAST = 0.8
-"""Share of 64 clean digits that the packaged digits defence gets right at the least; it gets 92 % of 600."""
+"""Share of 64 clean digits that the packaged digits defence gets right at least; it gets 92 % of 600."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def check_reference(name: str, file: Path) -> Finding:
     right = float((logits.argmax(1) == y).float().mean())
     said = f"{right:.0%} of {len(x)} digits are right"
     if right < LEAST:
-        return Finding(f"reference {name}", "fault", f"{said}, expected {LEAST:.0%} at the least", mends)
+        return Finding(f"reference {name}", "fault", f"{said}, expected at least {LEAST:.0%}", mends)
     return Finding(f"reference {name}", "ok", said)
 
 

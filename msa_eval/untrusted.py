@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 LONGEST = 200
-"""So many letters of a text that a file gave are told."""
+"""Messages quote at most this many letters of a text from a file."""
 
 
 def printable(text: object) -> str:

@@ -31,7 +31,7 @@ def shipped() -> dict[str, Path]:
 
 
 MISTAKES = 20
-"""So many mistakes in a protocol are told; the others are counted."""
+"""So many mistakes in a protocol are listed; the others are counted."""
 
 
 def load_protocol(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Protocol:

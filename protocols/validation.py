@@ -31,13 +31,15 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         if key in values and values.get("attack.apgd.combine") != "cascade":
             found.append(f"{key} ends a cascade; give attack.apgd.combine = 'cascade', or leave it out")
     if "standing" in moves and values.get("attack.apgd.combine") != "cascade":
-        found.append("only a cascade knows what stands; give attack.apgd.combine = 'cascade', or move the batch")
+        found.append(
+            "only a cascade knows which samples are unbroken; give attack.apgd.combine = 'cascade', or move the batch"
+        )
     if values.get("attack.apgd.combine") == "mean" and set(moves) - {"batch", ""}:
         found.append("surrogates combined by mean move the batch; leave attack.apgd.moves out")
     if "attack.recombination.steps" in values and "attack.recombination.runs" not in values:
         found.append("attack.recombination.steps is of its own runs; give attack.recombination.runs, or leave it out")
     if "attack.recombination.runs" in values and not any(key.startswith("attack.apgd.") for key in values):
-        found.append("attack.recombination.runs stand in for those of attack.apgd in joint; give attack.apgd too")
+        found.append("attack.recombination.runs replace those of attack.apgd in joint; give attack.apgd too")
     if "attack.apgd.runs" in values:
         other = [k for k in ("surrogates", "losses", "restarts", "targets", "moves") if f"attack.apgd.{k}" in values]
         found += [f"attack.apgd.runs names every run, so attack.apgd.{key} has no meaning beside it" for key in other]
@@ -50,7 +52,7 @@ def _too_coarse(values: Mapping[str, Any]) -> list[str]:
     """Whether no image can be changed by a level within the ball, in which the least change has the norm of one."""
     try:
         eps, levels = checks.number(0, 1000)(values["threat.eps"]), checks.levels(values["threat.levels"])
-    except (KeyError, ValueError):  # told of by its own check
+    except (KeyError, ValueError):  # reported by its own check
         return []
     if eps * (levels - 1) >= 1 - 1e-6:
         return []

@@ -271,7 +271,7 @@ def test_a_reference_that_answers_wrongly(tmp_path: Path) -> None:
     (tmp_path / "moved.safetensors").write_bytes(whole)
     found = doctor.check_reference("digits", tmp_path / "moved.safetensors")
     assert found.state == "fault"
-    assert "of 64 digits are right, expected 80% at the least" in found.said
+    assert "of 64 digits are right, expected at least 80%" in found.said
 
 
 def test_imports() -> None:

@@ -15,7 +15,7 @@ LIKE, GAIN = 0.6, 0.3
 """Predictions are the labels in another order when so large a share is right in it, and so much more than as it is."""
 
 ENOUGH, ALIKE = 8, 0.95
-"""Of at least so many images, a model that gives so large a share one answer is held against a label's share."""
+"""Of at least so many images, a model that gives so large a share one answer is compared with a label's share."""
 
 EACH = 3
 """Images of a class, on average, without which any predictions look like labels in some order."""

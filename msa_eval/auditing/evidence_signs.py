@@ -22,12 +22,12 @@ def gradient_free_only(passes: float) -> Sign:
     """Where no attack followed a gradient: what the figure then says.
 
     Args:
-        passes: forward passes a sample of all attacks; 0 before they are made.
+        passes: forward passes per sample of all attacks; 0 before they are made.
 
     >>> gradient_free_only(5000.0).severity
     'suspect'
     """
-    made = f"about {passes:.0f} passes a sample" if passes else "its passes"
+    made = f"about {passes:.0f} forward passes per sample" if passes else "its passes"
     reason = (
         f"no attack of the protocol follows a gradient: the figure says what {made} without gradients break, and is "
         f"too high against whoever has more of them, or a gradient"

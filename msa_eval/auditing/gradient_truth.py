@@ -4,7 +4,7 @@ From points on clean images and points that a search has reached, the hard targe
 along random directions: signs of single pixels, and of squares of pixels, since a part of a defence may answer to one
 of them alone. Half of the steps are made from a point nearby and are of another size: the part of a change that recurs
 there is what a gradient can predict, and what does not recur (a class that flips in a batch, a value that is rounded
-the other way) is not held against it. So honest discontinuity is not taken for masking.
+the other way) does not count against it. So honest discontinuity is not taken for masking.
 
 With p the change that a gradient predicts, and d, d' the changes at a point and nearby, the figure is
 

@@ -33,7 +33,7 @@ def clean_at_chance(labels: Classes, predictions: Classes, num_classes: int) -> 
     found = against_chance(labels, predictions, num_classes)
     seen = f"clean accuracy is {_percent(found.accuracy)}, chance {_percent(found.level)}"
     if found.reached:
-        reason = f"{seen}: {in_words(labels, predictions, found)}; no other figure says anything of the model"
+        reason = f"{seen}: {in_words(labels, predictions, found)}; no other number says anything about the model"
     else:
         reason = seen
     return Sign("clean_at_chance", found.reached, "unreliable", found.accuracy, found.level, _sentence(reason))
@@ -124,13 +124,13 @@ def batch_dependence(changes: Mapping[str, Change], *, declared: bool, noise: Ch
 
 
 def batch_dependence_found(drift: float) -> Sign:
-    """Whether a target that was taken to ignore companions answers otherwise about the points found, in other company.
+    """Whether a target that was taken to ignore companions answers the points found otherwise with other companions.
 
     Args:
         drift: by how much, as a share of the logits' range.
     """
     fired = not drift <= ALONE
-    seen = f"answers to the points found change by {drift:.2g} of the logits' range in other company"
+    seen = f"answers to the points found change by {drift:.2g} of the logits' range with other companions"
     if fired:
         seen += ", though the target was taken to ignore it; set batch_dependent = True and evaluate again"
     return Sign("batch_dependence", fired, "unreliable", drift, ALONE, _sentence(seen))

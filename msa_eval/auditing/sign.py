@@ -64,7 +64,7 @@ class Change(NamedTuple):
 
     Attributes:
         drift: the largest difference of a logit, as a share of the range of all logits.
-        mean: the mean difference, likewise.
+        mean: the mean difference.
         flips: the share of samples whose class differs.
     """
 

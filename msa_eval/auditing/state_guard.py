@@ -55,7 +55,7 @@ class StateGuard:
         return tuple(names)
 
     def so_far(self) -> tuple[str, ...]:
-        """What has changed, with what is remembered; nothing where the defence gives no answer, which is told later."""
+        """What has changed, with what is remembered; nothing where the defence gives no answer: reported later."""
         try:
             return tuple(dict.fromkeys([*self._remembered, *self.changes()]))
         except Exception:

@@ -26,12 +26,20 @@ NAMES = ("full", "no-global", "average", "inner", "plain-l2", "plain-cosine")
 @options.data()
 @options.protocol
 @options.out
-@click.option("--variant", "variants", type=click.Choice(NAMES), multiple=True, help="Beside full; all by default.")
+@click.option(
+    "--variant",
+    "variants",
+    type=click.Choice(NAMES),
+    multiple=True,
+    help="Variants to evaluate besides full; all by default.",
+)
 @click.option(
     "--finetune", "given", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE",
     help="A setting of the fine-tuning: epochs, batch_size, lr, momentum, eps, steps, step_size, ...",
 )  # fmt: skip
-@click.option("--train-limit", type=click.IntRange(min=1), help="Fine-tune on at most so many, uniformly drawn.")
+@click.option(
+    "--train-limit", type=click.IntRange(min=1), help="Fine-tune on at most this many samples, drawn uniformly."
+)
 @options.limit
 @options.context
 @options.assignments

@@ -22,7 +22,7 @@ WIDTH = 100
 @options.data()
 @options.protocol
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=128, show_default=True, help="Look at so many samples at most."
+    "--limit", type=click.IntRange(min=1), default=128, show_default=True, help="Audit at most this many samples."
 )
 @options.assignments
 @click.option("--strict", is_flag=True, help=f"Exit with status {options.NOT_SOUND} unless the verdict is sound.")

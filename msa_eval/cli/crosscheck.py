@@ -22,13 +22,15 @@ from msa_eval.cli.evaluate import evaluate
     "peers",
     multiple=True,
     metavar="LIBRARY:ATTACK",
-    help="An attack of autoattack, torchattacks or foolbox; give it several times for several.",
+    help="An attack of autoattack, torchattacks or foolbox; may be repeated.",
 )
-@click.option("--surrogate", "surrogates", multiple=True, help="What the peers are run on; likewise.")
+@click.option("--surrogate", "surrogates", multiple=True, help="What the attacks are run through; may be repeated.")
 @click.option("--on", "targets", multiple=True, type=click.Choice(["defense", "fc"]), help="One target only.")
 @options.context
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Steps of a run.")
-@click.option("--passes", type=click.IntRange(min=1), help="Run each peer again until it made so many passes a sample.")
+@click.option(
+    "--passes", type=click.IntRange(min=1), help="Repeat each attack until it made this many passes per sample."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; crosscheck.csv in RESULTS by default.")
 @options.seed
 @options.device
@@ -69,7 +71,7 @@ def crosscheck(
         raise ValueError(f"{error}, which the results' command line names; give the data with --data") from error
     path = out or results / CROSSCHECK
     if path.is_dir() or path.suffix != ".csv":
-        raise ValueError(f"{path} is no name of a table; choose one that ends in .csv")
+        raise ValueError(f"{path} is not the name of a table; choose one that ends in .csv")
     found = check(
         results, target.load(samples, quiet=quiet), samples, peers=peers, surrogates=surrogates, contexts=context,
         targets=targets, steps=steps, passes=passes, seed=seed, device=device, progress=messages.bars(quiet),
@@ -91,7 +93,9 @@ def _recorded(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     give = f"give TARGET and --data: msa-eval crosscheck {folder} TARGET --data DATA"
     words = [str(word) for word in run.get("command", [])]
     if "evaluate" not in words:
-        raise ValueError(f"{folder} was not made by 'msa-eval evaluate', so nothing says what it is of; {give}")
+        raise ValueError(
+            f"{folder} was not made by 'msa-eval evaluate', so its model and data are not recorded; {give}"
+        )
     after = words[words.index("evaluate") + 1 :]
     try:
         context = evaluate.make_context("evaluate", after, resilient_parsing=True)
@@ -101,6 +105,6 @@ def _recorded(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not word or not context.params.get("data"):
         raise ValueError(f"the command line in run.json names no target or no data; {give}")
     if options.imports_code(str(word)) or how.get("trunk"):
-        raise ValueError(f"the target, {word}, is code that would be imported, which has to be asked for; {give}")
+        raise ValueError(f"the target, {word}, is code, which is imported only where you name it; {give}")
     read = {name: context.params.get(name) for name in options.READING}
     return {"target": options.Chosen(str(word), how), "data": options.Data(str(context.params["data"]), read)}

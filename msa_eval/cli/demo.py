@@ -18,7 +18,9 @@ from msa_eval.cli.evaluate import run
     show_default=True,
     help="Folder for the results.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many of the 600 digits: sooner done.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Evaluate at most this many of the 600 digits, which is faster."
+)
 @options.quiet
 def demo(out: Path, limit: int | None, quiet: bool) -> None:
     """Evaluate the packaged digits defence on 600 real test digits, offline."""

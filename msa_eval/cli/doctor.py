@@ -20,7 +20,7 @@ def doctor(fix: bool) -> None:
     """Find faults of this installation and print the command that repairs each.
 
     Holds the files of robustbench and other peers to their own records, versions to what each package asks for, and
-    looks at devices, caches and the packaged reference checkpoints. Exit status 1 when a fault stands.
+    looks at devices, caches and the packaged reference checkpoints. Exit status 1 if a fault remains.
     """
     from msa_eval.doctor import Finding, examine
 

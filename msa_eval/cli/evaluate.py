@@ -46,7 +46,7 @@ class _Evaluate(click.Command):
 @click.option(
     "--no-gallery", is_flag=True, help="Keep no pictures of broken samples (by default twelve, for the page)."
 )
-@click.option("--all-runs", is_flag=True, help="Give runs that broke no new sample a line each in the table.")
+@click.option("--all-runs", is_flag=True, help="List every run in the table, also those that broke no new sample.")
 @click.option("--strict", is_flag=True, help="Exit with status 3 unless the verdict is 'sound'.")
 @options.found_surrogates
 @options.seed
@@ -54,7 +54,7 @@ class _Evaluate(click.Command):
 @click.option(
     "--micro-batch",
     type=click.IntRange(min=1),
-    help="Pass at most so many images through the trunk at once; batches are decided whole all the same.",
+    help="Pass at most this many images through the trunk at once; decisions are still made on whole batches.",
 )
 @options.precision
 @options.deterministic
@@ -141,7 +141,7 @@ def run(
 
 
 def write_report(out: Path) -> None:
-    """Write the page. The results are safe by now, so whatever goes wrong here is told and no more."""
+    """Write the page. The results are safe by now, so whatever goes wrong here is only reported."""
     from msa_eval.report.page import write_page
 
     try:

@@ -20,11 +20,15 @@ from msa_eval.cli import messages, options
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--lr", type=options.NUMBER, default=5e-5, show_default=True)
-@click.option("--momentum", type=options.NUMBER, default=0.98, show_default=True, help="Of the prototypes (λ).")
+@click.option(
+    "--momentum", type=options.NUMBER, default=0.98, show_default=True, help="Momentum of the prototypes (λ)."
+)
 @click.option("--eps", type=options.NUMBER, default="8/255", show_default=True, help="Linf radius in pixel units.")
-@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of the inner maximisation.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps of the inner maximisation."
+)
 @click.option("--step-size", type=options.NUMBER, default=0.003, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples, uniformly drawn.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most this many samples, drawn uniformly.")
 @options.seed
 @options.device
 @options.force

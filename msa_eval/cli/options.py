@@ -92,7 +92,7 @@ def assignments(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def device(command: Callable[..., None]) -> Callable[..., None]:
-    """The option --device; an accelerator that was found, not named, is told in one line."""
+    """The option --device; an accelerator that was found, not named, is reported in one line."""
 
     @functools.wraps(command)
     def gathered(device: str, **given: Any) -> None:
@@ -237,7 +237,7 @@ def _channels(ctx: click.Context, param: click.Parameter, value: Sequence[str]) 
     try:
         return tuple(as_number(part) for part in parts) or None
     except ValueError as error:
-        raise click.BadParameter(f"{error}; give one a channel, or none", ctx, param) from error
+        raise click.BadParameter(f"{error}; give one per channel, or none", ctx, param) from error
 
 
 LOADING = {

@@ -18,7 +18,7 @@ from msa_eval.cli import messages, options
     "--models", default="models", show_default=True, type=click.Path(path_type=Path),
     help="Folder of robustbench's weights, and of HPM heads as DATASET/Linf/NAME-hpm.safetensors.",
 )  # fmt: skip
-@click.option("--random-weights", is_flag=True, help="Run the models untrained, to try the machinery.")
+@click.option("--random-weights", is_flag=True, help="Use randomly initialised models, to try the pipeline.")
 @options.limit
 @options.assignments
 @options.seed

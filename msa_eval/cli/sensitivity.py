@@ -50,7 +50,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
               help="Measure what APGD on the FC head changes within EPS, in place of --gamma and --step.")  # fmt: skip
 @options.limit
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch.")
-@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most so many training images.")
+@click.option("--train-limit", type=click.IntRange(min=1), help="Use at most this many training images.")
 @click.option("--attack", type=click.IntRange(min=1), metavar="N",
               help="Attack the FC head and a plain ℓ2 head over --eps too, on N samples (Figure 1).")  # fmt: skip
 @click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
@@ -72,7 +72,7 @@ def sensitivity(target: options.Chosen, data: options.Data, out: Path, **chosen:
     Figures 2 and 3 of the paper from its formulas and its ResNet-50's angles, without data.
     """
     if target.word in (PAPER, RESNET18) and any(value for name, value in target.how.items() if name != "models"):
-        raise ValueError(f"{target.word!r} says all of itself; it takes no weights, head or code")
+        raise ValueError(f"{target.word!r} is complete in itself; it takes no weights, head or code")
     if target.word == PAPER:
         if data.source or any(chosen[name] is not None for name in ("train", "attack", "change")):
             raise ValueError("'paper' stands for the paper's own figures, which need no data and no attack")
@@ -90,7 +90,7 @@ def _training(data: options.Data, source: str | None, limit: int | None, seed: i
 
     if source is None:
         if limit is not None:
-            raise ValueError("--train-limit is of training data; give --train too")
+            raise ValueError("--train-limit applies to training data; give --train too")
         return None
     found = data.like(source, split="train")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:limit].sort().values

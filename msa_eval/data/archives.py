@@ -63,7 +63,7 @@ def read_pt(path: Path, split: Split) -> Samples:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is no file of plain tensors that torch.load(weights_only=True) reads; save it with "
+            f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads; save it with "
             f'torch.save({{"x": x, "y": y}}, "{path.name}")'
         ) from error
     if isinstance(held, list | tuple) and len(held) == 2:

@@ -75,7 +75,7 @@ def as_labels(given: Any, name: str) -> Tensor:
         labels = labels[:, 0]
     if labels.is_floating_point() or labels.dtype == torch.bool:
         kind = str(labels.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: expected integer labels, but got {kind}; bring them to int64")
+        raise ValueError(f"{name}: expected integer labels, but got {kind}; convert them to int64")
     labels = labels.long()
     if labels.numel() and int(labels.min()) < 0:
         raise ValueError(
@@ -165,7 +165,7 @@ def _from_one_hot(labels: Tensor, name: str) -> Tensor:
     ones = (labels == 1).sum(dim=1)
     if not bool(((labels == 0) | (labels == 1)).all()) or not bool((ones == 1).all()):
         raise ValueError(
-            f"{name}: labels of shape {tuple(labels.shape)} are not one-hot; give one whole number an image, as "
+            f"{name}: labels of shape {tuple(labels.shape)} are not one-hot; give one whole number per image, as "
             f"y.argmax(1) of soft labels"
         )
     return labels.int().argmax(dim=1)

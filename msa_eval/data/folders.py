@@ -1,4 +1,4 @@
-"""A folder with one subfolder of images a class; what is evaluated is decoded, and nothing else."""
+"""A folder with one subfolder of images per class; what is evaluated is decoded, and nothing else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def read_classes(path: Path) -> tuple[list[str], Mapping[str, int]]:
         text = path.read_text(encoding="utf-8")
         named = _from_json(json.loads(text)) if path.suffix == ".json" else _from_lines(text)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no list of classes, one a line: {printable(error)}") from error
+        raise ValueError(f"{path} is not a list of classes, one per line: {printable(error)}") from error
     labels: dict[str, int] = {}
     for label, names in enumerate(named):
         for name in names:
@@ -118,7 +118,7 @@ def _class_folders(path: Path) -> list[Path]:
     for folder in folders:
         check_inside(folder, path)
     if not folders:
-        raise ValueError(f"{path} has no subfolders; expected one folder of images a class")
+        raise ValueError(f"{path} has no subfolders; expected one folder of images per class")
     return sorted(folders, key=_by_number if all(folder.name.isdecimal() for folder in folders) else _by_name)
 
 

@@ -33,10 +33,10 @@ def load_samples(
     Args:
         source: ``digits`` (scikit-learn's), ``cifar10`` or ``cifar100`` (by torchvision); an ``.npz`` file, or a
             ``.pt`` file of plain tensors, with ``x`` and ``y`` or other common names (`archives.PAIRS`); or a folder
-            with one subfolder of images a class, of which only what is evaluated is decoded.
+            with one subfolder of images per class, of which only what is evaluated is decoded.
         split: which part of a named data set, or of a file that holds both; other files and folders are taken whole.
         root: the folder in which torchvision looks for its data sets.
-        classes: of a folder, a file that names the model's classes in its own order, one a line.
+        classes: of a folder, a file that names the model's classes in its own order, one per line.
         resize: of a folder, the shorter side of every image is brought to so many pixels.
         crop: of a folder, so many pixels from the middle are kept, after the resize.
 

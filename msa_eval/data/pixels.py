@@ -76,7 +76,7 @@ def read_picture(file: Path, prepare: Preparation, *, colour: bool) -> Tensor:
     """Eight bits a channel ``(C, H, W)`` of a file.
 
     Raises:
-        ValueError: when it is no readable picture.
+        ValueError: when it is not a readable picture.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -97,7 +97,7 @@ def is_colour(file: Path) -> bool:
     try:
         with Image.open(file, formats=FORMATS) as opened:
             return opened.mode not in GREY
-    except Exception:  # it is told of when it is decoded
+    except Exception:  # it is reported when it is decoded
         return False
 
 

@@ -65,7 +65,8 @@ class Samples:
         count = len(x) if isinstance(x, Decoded | Decoder) else len(self.x)
         if self.y.shape != (count,):
             raise ValueError(
-                f"{name}: expected one label an image, but got {count} images and labels of shape {tuple(self.y.shape)}"
+                f"{name}: expected one label per image, but got {count} images and labels of "
+                f"shape {tuple(self.y.shape)}"
             )
 
     @classmethod

@@ -31,7 +31,7 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ValueError(
-                f"expected as many means as positive stds, one a channel, but got mean={list(mean)}, std={list(std)}"
+                f"expected as many means as positive stds, one per channel, but got mean={list(mean)}, std={list(std)}"
             )
         self.mean: Tensor
         self.std: Tensor

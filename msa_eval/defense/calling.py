@@ -127,7 +127,7 @@ def no_logits(answer: Any, count: int) -> str:
     elif len(shape) > 2 and shape[0] == count and answer[:1].numel() == shape[1]:
         advice = f"but got shape {shape}; return z.flatten(1)"
     elif len(shape) != 2 or shape[0] != count or shape[1] < 2:
-        advice = f"but got shape {shape}; return a row of logits an image"
+        advice = f"but got shape {shape}; return one row of logits per image"
     else:
         return ""
     return f"{expected}{' ' if advice.startswith('of') else ', '}{advice}"

@@ -115,7 +115,7 @@ def own_surrogates(target: object) -> Mapping[str, Any]:
         )
     if wrong := [name for name, own in brought.items() if not callable(own) and not hasattr(own, "logits")]:
         raise ValueError(
-            f"the surrogate {wrong[0]!r} of {type(target).__name__} is no function (defense, features) -> logits"
+            f"the surrogate {wrong[0]!r} of {type(target).__name__} is not a function (defense, features) -> logits"
         )
     return brought
 

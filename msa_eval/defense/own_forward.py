@@ -77,11 +77,11 @@ def _difference(target: Any, x: Tensor) -> str:
     logits = _logits(whole, parts)
     if logits is None:
         raise ValueError(
-            f"forward(x) of {type(target).__name__} returns {_described(whole)}, which can't be held against "
+            f"forward(x) of {type(target).__name__} returns {_described(whole)}, which can't be compared with "
             f"logits(features(x)) of shape {tuple(parts.shape)}; let it return logits, or leave features and logits out"
         )
     repeated = _logits(again, parts)
-    # What no seed of torch repeats can only be held against its own spread.
+    # What no seed of torch repeats can only be compared with its own spread.
     spread = 0.0 if repeated is None else _distance(logits, repeated)
     scale = float((top := logits[logits.isfinite()]).max() - top.min()) if bool(logits.isfinite().any()) else 1.0
     distance = _distance(logits, parts.float())

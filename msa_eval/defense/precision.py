@@ -1,4 +1,4 @@
-"""The trunk that a search passes its points through, where that is another than the one that verdicts are given by.
+"""The trunk that searches use, where it differs from the one that gives the verdicts.
 
 Verdicts are float32, by the target as it is. A search may pass its points in bfloat16, where the hardware gains by it:
 what such features seem to break is passed once more in float32, in its batch, before it counts.
@@ -75,13 +75,13 @@ EXACT = SearchPrecision()
 """Points are passed as the target is."""
 
 FAILS = (RuntimeError, TypeError, ValueError)
-"""What a trunk raises that can't be passed in bfloat16."""
+"""What a trunk raises that can't run in bfloat16."""
 
 
 def _unless_asked(asked: str, error: Exception) -> str:
     if asked == "bf16":
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the trunk can't be passed in bfloat16 ({reason}); use precision=fp32") from error
+        raise ValueError(f"the trunk can't run in bfloat16 ({reason}); use precision=fp32") from error
     return asked
 
 

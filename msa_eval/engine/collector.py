@@ -120,7 +120,7 @@ class Collector:
 
     @property
     def others(self) -> list[Proof]:
-        """Likewise where every other sample came nearest to falling."""
+        """Where every other sample came nearest to falling; ``None`` where that is not kept."""
         return [proof for one in self._in_order() for proof in one.others]
 
     def exhibits(self) -> list[Exhibit]:

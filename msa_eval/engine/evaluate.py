@@ -102,7 +102,7 @@ def evaluate(
         save_gallery: keep there a few broken samples as pictures, for the page.
         micro_batch: pass at most so many images through the trunk at once. Without it, a pass that runs out of memory
             is made again in halves, and in halves of these. The batch that is decided is the same.
-        precision: that a search passes its points in: ``fp32``, ``bf16``, or the faster of them on this machine
+        precision: of forward passes during the search: ``fp32``, ``bf16``, or the faster of them on this machine
             (``auto``, by a short trial). Verdicts are float32 always: what a search in bf16 seems to break counts once
             it was passed again.
         deterministic: use deterministic algorithms alone, on GPUs too.
@@ -111,7 +111,7 @@ def evaluate(
         continued: points of another evaluation to start one more run from, and where to leave this one's own (see
             `msa_eval.studies.curve`).
         progress: shows how far each run has come.
-        notify: told of what a user should know: where it goes on, what was damaged and is made again.
+        notify: called with what a user should know: where it goes on, which damaged results it computes again.
 
     Returns:
         the tables. Where a run failed on a batch, their verdict is ``incomplete``.

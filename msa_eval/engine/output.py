@@ -94,7 +94,7 @@ def write_results(
         force: whether other results there are replaced.
         plans: the targets.
         proofs: adversarial batches for all that is broken; ``None`` where they are not kept.
-        others: where every other sample came nearest to falling; ``None`` likewise.
+        others: where every other sample came nearest to falling; ``None`` where none is kept.
         pictures: the content of the gallery.
         progress: shows how far it has come.
     """

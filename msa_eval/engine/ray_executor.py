@@ -91,7 +91,7 @@ class RayEngine:
             ValueError: when they can't.
         """
         if device.startswith("cuda") and (device != "cuda" or not self._gpus):
-            raise ValueError("on a Ray cluster a GPU is asked for as device=cuda and gpus=1")
+            raise ValueError("on a Ray cluster, request a GPU with device=cuda and gpus=1")
         self._device = device
 
     def __enter__(self) -> RayEngine:

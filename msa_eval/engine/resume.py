@@ -6,7 +6,7 @@ they belong to, and ``.lock``, which says who is at work. Both go when the resul
 
 A file is a line with the SHA-256 of all that follows, a line of JSON that names the evaluation's key and the unit, and
 what `msa_eval.engine.serialization` makes of the unit. It is written beside its place, synced, and moved there, so
-that a unit is there whole or not at all; one that has been changed since is told of, and made again.
+that a unit is there whole or not at all; one that was changed is reported and computed again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ResumeStore:
         folder: of the units.
         key: what they belong to.
         device: where tensors that were not on the CPU return to.
-        notify: told of what is damaged or gone.
+        notify: called with what is damaged or gone.
         started: when the evaluation was begun, by `time.perf_counter`.
 
     Attributes:
@@ -71,7 +71,7 @@ class ResumeStore:
         return self._before + time.perf_counter() - self._started
 
     def made_at(self, where: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        """Note a place where units are made, beside the one where this process runs; told of once."""
+        """Note a place where units are made, beside the one where this process runs; reported once."""
         if where == here or where in self.environments:
             return
         self.environments.append(where)
@@ -86,14 +86,14 @@ class ResumeStore:
         return set() if self.folder is None else {path.stem for path in self.folder.glob("*.unit")}
 
     def read(self, name: str, kind: type[T]) -> T | None:
-        """A finished unit of a kind, or ``None`` where there is none; one that is damaged or gone is told of."""
+        """A finished unit of a kind, or ``None`` where there is none; one that is damaged or gone is reported."""
         if self.folder is None:
             return None
         path = self._path(name)
         try:
             value, seconds = self._decode(path.read_bytes(), name)
             if not isinstance(value, kind):
-                raise ValueError("it holds something else than it should")
+                raise ValueError("it does not hold what it should")
         except FileNotFoundError:
             self._miss(name)
             return None
@@ -177,7 +177,7 @@ def opened(
         where: packages and machine, which units should not depend on, but may.
         force: start anew, and keep what the folder holds under a dated name.
         device: where it is made.
-        notify: told what a user should know.
+        notify: called with what a user should know.
         started: when it was begun, by `time.perf_counter`.
 
     Raises:

@@ -280,7 +280,7 @@ def _wanted(
 
 
 def _passes_of(budget: ApgdBudget) -> int:
-    """The passes a sample that a budget's runs would take."""
+    """Forward passes per sample that a budget's runs would take."""
     runs = len(budget.runs) or len(budget.names) * len(budget.losses) * budget.restarts
     return min(budget.passes or runs * budget.steps, runs * budget.steps) + budget.overtime
 

@@ -106,8 +106,8 @@ class TargetPlan:
         apart = any(CONTEXTS[context].one_batch_per_sample for context in protocol.contexts)
         if isinstance(defense, WholeModel) and clean.batch_dependent and apart:
             warnings.warn(
-                f"the {name} has no trunk, so solo, alone and composed ask it once a sample: every pass costs as many "
-                f"passes of a batch as the batch has images (up to {protocol.batch_size})",
+                f"the {name} has no trunk, so solo, alone and composed query it once per sample: every pass costs "
+                f"as many passes of a batch as the batch has images (up to {protocol.batch_size})",
                 stacklevel=2,
             )
         starts = {} if continued is None else continued.of(name)

@@ -212,7 +212,7 @@ def reopen(
     """The file of points and its manifest, as for `read`.
 
     Raises:
-        ValueError: likewise.
+        ValueError: as for `read`.
     """
     about = run.get("points")
     if about is None:
@@ -246,7 +246,7 @@ def _manifest(path: Path, run: Mapping[str, Any]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=kinds | {"broken": bool, "margin": float}, keep_default_na=False)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no readable manifest") from error
+        raise ValueError(f"{path.name} is not a readable manifest") from error
     if missing := [column for column in COLUMNS if column not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]}")
     return table

@@ -33,7 +33,7 @@ class TargetRecord:
             on its faults.
         surrogate_fooled: what each run did to each sample ``(R, N)``, as in `msa_eval.judging.outcomes.RunResult`;
             where it failed nothing is broken, and margin and perturbation are NaN.
-        final_broken: likewise, as are those that follow.
+        final_broken: as `surrogate_fooled`; so are the columns that follow.
         taken_back: how many samples of a stochastic target were called broken, but no break was upheld.
     """
 

@@ -256,7 +256,7 @@ def load_table(path: Path, name: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=fields.texts_of(name), low_memory=False)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable table: {printable(error)}") from error
+        raise ValueError(f"{path} is not a readable table: {printable(error)}") from error
     fields.check_table(str(path), name, table)
     for column in {"verdict", "reasons", "reason", "notes"} & set(table):  # empty, it reads as a missing number
         table[column] = table[column].astype("string").fillna("").astype(object)

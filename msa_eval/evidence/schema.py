@@ -205,7 +205,7 @@ COLUMNS: Mapping[str, Mapping[str, Column]] = {
         "backwards": Column("whole", "images passed back through it"),
         "decisions": Column("whole", "images that the target decided on; without a trunk each is a pass",
                             optional=True),
-        "seconds": Column("number", "that it took; empty on disk, as times stand in `run.json`", gaps=True,
+        "seconds": Column("number", "that it took; empty on disk, because times are in `run.json`", gaps=True,
                           optional=True),
         "notes": Column("text", "what a third-party attack did and should not have", gaps=True, optional=True),
     },

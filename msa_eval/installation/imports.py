@@ -1,4 +1,4 @@
-"""Packages of others that need a hand before they can be imported: the pins, the alias, and why.
+"""Third-party packages that need help before they can be imported: the pins, the alias, and why.
 
 `PINS` are the extras of ``pyproject.toml`` with the reason for each; a test holds the two together. Nothing here is
 imported before a target of that package is asked for.
@@ -26,7 +26,7 @@ PINS = {
 
 EXCUSED = {
     ("torchattacks", "requests"): "only its old copy of robustbench imports it",
-    ("torchattacks", "torchvision"): "likewise",
+    ("torchattacks", "torchvision"): "only its old copy of robustbench imports it",
 }
 """Pairs of a package and one that it says it needs, and why it does without."""
 
@@ -150,7 +150,7 @@ def _remedy(error: ImportError | None) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Packages of others warn of what their authors should change; that is not for a user of this one."""
+    """Third-party packages warn about what their authors should change; users of this one need not see it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

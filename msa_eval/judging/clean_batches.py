@@ -63,7 +63,7 @@ class CleanBatches:
         batch_dependent: whether the decision may look at the whole batch.
         stochastic: whether the target answers at random.
         draws: answers to a batch that a verdict is the majority of; 1 unless the target answers at random.
-        eot: answers a gradient is averaged over, likewise.
+        eot: answers a gradient is averaged over; 1 unless the target answers at random.
 
     Raises:
         ValueError: when target and data don't fit, or the target breaks the contract of `Defense`.
@@ -164,7 +164,7 @@ class CleanBatches:
         return digest.hexdigest()
 
     def _answers_at_random(self) -> bool:
-        """Whether the first batch is answered differently twice; one that can't be answered is told of later.
+        """Whether the first batch is answered differently twice; one that can't be answered is reported later.
 
         Raises:
             ValueError: when the chance is in the features, of which an evaluation draws each only once.

@@ -54,7 +54,7 @@ def paired(first: Mask, second: Mask) -> Paired:
 
     Args:
         first: right or not ``(n,)``.
-        second: likewise, of the same samples.
+        second: the same of the other evaluation, for the same samples.
 
     >>> found = paired(np.array([1, 1, 1, 1, 1, 1, 0, 0], dtype=bool), np.array([0] * 6 + [0, 1], dtype=bool))
     >>> found.difference, found.lost, found.gained, found.p
@@ -74,7 +74,7 @@ class Comparison:
     """Evaluations of the same samples.
 
     Attributes:
-        results: by name; the first is what the others are held against.
+        results: by name; the first is what the others are compared with.
         table: a row a name, target, context and metric: ``value``, ``low``, ``high``, ``n``, and for all but the first
             name the fields of `Paired` (the interval's ends as ``difference_low`` and ``difference_high``).
         right: a row a sample, target, context and metric, a column a name: whether it counts as right; missing where
@@ -245,7 +245,7 @@ def _notes(results: Mapping[str, Results]) -> list[str]:
     if len({run["seed"] for run in runs}) > 1:
         notes.append("The seeds of the attacks differ.")
     if len(runs) > 2:
-        notes.append("The p-values stand each for itself; they are not corrected for being several.")
+        notes.append("The p-values are not corrected for multiple comparisons.")
     return notes
 
 

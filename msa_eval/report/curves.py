@@ -29,7 +29,7 @@ def load_curve(folder: str | Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(check_inside(path, path.parent), dtype={"target": str, "context": str})
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is no readable table") from error
+        raise ValueError(f"{path} is not a readable table") from error
     numbers = table.reindex(columns=list(COLUMNS)).select_dtypes("number").columns
     if missing := [name for name in COLUMNS if name not in table or (name not in numbers and name in COLUMNS[2:])]:
         raise ValueError(f"{path} has no column of numbers {missing[0]}")

@@ -38,7 +38,7 @@ def robustbench_entry(
     """
     run, about = results.run, dict(about or {})
     if run.get("target", {}).get("random_weights"):
-        raise ValueError("these are results of random weights; they make no entry")
+        raise ValueError("these results are of random weights, so they can't become an entry")
     if unknown := sorted(set(about) - set(FIELDS)):
         raise ValueError(f"RobustBench has no field {unknown[0]!r}; it has {', '.join(FIELDS)}")
     if measured := sorted(set(about) & set(_OURS)):

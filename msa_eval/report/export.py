@@ -25,7 +25,7 @@ CHANNELS = {1: "L", 3: "RGB"}
 """Of pictures, with Pillow's names."""
 
 ROUNDED = (
-    "rounding to 8 bits may undo breaks: the manifest tells of the points before it; evaluate with "
+    "rounding to 8 bits may undo breaks: the manifest describes the points before rounding; evaluate with "
     'overrides={"threat.levels": 256} for points that a file of 8 bits holds'
 )
 
@@ -95,7 +95,7 @@ def _clear(place: Path) -> None:
     ours = {MANIFEST, ARRAYS, IMAGES, BATCHES}
     held = {path.name for path in place.iterdir()} if place.is_dir() else set()
     if held - ours or (held and MANIFEST not in held):
-        raise ValueError(f"{place} holds {min(held - ours or held)}, which is no export; choose another folder")
+        raise ValueError(f"{place} holds {min(held - ours or held)}, which is not an export; choose another folder")
     for name in held:
         shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink()
     place.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def write_figures(folder: str | Path, out: str | Path | None = None) -> list[Pat
     if out.is_file():
         raise ValueError(f"{out} is a file; choose a folder for the figures")
     if (out / "run.json").exists():
-        raise ValueError(f"{out} holds results, among which figures would be strangers; choose another folder")
+        raise ValueError(f"{out} holds results; choose another folder for the figures")
     written: list[Path] = []
     for chart in charts(results):
         written += save(chart.figure(), out / chart.name)

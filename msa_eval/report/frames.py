@@ -185,13 +185,13 @@ def among_found(attacks: pd.DataFrame) -> pd.Series:
 
 
 def of_others(attacks: pd.DataFrame) -> pd.Series:
-    """Whether each run is an attack of others, ``library:attack``, which starts at the clean images."""
+    """Whether each run is a third-party attack, ``library:attack``, which starts at the clean images."""
     found: pd.Series = attacks["attack"].astype(str).str.contains(":", regex=False)
     return found
 
 
 def notes(results: Results) -> pd.DataFrame:
-    """What attacks of others did and should not have: the rows of ``attacks`` that have ``notes``."""
+    """What third-party attacks did that had to be corrected: the rows of ``attacks`` that have ``notes``."""
     if "notes" not in results.attacks:
         return results.attacks.iloc[:0].assign(notes=[])
     return results.attacks[results.attacks["notes"].fillna("").astype(str) != ""]

@@ -70,7 +70,7 @@ def check_page(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the page a file's name")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"{path} is no name of a page; choose one that ends in .html")
+        raise ValueError(f"{path} is not the name of a page; choose one that ends in .html")
     return path
 
 
@@ -125,7 +125,7 @@ def together(
     Args:
         named: by name; where there is one only, it needs none.
         targets: that all of them have.
-        contexts: likewise.
+        contexts: that all of them have.
         **columns: of the sample table.
     """
     return {
@@ -214,7 +214,7 @@ def describe(results: Results) -> str:
 
 
 def _peers(results: Results) -> list[dict[str, Any]]:
-    """What attacks of others did and should not have, a row a run."""
+    """What third-party attacks did that had to be corrected, one row per run."""
     rows = frames.notes(results)[["target", "context", "run", "notes"]].to_dict(orient="records")
     return [
         {str(key): value for key, value in row.items()} | {"sentence": str(row["notes"]).split("; ")} for row in rows

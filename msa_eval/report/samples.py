@@ -30,7 +30,7 @@ def sample_table(
     Args:
         named: evaluations of the same samples by name.
         targets: which are shown.
-        contexts: likewise; all evaluations have them.
+        contexts: which are shown; all evaluations have them.
         seat: columns of the sample, of `SEAT`.
         each: columns of an evaluation, of `EACH`.
     """

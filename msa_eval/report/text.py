@@ -30,7 +30,7 @@ def render_table(results: Results, *, all_runs: bool = False) -> str:
     """The tables of an evaluation as text, at most 100 columns wide: the FC head beside the defence, in percent.
 
     Runs show ``final (any)``: right on the final batch, and on every iterate; and what they cost, in forward passes of
-    the trunk per sample and in seconds. Numbers come with their Wilson 95 % interval. What is to be quoted stands last.
+    the trunk per sample and in seconds. Numbers come with their Wilson 95 % interval. What is to be quoted comes last.
 
     Args:
         results: of an evaluation.
@@ -112,7 +112,7 @@ def _whole(run: Mapping[str, Any]) -> str:
 
 def _untrained(run: Mapping[str, Any]) -> str:
     random = run.get("target", {}).get("random_weights")
-    return "\nRANDOM WEIGHTS: no figure says anything of a trained model" if random else ""
+    return "\nRANDOM WEIGHTS: these numbers say nothing about a trained model" if random else ""
 
 
 def _context_table(results: Results, context: str, targets: list[str], *, all_runs: bool) -> str:
@@ -185,7 +185,7 @@ def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _faults(results: Results, context: str) -> list[str]:
-    """What attacks of others did that had to be mended; the rest stands in ``attacks.csv``."""
+    """What third-party attacks did that had to be corrected; the rest is in ``attacks.csv``."""
     lines = []
     for row in frames.notes(results).to_dict(orient="records"):
         loud = [note for note in str(row["notes"]).split("; ") if note.partition(":")[0] in LOUD]

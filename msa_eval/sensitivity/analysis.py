@@ -216,7 +216,7 @@ def analyse_model(
             has none of its own.
         prototypes: ``hybrid``, the ones each batch is compared with (Eq. 17), or ``global``, the dataset's. By default
             those that the model decides by.
-        limit: at most so many samples, uniformly drawn.
+        limit: at most this many samples, drawn uniformly.
         batch_size: the largest batch, on which hybrid prototypes depend; batches are seated as in an evaluation.
         gamma: see `msa_eval.sensitivity.measured.sensitivity`.
         step: see there.

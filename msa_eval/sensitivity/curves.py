@@ -54,7 +54,7 @@ def accuracy_curves(
         surrogates: through whose gradients the heads are attacked; ``ste`` is the head's own, and an FC head has
             ``fc-oracle`` alone.
         losses: of `msa_eval.attacks.losses.LOSSES`.
-        limit: at most so many samples, uniformly drawn.
+        limit: at most this many samples, drawn uniformly.
         batch_size: images a batch; both heads decide each image on its own.
         seed: of the attacks.
         device: where to compute, as for `msa_eval.evaluate`.

@@ -51,12 +51,12 @@ def batch_size_report(
 
     Args:
         target: as for `evaluate`.
-        x: likewise.
-        y: likewise.
-        protocol: likewise.
+        x: as for `evaluate`.
+        y: as for `evaluate`.
+        protocol: as for `evaluate`.
         sizes: the largest batch of each evaluation; those that are larger than there are samples are left out, with a
             note.
-        overrides: likewise.
+        overrides: as for `evaluate`.
         out: a folder that gets ``batch_sizes.csv`` and a folder of results a size.
         options: passed on to `evaluate`.
 

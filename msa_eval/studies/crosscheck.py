@@ -1,4 +1,4 @@
-"""The cross-check: do attacks of others break what our results call robust, on the same target and batches?"""
+"""The cross-check: do third-party attacks break what our results call robust, on the same target and batches?"""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def crosscheck(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Crosscheck:
-    """Run attacks of others on the samples that results call robust.
+    """Run third-party attacks on the samples that results call robust.
 
     They meet the same target in the same batches and the same ball. Every batch that a peer shows inside the ball, and
     the points it returns, are judged by the hard target in float32, and what they break is replayed by the target alone
@@ -142,8 +142,8 @@ def crosscheck(
         contexts: some of the results'; by default all but ``composed``.
         targets: some of the results'; by default all.
         steps: of a run.
-        passes: each attack is run again, from other starts, until it has made so many passes a sample; by default once.
-            It is also the number of queries of one that has any.
+        passes: each attack is run again, from other starts, until it has made so many forward passes per sample;
+            by default once. It is also the number of queries of one that has any.
         seed: of all that peers draw.
         device: where to compute; modules are moved there. ``auto`` is CUDA, else MPS, else the CPU.
         progress: shows how far it has come.

@@ -73,11 +73,11 @@ def curve(
 
     Args:
         target: as for `evaluate`.
-        x: likewise.
-        y: likewise.
+        x: as for `evaluate`.
+        y: as for `evaluate`.
         eps: radii, such as ``8/255``; 0 stands for the clean images.
-        protocol: likewise; its own radius counts for nothing.
-        overrides: likewise.
+        protocol: as for `evaluate`; its own radius is not used.
+        overrides: as for `evaluate`.
         out: a folder that gets the tables and a folder of results a radius; the same call goes on where one stopped.
         options: passed on to `evaluate`.
 

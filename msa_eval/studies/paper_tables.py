@@ -94,7 +94,7 @@ def paper_table(
         dataset: ``cifar10``, ``cifar100`` or ``imagenet``.
         samples: its test set.
         models: robustbench's folder of weights; the files are in ``DATASET/Linf/NAME.pt`` there.
-        random_weights: run the models untrained, to try the machinery; the table says so.
+        random_weights: use randomly initialised models, to try the pipeline; the table says so.
         overrides: values to put in place of the protocol's, such as ``{"samples.limit": 64}``.
         seed: of every attack.
         device: where to compute, as for `msa_eval.evaluate`.

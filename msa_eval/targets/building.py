@@ -1,4 +1,4 @@
-"""A model of others while it is built: what is wanted of it, and what has come of it."""
+"""A third-party model while it is built: what is asked for, and what came of it."""
 
 from __future__ import annotations
 

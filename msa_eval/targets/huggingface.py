@@ -56,8 +56,8 @@ def huggingface(name: str, wanted: Wanted) -> Built:
         wanted: a weights file of its own, or random weights, in place of the published ones.
 
     Raises:
-        ValueError: when there is no such model, it is no image classifier, its weights are not whole, or its processor
-            does more than scale and normalise.
+        ValueError: when there is no such model, it is not an image classifier, its weights are not whole, or its
+            processor does more than scale and normalise.
     """
     package = import_transformers()
     folder = Path(name).is_dir()
@@ -100,7 +100,7 @@ def _with_weights(package: Any, name: str, config: Any, wanted: Wanted, folder: 
     if lacking := sorted({*said["missing_keys"], *mismatched}):
         raise ValueError(
             f"{wanted.file or f'hf:{name}'} has no weights for {', '.join(lacking[:3])}, which would be random; it may "
-            f"be no image classifier yet: fine-tune and save it first"
+            f"not be an image classifier yet: fine-tune and save it first"
         )
     if held is None:
         return Built(model.float(), None, _about(package, name, folder))
@@ -114,7 +114,7 @@ def _random(kind: Any, name: str, config: Any) -> nn.Module:
         with same_random():
             model: nn.Module = kind.from_config(config).float()
     except ValueError as error:
-        raise ValueError(f"hf:{name} is no image classifier: {reason_of(error)}") from error
+        raise ValueError(f"hf:{name} is not an image classifier: {reason_of(error)}") from error
     return model
 
 

@@ -4,7 +4,7 @@ A word is
 
 - ``hpm.safetensors``: a checkpoint of this toolkit;
 - ``module:callable`` or ``path/to/file.py:callable``: the user's own code, which is imported and called;
-- ``robustbench:NAME[@dataset][/norm]``, ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME[.TAG]``: a model of others;
+- ``robustbench:NAME[@dataset][/norm]``, ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME[.TAG]``: a third-party model;
 - ``hf:OWNER/NAME`` or ``hf:FOLDER``: an image classifier of Hugging Face's transformers.
 """
 
@@ -90,7 +90,7 @@ def load_target(
         given = {"weights": weights, "random weights": random_weights, "a head": head, "a whole model": whole,
                  "a normalisation": normalization}  # fmt: skip
         if wrong := [what for what, value in given.items() if value]:
-            raise ValueError(f"{word} is a checkpoint, which says all of itself; it can't be given {wrong[0]}")
+            raise ValueError(f"{word} is a checkpoint, which is complete in itself; it can't be given {wrong[0]}")
         return _checkpoint(Path(word), trunk)
     if ":" in word and name:
         if trunk is not None or random_weights:
@@ -121,7 +121,7 @@ def _checkpoint(path: Path, trunk: str | None) -> Target:
     notes: list[str] = []
     if any(origin.get("random_weights") for origin in origins):
         about |= {"random_weights": True}
-        notes += [f"{path.name} was made of random weights: no figure says anything of the trained model"]
+        notes += [f"{path.name} was made of random weights: these numbers say nothing about the trained model"]
     if trunk is not None:
         about |= {"imported": _short(trunk)}
         notes += [f"imported your own code: {trunk}"]
@@ -148,7 +148,7 @@ def _by_name(word: str, example: Samples | Tensor | None, built: Built, head: st
     release = f"{package} {importlib.metadata.version(package)}"
     about = {"word": word, "kind": family, "package": release, **built.about, "random_weights": random}
     images = _images(example)
-    notes = [f"{word} has random weights: no figure says anything of the trained model"] if random else []
+    notes = [f"{word} has random weights: these numbers say nothing about the trained model"] if random else []
     notes += built.notes
     if images is not None and images.shape[1] != 3:
         raise ValueError(f"{word} takes images of 3 channels, but these have {images.shape[1]}")

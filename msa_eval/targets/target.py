@@ -44,7 +44,7 @@ class Target:
         if not isinstance(plain, Classifier) or self.blueprint is None:
             why = getattr(self.model, "why", "")
             raise ValueError(
-                f"{self.word} is no classifier of a trunk and a fully connected head, which HPM needs"
+                f"{self.word} is not a classifier of a trunk and a fully connected head, which HPM needs"
                 f"{f' ({why})' if why else ''}; give a model that can be split"
             )
         return plain

@@ -128,7 +128,7 @@ def read_plain(path: Path) -> Any:
             reason = "it is of another kind"
         raise ValueError(
             _not_fetched(path)
-            or f"{path} is no file of plain weights that torch.load(weights_only=True) reads ({reason}); save "
+            or f"{path} is not a file of plain weights that torch.load(weights_only=True) reads ({reason}); save "
             "model.state_dict(), best as safetensors"
         ) from error
 
@@ -157,7 +157,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         has = f"; the file has {_listed(unknown)}" if unknown and set(expected) - set(fitting) else ""
         raise ValueError(f"{source} does not fit the model: {wrong}{has}")
     model.load_state_dict(fitting)
-    notes = [f"{name} in {source} belongs to no layer and is passed over" for name in left if _counts(name)]
+    notes = [f"{name} in {source} belongs to no layer and is ignored" for name in left if _counts(name)]
     return notes + [
         f"{source} holds {name} = {printable([round(v, 4) for v in left[name].flatten().tolist()[:4]])}, for which the "
         f"model has no place: see that it normalises its images so itself"

@@ -85,7 +85,7 @@ def read_tables(folder: Path) -> tuple[str, Tables]:
 
 
 def read_protocol(run: Mapping[str, Any]) -> tuple[str, Protocol]:
-    """Read the protocol in ``run.json`` and hold it against its hash."""
+    """Read the protocol in ``run.json`` and compare it with its hash."""
     try:
         protocol = make_protocol(tomllib.loads(run["protocol"]["text"]), source="the protocol in run.json")
     except RecursionError as error:
@@ -221,7 +221,7 @@ def open_archive(folder: Path, run: Mapping[str, Any], referee: Referee) -> tupl
     """Open the archive, if it is the one that ``run.json`` names."""
     path = folder / ARCHIVE
     if run.get("adversarial") is None:
-        raise ValueError(f"run.json does not know of {ARCHIVE}: it is not of this run, or its entry was removed")
+        raise ValueError(f"run.json does not list {ARCHIVE}: it is not of this run, or its entry was removed")
     if run["adversarial"].get("file") != ARCHIVE or not path.is_file():
         raise ValueError(f"{ARCHIVE}, which run.json names, is not there")
     if file_hash(path) != run["adversarial"].get("sha256"):

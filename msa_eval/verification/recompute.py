@@ -43,7 +43,7 @@ def recount(tables: Tables, *, targets: Sequence[str], contexts: Sequence[str], 
     Args:
         tables: with columns that were checked.
         targets: that there should be.
-        contexts: likewise.
+        contexts: that there should be.
         eps: the radius of the perturbation set.
 
     Returns:

@@ -373,7 +373,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_earlier_results(tmp_path: Path) -> None
     )
     command = [
         sys.executable, "-c", program, "evaluate", DIGITS, "--data", "digits", "--protocol", "digits",
-        "--out", str(tmp_path / "r"), "--force",
+        "--out", str(tmp_path / "r"), "--force", "--limit", "120", "--set", "audit.samples=0",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None

@@ -73,7 +73,7 @@ def test_the_models_own_order(write: object, name: str, tmp_path: Path) -> None:
         ("c.txt", "", "a line is empty"),
         ("c.txt", "a\n\nb", "a line is empty"),
         ("c.txt", "a\na", "names the class a twice, as 0 and as 1"),
-        ("c.json", "3", "no list of classes"),
+        ("c.json", "3", "not a list of classes"),
         ("c.json", "[3]", "expected a list of names"),
         ("c.json", '{"1": "a"}', "label 0 is missing"),
         ("none.txt", None, "No such file"),

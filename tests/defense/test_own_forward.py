@@ -136,7 +136,7 @@ def test_what_can_not_be_evaluated_whole_is_refused() -> None:
         surrogates: Any = {"soft": lambda defense, z: z}  # noqa: RUF012
 
     x = _on_grid().x.float() / 255
-    with pytest.raises(ValueError, match="can't be held against"):
+    with pytest.raises(ValueError, match="can't be compared with"):
         counted(Pair(), x)
     with pytest.raises(ValueError, match="its surrogates take features"):
         counted(Bringing(), x)

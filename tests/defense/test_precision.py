@@ -259,7 +259,7 @@ def test_a_trunk_that_bf16_does_not_suit_is_passed_in_float32() -> None:
     x = make_batch(hpm, 8).x
     hpm.trunk = Picky()
     assert not choose("auto", hpm, x).rough
-    with pytest.raises(ValueError, match=r"can't be passed in bfloat16 \(float32 only\); use precision=fp32"):
+    with pytest.raises(ValueError, match=r"can't run in bfloat16 \(float32 only\); use precision=fp32"):
         choose("bf16", hpm, x)
     assert not choose("bf16", WholeModel(hpm), x).rough
     assert choose("fp32", hpm, x) == SearchPrecision("fp32")

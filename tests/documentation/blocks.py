@@ -75,12 +75,16 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(page, line, found["language"], found["source"], title[1] if title else "", found["why"] or "")
 
 
-def parses(words: list[str]) -> None:
-    """A command of msa-eval has the options that are given, whether or not it is run.
+def mistake(words: list[str]) -> str:
+    """What click finds wrong in a command of msa-eval, whether or not it is run; empty where nothing is."""
+    try:
+        _parse(words)
+    except click.UsageError as error:
+        return f"{shlex.join(words)}: {error.format_message()}"
+    return ""
 
-    Raises:
-        click.UsageError: when not.
-    """
+
+def _parse(words: list[str]) -> None:
     arguments = words[words.index("msa-eval") + 1 :]
     command = main.get_command(click.Context(main), arguments[0])
     if command is None:
@@ -91,17 +95,15 @@ def parses(words: list[str]) -> None:
     command.make_context(command.name, given, resilient_parsing=False)
 
 
-def shows(quoted: str, printed: str) -> None:
-    """Each line that a page quotes is among those that were printed, in order; numbers may differ by little.
+def missing(quoted: str, printed: str) -> list[str]:
+    """The lines that a page quotes and that were not printed, or not in this order; numbers may differ by little.
 
     Lines of ``...`` stand for any. Other machines round otherwise, so a number may differ by 7 (one of 16 samples, in
     %) or by a tenth.
     """
     ahead = iter([" ".join(line.split()) for line in printed.splitlines()])
-    for line in quoted.splitlines():
-        wanted = " ".join(line.split())
-        if wanted not in ("", "...") and not any(_alike(wanted, found) for found in ahead):
-            raise AssertionError(f"{wanted!r} was not printed, or not in this place, among:\n{printed}")
+    wanted = [" ".join(line.split()) for line in quoted.splitlines()]
+    return [line for line in wanted if line not in ("", "...") and not any(_alike(line, found) for found in ahead)]
 
 
 def _alike(one: str, other: str) -> bool:
@@ -125,11 +127,11 @@ class Session:
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__docs__"})
     printed: str = ""
 
-    def run(self, block: Block) -> None:
-        """Run a block, or compare it with what was printed.
+    def run(self, block: Block) -> list[str]:
+        """Run a block, or compare it with what was printed; returns the lines that it quotes and were not printed.
 
         Raises:
-            AssertionError: when a command fails, or its output is not as quoted.
+            AssertionError: when a command fails.
         """
         if block.title:
             (self.folder / block.title).write_text(block.source, encoding="utf-8")
@@ -142,7 +144,8 @@ class Session:
         elif block.language == "bash":
             self.printed = "".join(self.command(words, block) for words in block.commands)
         elif block.language == "text" and self.printed:
-            shows(block.source, self.printed)
+            return [f"{block.place}: {line}" for line in missing(block.source, self.printed)]
+        return []
 
     def command(self, words: list[str], block: Block) -> str:
         """Run a command of msa-eval, and return what it printed."""

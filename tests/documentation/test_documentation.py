@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from documentation.blocks import MANUAL, NOTES, ROOT, Block, Session, blocks, parses, shows
+from documentation.blocks import MANUAL, NOTES, ROOT, Block, Session, blocks, missing, mistake
 from documentation.generated import MARKED, current
 from safetensors.torch import save_file
 
@@ -108,8 +108,7 @@ def test_every_block_of_the_manual_runs(
         monkeypatch.setattr("msa_eval.report.page.KINDS", ())  # drawing figures takes as long as these evaluations
     session = Session(tmp_path)
     _provide(session, found, kept)
-    for block in found:
-        session.run(block)
+    assert [line for block in found for line in session.run(block)] == [], session.printed
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +136,21 @@ def test_blocks_that_do_not_run_are_counted_and_say_why() -> None:
 
 @pytest.mark.parametrize("page", pages([*MANUAL, *NOTES, ROOT / "results/README.md"]))
 def test_every_command_has_the_options_that_are_given(page: str) -> None:
-    for block in blocks(ROOT / page):
-        for words in block.commands if block.language == "bash" else []:
-            if "msa-eval" in words and not {"install", "pip"} & set(words):
-                parses(words)
+    commands = [words for block in blocks(ROOT / page) if block.language == "bash" for words in block.commands]
+    ours = [words for words in commands if "msa-eval" in words and not {"install", "pip"} & set(words)]
+    assert [found for found in map(mistake, ours) if found] == []
 
 
 def test_a_quotation_that_was_not_printed_is_noticed() -> None:
-    shows("a 1.0 b\n...\nc", "x\na  3.5 b\ny\nc")
-    for wrong in ("a 12.0 b", "c\na 1.0 b", "d"):
-        with pytest.raises(AssertionError, match="was not printed"):
-            shows(wrong, "x\na 1.0 b\nc")
+    assert missing("a 1.0 b\n...\nc", "x\na  3.5 b\ny\nc") == []
+    for wrong, line in (("a 12.0 b", "a 12.0 b"), ("c\na 1.0 b", "a 1.0 b"), ("d", "d")):
+        assert missing(wrong, "x\na 1.0 b\nc") == [line]
+
+
+def test_a_mistyped_command_is_noticed() -> None:
+    assert mistake(["msa-eval", "evaluate", "models.py:make", "--data", "digits", "--out", "r"]) == ""
+    assert "no such option" in mistake(["msa-eval", "report", "r", "--output", "x"]).lower()
+    assert "there is no command reprot" in mistake(["msa-eval", "reprot", "r"])
 
 
 @pytest.mark.parametrize("page", pages([path for path in MANUAL if MARKED.search(path.read_text(encoding="utf-8"))]))

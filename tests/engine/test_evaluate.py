@@ -345,7 +345,7 @@ class _Nan(nn.Module):
         (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(
             attack__apgd__surrogates=["fc-orcale"])), "did you mean 'fc-oracle'"),
         (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2) * 255, torch.arange(3)), r"images in \[0, 1\]"),
-        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), torch.arange(2)), "one label an image"),
+        (lambda: evaluate(make_classifier(), torch.rand(3, 3, 2, 2), torch.arange(2)), "one label per image"),
         (lambda: evaluate(make_classifier(), _samples(4), protocol=_small(), overrides={"a": 1}), "with a Protocol"),
     ],
 )  # fmt: skip

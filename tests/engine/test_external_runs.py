@@ -1,4 +1,4 @@
-"""Attacks of others as runs of a protocol: their rows, contexts, notes, and what they leave alone."""
+"""Third-party attacks as runs of a protocol: their rows, contexts, notes, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_leaving_the_ball_is_in_the_row_the_table_and_the_page(
     table = " ".join(render_table(results).split())
     assert f"target:autoattack:square:0 (defense): outside: {message}" in table
     page = render_page(results)
-    assert "What attacks of others did and should not have (2 runs)" in page
+    assert "What third-party attacks did that had to be corrected (2 runs)" in page
     assert message in page
 
 
@@ -152,7 +152,7 @@ def test_without_a_fault_nothing_is_told(
     results = Results.load(tmp_path)
     assert results.attacks["notes"].tolist() == ["", ""]
     assert "outside" not in render_table(results)
-    assert "What attacks of others did" not in render_page(results)
+    assert "What third-party attacks did" not in render_page(results)
 
 
 def test_a_peer_that_fails_is_an_error(hpm: HPM, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def _read(path: Path) -> Tensor:
 def test_an_export_overwrites_nothing_else(held: tuple[Path, HPM, Samples], tmp_path: Path) -> None:
     (tmp_path / "defense-joint").mkdir()
     (tmp_path / "defense-joint" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"thesis\.txt, which is no export"):
+    with pytest.raises(ValueError, match=r"thesis\.txt, which is not an export"):
         export(held[0], out=tmp_path)
     with pytest.raises(ValueError, match="expected the format npz or png"):
         export(held[0], format="jpg", out=tmp_path)

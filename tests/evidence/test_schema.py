@@ -193,7 +193,7 @@ def test_an_optional_column_is_held_to_its_kind_where_it_is_there(folder: Path) 
 @pytest.mark.parametrize("table", TABLES)
 def test_what_is_no_table_is_refused(folder: Path, table: str, content: bytes) -> None:
     (folder / f"{table}.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{table}\.csv (is no readable table|has no column)"):
+    with pytest.raises(ValueError, match=rf"{table}\.csv (is not a readable table|has no column)"):
         Results.load(folder)
 
 

@@ -118,7 +118,7 @@ def test_a_folder_that_holds_no_image_classifier_is_refused(tmp_path: Path) -> N
         load_target(f"hf:{tmp_path}", IMAGES)
     transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     _processor(tmp_path, do_normalize=False)
-    with pytest.raises(ValueError, match=r"no image classifier"):
+    with pytest.raises(ValueError, match=r"not an image classifier"):
         load_target(f"hf:{tmp_path}", IMAGES, random_weights=True)
 
 

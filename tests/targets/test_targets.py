@@ -164,11 +164,11 @@ def test_weights_that_are_refused(code: str, x: Tensor, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="no weights file"):
         load_target(f"{code}:model", x, weights=tmp_path / "none.pt")
     torch.save(_Hostile(), tmp_path / "hostile.pt")
-    with pytest.raises(ValueError, match=r"no file of plain weights that torch.load\(weights_only=True\) reads"):
+    with pytest.raises(ValueError, match=r"not a file of plain weights that torch.load\(weights_only=True\) reads"):
         load_target(f"{code}:model", x, weights=tmp_path / "hostile.pt")
     assert not (tmp_path / "pwned").exists()
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="no file of plain weights"):
+    with pytest.raises(ValueError, match="not a file of plain weights"):
         load_target(f"{code}:model", x, weights=tmp_path / "text.pt")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
     with pytest.raises(ValueError, match="no state dict but epoch"):
@@ -329,11 +329,11 @@ def test_random_weights_stay_flagged_after_fine_tuning(digits: Samples, tmp_path
     for name in ("once", "twice"):
         target = load_target(tmp_path / f"{name}.safetensors", digits)
         assert target.about["random_weights"] is True
-        assert f"{name}.safetensors was made of random weights: no figure says anything" in target.notes[0]
+        assert f"{name}.safetensors was made of random weights: these numbers say nothing" in target.notes[0]
     assert _evaluate(str(tmp_path / "twice.safetensors"), tmp_path / "r").exit_code == 0
     refused = _run("entry", tmp_path / "r")
     assert refused.exit_code == 2
-    assert "these are results of random weights; they make no entry" in refused.stderr
+    assert "these results are of random weights, so they can't become an entry" in refused.stderr
     assert "random_weights" not in load_target(reference_path("digits"), digits).about
 
 

@@ -64,9 +64,7 @@ def test_what_belongs_to_no_layer_is_passed_over_and_said(tmp_path: Path) -> Non
         _put("module.") | {"n_averaged": torch.tensor(3), "module.0.total_ops": torch.zeros(1)}, tmp_path
     )
     assert _same(model)
-    assert notes == [
-        f"{n} in w.pt belongs to no layer and is passed over" for n in ("n_averaged", "module.0.total_ops")
-    ]
+    assert notes == [f"{n} in w.pt belongs to no layer and is ignored" for n in ("n_averaged", "module.0.total_ops")]
     mean = {"normalize.mean": torch.tensor([0.5]).view(1, 1, 1), "normalize.std": torch.tensor([0.25])}
     model, notes = _loaded(_put("model.") | mean, tmp_path)
     assert _same(model)

@@ -66,7 +66,7 @@ def test_the_papers_models_are_split(name: str, size: int, head: str, features: 
     cut = target.about["cut"]
     assert (cut["head"], cut["features"], cut["classes"]) == (head, features, classes)
     assert target.about["random_weights"]
-    assert "random weights: no figure says anything" in target.notes[0]
+    assert "random weights: these numbers say nothing" in target.notes[0]
 
 
 OTHERS = [
@@ -285,7 +285,7 @@ def test_no_pickle_runs_through_robustbench(held: bool, tmp_path: Path, monkeypa
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text.pt is no file of plain weights that .*reads \(.*[a-z ]{10}.*\)"):
+    with pytest.raises(ValueError, match=r"text.pt is not a file of plain weights that .*reads \(.*[a-z ]{10}.*\)"):
         load_target("robustbench:Addepalli2022Efficient_RN18", _images(32), weights=tmp_path / "text.pt")
 
 

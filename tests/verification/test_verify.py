@@ -558,7 +558,7 @@ def test_an_archive_that_run_json_does_not_tell_of_or_that_is_elsewhere(
 ) -> None:
     original = (folder / "run.json").read_bytes()
     _seal(folder, lambda run: run.pop("adversarial"))
-    assert "run.json does not know of adversarial.safetensors" in _failed(verify(folder, hpm, samples))["archive"]
+    assert "run.json does not list adversarial.safetensors" in _failed(verify(folder, hpm, samples))["archive"]
     (folder / "run.json").write_bytes(original)
     _seal(folder, lambda run: run["adversarial"].update(file="../r/adversarial.safetensors"))
     assert "is not there" in _failed(verify(folder, hpm, samples))["archive"]

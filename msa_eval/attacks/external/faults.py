@@ -1,4 +1,4 @@
-"""What attacks of other libraries do and should not: the kinds of faults, and how each is told."""
+"""What third-party attacks do and should not: the kinds of faults, and how each is reported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TOLD = {
     "dtype": "{count} points came in {detail} and were converted to float32",
     "rounded": "{count} points were rounded to whole grey levels",
     "mode": "the model's training mode was changed in {count} batches and put back",
-    "clean": "{count} samples came back clean, and the point shown that its model liked least stands in",
+    "clean": "{count} samples came back clean, and the point shown with the highest loss is used instead",
     "unmoved": "{count} samples were never moved",
     "seed": "the global generators were seeded in {count} batches, ours are kept apart",
-    "logits": "the logits handed out were written into in {count} batches, they are copies",
+    "logits": "the logits handed out were overwritten in {count} batches, they are copies",
 }
-"""The kinds of faults, and how each is told."""
+"""The kinds of faults, and how each is reported."""
 
 LOUD = ("outside", "dtype", "rounded", "mode")
 """Those that a table tells; the others are an attack's habit, and change nothing here."""

@@ -1,4 +1,4 @@
-"""Guards around an attack of other libraries: what it may not do is undone, and told.
+"""Guards around a third-party attack: what it may not do is undone and reported.
 
 Some attacks return clean images as adversarial ones, change a model's mode, round to float16 or to whole grey levels,
 seed the global generators, write into the logits they are given, or leave the ball. None of that may reach a verdict.
@@ -107,7 +107,7 @@ def _on_grid(points: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings and prints of others are not for a user of this package."""
+    """A user of this package need not see warnings and prints of other libraries."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

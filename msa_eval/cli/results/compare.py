@@ -13,7 +13,7 @@ import click
     "--out", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page to write."
 )
 def compare(results: tuple[Path, ...], out: Path) -> None:
-    """Hold RESULTS of the same samples against the first of them: paired differences and McNemar's test, and a page.
+    """Compare RESULTS with the first of them, sample by sample: paired differences, McNemar's test, and a page.
 
     Folders of 'msa-eval curve' become one table and one figure, as PDF and SVG.
     """

@@ -13,8 +13,8 @@ from msa_eval.cli import options
 
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
-@click.option("--target", default="defense", show_default=True, help="Whose figures: defense or fc.")
-@click.option("--context", help="Which; the first one by default.")
+@click.option("--target", default="defense", show_default=True, help="Target whose numbers are used: defense or fc.")
+@click.option("--context", help="Context whose numbers are used; the first one by default.")
 @click.option(
     "--about", type=options.ASSIGNMENT, multiple=True, metavar="KEY=VALUE",
     help="A field that only the author knows: name, authors, link, venue, architecture, additional_data, ...",
@@ -31,7 +31,7 @@ def entry(
 ) -> None:
     """Write RESULTS as an entry for RobustBench's leaderboard.
 
-    It belongs into RobustBench's folder model_info/DATASET/NORM. The worst case stands under "external", as figures
+    It belongs in RobustBench's folder model_info/DATASET/NORM. The worst case is given under "external", as figures
     of adaptive evaluations do there; AutoAttack's own number is not claimed.
     """
     from msa_eval.evidence.results import Results

@@ -13,13 +13,13 @@ from msa_eval.cli.messages import as_options
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option(
     "--format", "style", type=click.Choice(["npz", "png"]), default="npz", show_default=True,
-    help="One NumPy archive, or a picture a point.",
+    help="One NumPy archive, or one picture per point.",
 )  # fmt: skip
-@click.option("--target", default="defense", show_default=True, help="Whose points: defense or fc.")
-@click.option("--context", default="joint", show_default=True, help="Those of which context.")
+@click.option("--target", default="defense", show_default=True, help="Target whose points are written: defense or fc.")
+@click.option("--context", default="joint", show_default=True, help="Context whose points are written.")
 @click.option(
     "--out", type=click.Path(path_type=Path),
-    help="Gets a folder of the target and context.  [default: export in RESULTS]",
+    help="Folder for the files, in a subfolder per target and context.  [default: export in RESULTS]",
 )  # fmt: skip
 def export(results: Path, style: str, target: str, context: str, out: Path | None) -> None:
     """Write every sample's best point in RESULTS, broken or not, with labels and a manifest.

@@ -1,4 +1,4 @@
-"""The figures: each drawn from its table (`msa_eval.report.frames`), told in words, and listed with its data."""
+"""The figures: each drawn from its table (`msa_eval.report.frames`), described in words, and listed with its data."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Kind(NamedTuple):
             return lacking
         data = self.frame(results, context)
         if data.empty:
-            return "all runs search among points of others"
+            return "all runs search among points of other runs"
         return Chart(
             f"{self.name}-{context}", self.name, context, self.title, self.caption, self.tell(data), data, self.draw
         )
@@ -93,14 +93,14 @@ def charts(results: Results) -> Iterator[Chart]:
 KINDS = (
     Kind(
         "waterfall", "From clean to worst case",
-        "Each run takes away the samples that it breaks and none before it had. What is left is the worst case.",
+        "Each run removes the samples that it is the first to break. What is left is the worst case.",
         ("attacks",), frames.waterfall, draw_waterfall, tell_waterfall,
     ),
     Kind(
         "transfer", "Surrogate × loss",
         "Large: accuracy of the target in % on the points of highest surrogate loss (a run's final), of the restart "
         "where it is lowest. Small: accuracy of the surrogate on the same points, those wrong when clean "
-        "not excepted. Where the target is well above its surrogate, the points do not transfer. In a cascade a run "
+        "included. Where the target is well above its surrogate, the points do not transfer. In a cascade a run "
         "starts from the best points so far, so its final includes what earlier runs broke. Recombination, pursuit, "
         "composition and overtime search among points of several runs and are left out.",
         ("attacks",), frames.transfer, draw_transfer, tell_transfer,

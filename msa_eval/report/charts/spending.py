@@ -62,7 +62,7 @@ def _draw_curves(
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
     axes.grid(axis="y")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("passes a sample (logarithmic)")
+    axes.set_xlabel("forward passes per sample (logarithmic)")
     axes.set_ylabel("worst case in %")
 
 
@@ -75,6 +75,6 @@ def tell_spending(data: pd.DataFrame) -> str:
         halfway = f", half of the fall by {half['passes'].iloc[0]:.0f} passes" if len(half) else ""
         described.append(
             f"{NAMES[str(target)]}: from {percent(first['worst_case'])} % to {percent(last['worst_case'])} % after "
-            f"{last['passes']:.0f} passes a sample{halfway}"
+            f"{last['passes']:.0f} forward passes per sample{halfway}"
         )
     return "; ".join(described) + "."
