@@ -93,7 +93,8 @@ def _title(results: Results) -> str:
     changed = " (modified: " + ", ".join(f"{k}={v}" for k, v in protocol["overrides"].items()) + ")"
     title = (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
-        f"{named_data(run)}: {run['data']['n']} samples in {run['batches']['count']} batches, seed {run['seed']}"
+        f"{named_data(run)}: {run['data']['n']} samples in {run['batches']['count']} "
+        f"{'batch' if run['batches']['count'] == 1 else 'batches'}, seed {run['seed']}"
     )
     return f"{textwrap.fill(title, WIDTH, subsequent_indent='  ')}{_untrained(run)}{_whole(run)}"
 

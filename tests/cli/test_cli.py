@@ -86,7 +86,7 @@ def test_a_folder_in_the_models_own_order_prepared(tmp_path: Path) -> None:
     result = _run("evaluate", DIGITS, *given, "--protocol", "digits", "--out", str(tmp_path / "r"), *FAST)
     assert result.exit_code == 0, result.stderr
     assert "note: labels by class folder: 3 = 3, 8 = 8" in result.stderr
-    assert "data, shorter side resized to 9 (bilinear), center crop of 8: 4 samples in 1 batches" in " ".join(
+    assert "data, shorter side resized to 9 (bilinear), center crop of 8: 4 samples in 1 batch" in " ".join(
         result.stdout.split()
     )
     samples = pd.read_csv(tmp_path / "r" / "samples.csv")

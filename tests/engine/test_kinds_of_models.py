@@ -218,7 +218,7 @@ def test_a_model_in_any_wrapping_has_the_figures_of_the_plain_one(
     assert note in " ".join(notes)
 
 
-@pytest.mark.filterwarnings("ignore:.*once a sample")
+@pytest.mark.filterwarnings("ignore:.*once per sample")
 @pytest.mark.parametrize("make", [Counts, LooksAtItsBatch, CountsInParts, LooksAtItsBatchInParts])
 def test_no_context_and_no_audit_passes_an_empty_batch(make: Callable[[], nn.Module]) -> None:
     every = {"threat.contexts": ["joint", "solo", "alone", "composed"], "audit.samples": 8, "batches.size": 4}

@@ -176,9 +176,9 @@ def test_the_command_takes_target_and_data_from_the_results(tmp_path: Path) -> N
     [
         (
             ["msa-eval", "evaluate", "models.py:make", "--data", "digits", "--out", "r"],
-            "is code that would be imported",
+            "is code, which is imported only",
         ),
-        (["msa-eval", "evaluate", "hpm.safetensors", "--trunk", "t.py:make", "--data", "digits"], "is code that would"),
+        (["msa-eval", "evaluate", "hpm.safetensors", "--trunk", "t.py:make", "--data", "digits"], "is code, which"),
         (["pytest"], "was not made by 'msa-eval evaluate'"),
         (["msa-eval", "evaluate", "--data", "digits"], "names no target or no data"),
         (["msa-eval", "evaluate", DIGITS, "--data", "gone.npz", "--out", "r"], "no file gone.npz, which the results'"),

@@ -99,7 +99,7 @@ def test_own_code_is_imported_split_and_named(code: str, x: Tensor) -> None:
         assert isinstance(load_target(f"{code}:{name}", x).model, Classifier)
     defense = load_target(f"{code}:Centred", x)
     assert type(defense.model).__name__ == "Centred"
-    with pytest.raises(ValueError, match="no classifier of a trunk and a fully connected head"):
+    with pytest.raises(ValueError, match="not a classifier of a trunk and a fully connected head"):
         _ = defense.classifier
     assert isinstance(load_target(f"{code}:model", x, whole=True).model, WholeModel)
 
