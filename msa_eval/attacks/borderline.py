@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
-from msa_eval.attacks.gradient import ApgdAttack, climb
+from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import (
     MIN_CLASSES,
     TARGETED,
@@ -85,8 +85,7 @@ class BorderlineAttack(Attack):
                 break
             attacked.search_for(torch.zeros_like(sought).index_fill(0, nearest, True))
             drawn = attacked.ball.random(batch.x, generator)
-            start = attacked.start.x.index_copy(0, attacked.rows, drawn[attacked.rows])
-            climb(attacked, partial(_loss, at_best, turn // 2), steps=self.steps, generator=generator, start=start)
+            ApgdAttack(partial(_loss, at_best, turn // 2), self.steps)(attacked, generator, points=drawn)
             turn += 1
         return attacked.start.x
 

@@ -25,38 +25,6 @@ from msa_eval.attacks.losses import (
 from msa_eval.attacks.malt import rank_classes
 
 
-def climb(
-    attacked: AttackedBatch,
-    loss: Callable[[AttackedBatch, Tensor], Loss],
-    *,
-    steps: int,
-    generator: torch.Generator,
-    start: Tensor | None,
-) -> Tensor:
-    """Raise a loss, and return the points where it was highest ``(B, C, H, W)``.
-
-    Args:
-        attacked: the batch under attack.
-        loss: of a trial, and of the places ``(n,)`` of the rows whose logits it will be given.
-        steps: gradient steps.
-        generator: draws the starting points.
-        start: these ``(B, C, H, W)``, if they are drawn already; where only some rows are searched for they must be.
-    """
-    batch, rows = attacked.batch, attacked.rows
-    apart = not attacked.rows_interact and len(rows) < len(batch.y)
-    if apart:
-        assert start is not None
-        model, x, y, start = attacked.of_rows(), batch.x[rows], batch.y[rows], start[rows]
-    else:
-        model, x, y = attacked, batch.x, batch.y
-        rows = torch.arange(len(y), device=y.device)
-    found = apgd(
-        model, x, y, loss=loss(attacked, rows), ball=attacked.ball, steps=steps, generator=generator, start=start,
-        draws=attacked.eot, going=lambda: attacked.searching,
-    )  # fmt: skip
-    return attacked.start.x.index_copy(0, rows, found.x) if apart else found.x
-
-
 def rank(attacked: AttackedBatch) -> None:
     """Rank the classes of the samples searched for, by the surrogate's gradients at their clean images.
 
@@ -80,7 +48,8 @@ class ApgdAttack(Attack):
     """APGD with one loss.
 
     Attributes:
-        loss: its name.
+        loss: its name, or what makes it for a batch under attack and the places ``(n,)`` of the rows whose logits it
+            will be given.
         steps: gradient steps.
         target: the rank of the class that a targeted loss pushes towards.
         from_start: whether to start at the batch's starting points; else at random ones.
@@ -88,42 +57,61 @@ class ApgdAttack(Attack):
 
     label = "apgd"
 
-    loss: str
+    loss: str | Callable[[AttackedBatch, Tensor], Loss]
     steps: int
     target: int = 0
     from_start: bool = False
 
-    def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
-        """Return the points of highest surrogate loss."""
-        if self.loss == MALT and attacked.ranking is None and not (attacked.rows_interact or attacked.ensemble):
-            rank(attacked)
-        start = attacked.start.x if self.from_start else None
-        if start is None and len(attacked.rows) < len(attacked.counted):
-            drawn, rows = attacked.ball.random(attacked.batch.x, generator), attacked.rows
-            start = drawn if attacked.among_others else attacked.start.x.index_copy(0, rows, drawn[rows])
-        return climb(attacked, self._loss, steps=self.steps, generator=generator, start=start)
+    def __call__(
+        self, attacked: AttackedBatch, generator: torch.Generator, *, points: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Return the points of highest surrogate loss ``(B, C, H, W)``.
 
-    def going_on(self, attacked: AttackedBatch, generator: torch.Generator, *, points: Tensor) -> Tensor:
-        """The same from given points ``(B, C, H, W)``, for the samples searched for; the others stay at the start."""
-        rows = attacked.rows
-        start = attacked.start.x.index_copy(0, rows, points.index_select(0, rows))
-        return climb(attacked, self._loss, steps=self.steps, generator=generator, start=start)
+        Args:
+            attacked: the batch under attack.
+            generator: draws the starting points.
+            points: to start from, for the samples searched for, in place of these; the others stay at the start.
+        """
+        start, rows = attacked.start.x if self.from_start else None, attacked.rows
+        if points is not None:
+            start = attacked.start.x.index_copy(0, rows, points.index_select(0, rows))
+        else:
+            if self.loss == MALT and attacked.ranking is None and not (attacked.rows_interact or attacked.ensemble):
+                rank(attacked)
+            if start is None and len(rows) < len(attacked.counted):
+                drawn = attacked.ball.random(attacked.batch.x, generator)
+                start = drawn if attacked.among_others else attacked.start.x.index_copy(0, rows, drawn[rows])
+        model: Callable[[Tensor], Tensor] = attacked
+        x, y = attacked.batch.x, attacked.batch.y
+        apart = not attacked.rows_interact and len(rows) < len(y)
+        if apart:
+            assert start is not None
+            model, x, y, start = attacked.of_rows(), x[rows], y[rows], start[rows]
+        else:
+            rows = torch.arange(len(y), device=y.device)
+        found = apgd(
+            model, x, y, loss=self._loss(attacked, rows), ball=attacked.ball, steps=self.steps, generator=generator,
+            start=start, draws=attacked.eot, going=lambda: attacked.searching,
+        )  # fmt: skip
+        return attacked.start.x.index_copy(0, rows, found.x) if apart else found.x
 
     def _loss(self, attacked: AttackedBatch, rows: Tensor) -> Loss:
-        loss = self._one(attacked, rows)
+        if callable(self.loss):
+            return self.loss(attacked, rows)
+        loss = self._named(self.loss, attacked, rows)
         if attacked.among_others:
             return pooled(loss, attacked.counted)
         if attacked.rows_interact and (attacked.stops_early or len(attacked.rows) < len(attacked.counted)):
             return focused(loss, lambda: attacked.rows)
         return loss
 
-    def _one(self, attacked: AttackedBatch, rows: Tensor) -> Loss:
-        if self.loss == MALT and attacked.ranking is not None:
+    def _named(self, name: str, attacked: AttackedBatch, rows: Tensor) -> Loss:
+        if name == MALT and attacked.ranking is not None:
             loss = targeted_dlr(attacked.ranking[rows, self.target])
-        elif self.loss in (TARGETED, MALT):
+        elif name in (TARGETED, MALT):
             clean = attacked.clean_logits()
             likely = clean.mean(dim=0) if attacked.ensemble else clean
             loss = targeted_dlr(most_likely_others(likely, attacked.batch.y, self.target)[rows])
         else:
-            loss = LOSSES[self.loss]
+            loss = LOSSES[name]
         return averaged(loss) if attacked.ensemble else loss

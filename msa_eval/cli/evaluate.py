@@ -71,6 +71,11 @@ def evaluate(
     context: tuple[str, ...],
     victim: int | None,
     assignments: tuple[tuple[str, Any], ...],
+    save_adversarial: bool,
+    save_all: bool,
+    no_gallery: bool,
+    no_found_surrogates: bool,
+    engine: Executor | None,
     **common: Any,
 ) -> None:
     """Evaluate TARGET, and the classifier it was built on, under a protocol.
@@ -80,7 +85,10 @@ def evaluate(
     hf:NAME_OR_FOLDER.
     """
     chosen = options.overrides(assignments, context=context, limit=limit, batch_size=batch_size, victim=victim)
-    run(target, data, protocol, out, overrides=chosen, **common)
+    run(
+        target, data, protocol, out, overrides=chosen, save_adversarial="all" if save_all else save_adversarial,
+        save_gallery=not no_gallery, found_surrogates=not no_found_surrogates, engine=engine or "local", **common,
+    )  # fmt: skip
 
 
 def run(
@@ -90,22 +98,13 @@ def run(
     out: Path,
     *,
     overrides: dict[str, Any],
-    seed: int = 0,
-    device: str = "cpu",
-    micro_batch: int | None = None,
-    precision: str = "auto",
-    deterministic: bool = False,
-    force: bool = False,
     quiet: bool,
-    save_adversarial: bool = False,
-    save_all: bool = False,
-    no_gallery: bool = False,
-    no_found_surrogates: bool = False,
-    engine: Executor | None = None,
+    device: str = "cpu",
     strict: bool = False,
     all_runs: bool = False,
+    **common: Any,
 ) -> None:
-    """Evaluate a target, show the table and write the results."""
+    """Evaluate a target, show the table and write the results; what is common goes to `evaluate`."""
     from msa_eval.engine.evaluate import evaluate as evaluate_target
     from msa_eval.protocols.loading import load_protocol
     from msa_eval.report.text import render_sample, render_table
@@ -113,23 +112,9 @@ def run(
     loaded = load_protocol(protocol, overrides=overrides)
     samples = data.load(quiet=quiet)
     results = evaluate_target(
-        target.load(samples, quiet=quiet),
-        samples,
-        protocol=loaded,
-        found_surrogates=not no_found_surrogates,
-        seed=seed,
-        device=device,
-        out=out,
-        force=force,
-        save_adversarial="all" if save_all else save_adversarial,
-        save_gallery=not no_gallery,
-        micro_batch=micro_batch,
-        precision=precision,
-        deterministic=deterministic,
-        engine=engine or "local",
-        progress=messages.bars(quiet),
-        notify=messages.notes(quiet),
-    )
+        target.load(samples, quiet=quiet), samples, protocol=loaded, out=out, device=device,
+        progress=messages.bars(quiet), notify=messages.notes(quiet), **common,
+    )  # fmt: skip
     click.echo(render_table(results, all_runs=all_runs))
     if loaded.apgd is not None and loaded.apgd.victim is not None:
         click.echo("\n" + render_sample(results, loaded.apgd.victim))

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,10 @@ class MicroBatched:
     def passed(self, part: Tensor) -> Tensor:
         """Features of what fits."""
         given = channels_last(part) if self.channels_last else part
-        z = self.followed(lambda x: call(self.whole.features, x), given)
+        if self.own_gradients is OwnGradients.NONE:
+            z: Tensor = call(self.whole.features, given)
+        else:
+            z = self.followed(partial(call, self.whole.features), given)
         return z.contiguous() if self.channels_last else z
 
     def followed(self, answer: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

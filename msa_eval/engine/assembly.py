@@ -13,14 +13,17 @@ import pandas as pd
 from msa_eval._version import __version__
 from msa_eval.auditing.audit import Sign, signs_from, verdict_of
 from msa_eval.auditing.weighing import weighed, without_advice
-from msa_eval.defense.micro_batches import unwrap
+from msa_eval.defense.micro_batches import parts_of, passed_last, unwrap
 from msa_eval.engine.continued import digest_of
 from msa_eval.engine.messages import Failure
+from msa_eval.engine.state import EvaluationState
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
+from msa_eval.evidence.tables import tabulate
 from msa_eval.hashing import bytes_of
 from msa_eval.protocols.schema import Protocol
+from msa_eval.targets.pair import why_whole
 
 
 def incomplete(results: Results, failures: Sequence[Failure]) -> Results:
@@ -137,3 +140,35 @@ def identity(
     dependent = {plan.name: plan.clean.batch_dependent for plan in plans}
     draws = {plan.name: plan.clean.draws for plan in plans}
     return {"key": key} | decisive | {"batch_dependent": dependent, "draws": draws}
+
+
+def assembled(
+    plans: Sequence[TargetPlan],
+    about: Mapping[str, Any],
+    evaluation: EvaluationState,
+    signs: Mapping[str, Sequence[Sign]],
+    records: Sequence[TargetRecord],
+) -> Results:
+    """The tables, with the verdict on each target."""
+    more = _remarks_on(plans, rounds=about["search"]["precision"] == "bf16")
+    more["begun_elsewhere"] = evaluation.store.environments
+    run = {**about, "taken_back": taken_back(records, about["draws"])}
+    run |= {name: value for name, value in more.items() if value}
+    results = tabulate(records, run | {"verdict": "not audited"})
+    if any(signs.values()) and plans[0].protocol.audited:
+        results = judged(results, signs)
+    results = incomplete(results, evaluation.failures)
+    return dataclasses.replace(results, run=dict(results.run) | {"seconds": round(evaluation.store.seconds, 3)})
+
+
+def _remarks_on(plans: Sequence[TargetPlan], *, rounds: bool) -> dict[str, Any]:
+    """What ``run.json`` says of how each target was passed, and what was found of it."""
+    found = {plan.name: plan.finding.about() for plan in plans if plan.finding is not None}
+    return {
+        "micro_batch": {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None},
+        "channels_last": [plan.name for plan in plans if passed_last(plan.defense)],
+        "bf16_copy": [plan.name for plan in plans if plan.search.trunk is not None],
+        "fp32_search": [plan.name for plan in plans if rounds and not plan.search.rough],
+        "whole": why_whole({plan.name: plan.defense for plan in plans}),
+        "found_surrogates": {name: tried for name, tried in found.items() if tried},
+    }

@@ -164,7 +164,7 @@ class BatchRunner:
         ball = self.plan.protocol.ball
         points = ball.project(batch.x + self.plan.ratio * (points - batch.x), batch.x)
         if isinstance(run.attack, ApgdAttack):
-            return functools.partial(run.attack.going_on, points=points)
+            return functools.partial(run.attack, points=points)
         return lambda attacked, _: torch.where(per_image(attacked.counted, points), points, attacked.start.x)
 
     def _upheld(self, made: RunResult, batch: Batch, history: BatchHistory) -> RunResult:

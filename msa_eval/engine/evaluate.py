@@ -18,17 +18,17 @@ from msa_eval.auditing.rules import batch_dependence_found
 from msa_eval.data import Samples
 from msa_eval.defense.contexts import CONTEXTS
 from msa_eval.defense.contract import Defense, own_surrogates
-from msa_eval.defense.micro_batches import parts_of, passed_last
 from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import device_for
-from msa_eval.engine.assembly import identity, incomplete, judged, taken_back
+from msa_eval.engine.assembly import assembled, identity
 from msa_eval.engine.audit_step import probe_target
 from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.engine.collector import Collector
 from msa_eval.engine.continued import Continued
 from msa_eval.engine.executors import Executor, executor_of
 from msa_eval.engine.inclusion import carried_proofs, carry_over, not_carried
+from msa_eval.engine.options import Execution, Output
 from msa_eval.engine.output import pictures, save, write_results
 from msa_eval.engine.resume import ResumeStore, opened
 from msa_eval.engine.state import EvaluationState
@@ -38,7 +38,6 @@ from msa_eval.evidence.folder import UNFINISHED
 from msa_eval.evidence.provenance import defense_hash, environment, place
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import Results
-from msa_eval.evidence.tables import tabulate
 from msa_eval.judging.batch_plan import batch_of, plan_batches, select
 from msa_eval.judging.clean_batches import CleanBatches
 from msa_eval.numerics import full_precision
@@ -48,7 +47,7 @@ from msa_eval.protocols.schema import Protocol
 from msa_eval.randomness import seeded
 from msa_eval.surrogates.registry import SurrogateLike
 from msa_eval.targets.loading import resolve
-from msa_eval.targets.pair import answers, make_targets, remarks, why_whole
+from msa_eval.targets.pair import answers, make_targets, remarks
 
 
 def evaluate(
@@ -127,14 +126,12 @@ def evaluate(
         raise ValueError("give overrides with a protocol's name or file, not with a Protocol")
     if surrogates and protocol.apgd is None:
         raise ValueError(f"protocol {protocol.name} has no attack.apgd, so it has no use for surrogates")
-    if save_adversarial not in (False, True, "all"):
-        raise ValueError(f'expected save_adversarial to be True, False or "all", but got {save_adversarial!r}')
-    if save_adversarial and out is None:
-        raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
+    output = Output(None if out is None else Path(out), force, save_adversarial, save_gallery)
     samples = Samples.of(x, y)
     protocol.ball.check_radius(math.prod(samples.shape))
     # Workers of a cluster have GPUs where these are asked for alone.
     device = "cpu" if device == "auto" and engine != "local" else device_for(device, notify)
+    execution = Execution(device, micro_batch, precision, deterministic, executor_of(engine, device))
     target, named = resolve(target, samples)
     # Verdicts are float32 and searches need gradients, whatever surrounds the call.
     with (
@@ -142,58 +139,39 @@ def evaluate(
         torch.enable_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
         full_precision(deterministic=deterministic),
-        executor_of(engine, device) as maker,
+        execution.executor,
     ):
         targets = make_targets(target, fc, samples, device, micro_batch=micro_batch)
         for remark in remarks(targets):
             notify(remark)
+        started = time.perf_counter()
+        weights = {name: defense_hash(model) for name, model in targets.items()}
         brought = {} if protocol.apgd is None else own_surrogates(targets["defense"])
-        return _evaluate(
-            targets,
-            samples,
-            protocol=protocol,
-            named=named,
-            own={**brought, **(surrogates or {})},
-            find=found_surrogates,
-            seed=seed,
-            device=device,
-            out=None if out is None else Path(out),
-            force=force,
-            keep=save_adversarial,
-            show=save_gallery and out is not None,
-            micro_batch=micro_batch,
-            precision=precision,
-            deterministic=deterministic,
-            engine=maker,
-            continued=continued,
-            progress=progress,
-            notify=notify,
-        )
+        with without_weight_gradients(*targets.values()):
+            plans = _planned(
+                targets, samples, protocol, device=device, own={**brought, **(surrogates or {})}, seed=seed,
+                find=found_surrogates, continued=continued, progress=progress, notify=notify,
+            )  # fmt: skip
+            about = identity(protocol, plans, seed, weights) | ({} if named is None else {"target": dict(named)})
+            return _carried_out(
+                plans, about, execution, output, continued=continued, started=started, progress=progress, notify=notify
+            )
 
 
-def _evaluate(
+def _planned(
     targets: Mapping[str, Defense],
     samples: Samples,
-    *,
     protocol: Protocol,
-    named: Mapping[str, Any] | None,
-    own: Mapping[str, SurrogateLike],
-    find: bool,
-    seed: int,
+    *,
     device: str,
-    out: Path | None,
-    force: bool,
-    keep: bool | str,
-    show: bool,
-    micro_batch: int | None,
-    precision: str,
-    deterministic: bool,
-    engine: Executor,
+    own: Mapping[str, SurrogateLike],
+    seed: int,
+    find: bool,
     continued: Continued | None,
     progress: Progress,
     notify: Notify,
-) -> Results:
-    started = time.perf_counter()
+) -> list[TargetPlan]:
+    """Each target with its clean batches and the runs that are to be made on them."""
     chosen = select(samples.y, protocol)
     batch_plan = plan_batches(len(chosen), size=protocol.batch_size, seed=protocol.batches_seed)
     if protocol.apgd is not None and protocol.apgd.victim is not None:
@@ -201,42 +179,22 @@ def _evaluate(
     samples = samples.decoded(chosen, progress=progress).leveled(protocol.ball.levels, chosen)
     if samples.levels is not None:
         notify(f"the images are none of {samples.levels} levels: they are rounded to these first, and evaluated so")
-    weights = {name: defense_hash(model) for name, model in targets.items()}
-    with without_weight_gradients(*targets.values()):
-        plans = [
+    plans = []
+    for name, model in targets.items():
+        clean = CleanBatches(
+            model, samples, chosen, batch_plan, device=device, stochastic=protocol.stochastic, ball=protocol.ball,
+            progress=progress,
+        )  # fmt: skip
+        plans.append(
             TargetPlan.enter(
-                name,
-                model,
-                CleanBatches(
-                    model, samples, chosen, batch_plan, device=device, stochastic=protocol.stochastic,
-                    ball=protocol.ball, progress=progress,
-                ),
-                protocol=protocol, own=own, seed=seed, find=find, continued=continued, progress=progress,
+                name, model, clean, protocol=protocol, own=own, seed=seed, find=find, continued=continued,
+                progress=progress,
             )
-            for name, model in targets.items()
-        ]  # fmt: skip
-        for plan in plans:
-            if note := answers(plan.defense):
-                notify(f"of the {plan.name}: {note}")
-        about = identity(protocol, plans, seed, weights) | ({} if named is None else {"target": dict(named)})
-        options = {
-            "save_adversarial": keep, "gallery": show, "micro_batch": micro_batch, "precision": precision,
-            "deterministic": deterministic,
-        } | ({} if continued is None else {"continued": True})  # fmt: skip
-        search = _search(precision, plans[0], progress)
-        plans = [dataclasses.replace(plan, search=_fitted(search, plan)) for plan in plans]
-        where = environment(device) | {"search": search.about(), "deterministic": deterministic}
-        here = place(device) | {"search": where["search"]["precision"]}
-        with opened(
-            out, about, options=options, where=here, force=force, device=device, notify=notify, started=started
-        ) as store:
-            evaluation = EvaluationState(progress, store, bool(keep), keep == "all", continued is not None)
-            try:
-                return _carried_out(
-                    plans, about | where, evaluation, engine, out=out, show=show, force=force, continued=continued
-                )
-            except KeyboardInterrupt as stop:
-                raise type(stop)(_stopped(plans, evaluation, out, force=force)) from None
+        )  # fmt: skip
+    for plan in plans:
+        if note := answers(plan.defense):
+            notify(f"of the {plan.name}: {note}")
+    return plans
 
 
 def _search(precision: str, plan: TargetPlan, progress: Progress) -> SearchPrecision:
@@ -253,17 +211,52 @@ def _fitted(search: SearchPrecision, plan: TargetPlan) -> SearchPrecision:
 def _carried_out(
     plans: Sequence[TargetPlan],
     about: Mapping[str, Any],
-    evaluation: EvaluationState,
-    engine: Executor,
+    execution: Execution,
+    output: Output,
     *,
-    out: Path | None,
-    show: bool,
-    force: bool,
     continued: Continued | None,
+    started: float,
+    progress: Progress,
+    notify: Notify,
 ) -> Results:
     """Make all runs that are not made yet, judge the targets, and write the results."""
-    if finished := _finished(plans, evaluation.store):
-        evaluation.store.notify(f"going on in {out}: {finished} of {_due(plans)} runs on a batch are finished")
+    search = _search(execution.precision, plans[0], progress)
+    plans = [dataclasses.replace(plan, search=_fitted(search, plan)) for plan in plans]
+    where = environment(execution.device) | {"search": search.about(), "deterministic": execution.deterministic}
+    here = place(execution.device) | {"search": where["search"]["precision"]}
+    options = output.about() | execution.about() | ({} if continued is None else {"continued": True})
+    with opened(
+        output.folder, about, options=options, where=here, force=output.force, device=execution.device, notify=notify,
+        started=started,
+    ) as store:  # fmt: skip
+        evaluation = EvaluationState(progress, store, output.keep, output.every, continued is not None)
+        try:
+            if finished := _finished(plans, store):
+                notify(f"going on in {output.folder}: {finished} of {_due(plans)} runs on a batch are finished")
+            signs, collectors = _prepared(plans, evaluation, show=output.show)
+            execution.executor.make([one for each in collectors.values() for one in each], evaluation)
+            records = _records(plans, evaluation, signs, collectors)
+            results = assembled(plans, {**about, **where}, evaluation, signs, records)
+            if output.folder is None:
+                return results
+            results = _written(results, plans, evaluation, records, collectors, output)
+            if continued is not None:
+                _leave(continued, results, collectors)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(_stopped(plans, evaluation, output)) from None
+        if not evaluation.failures:
+            store.finish()
+        return results
+
+
+Collectors = Mapping[str, Sequence[Collector]]
+"""Of each target, a collector a context."""
+
+
+def _prepared(
+    plans: Sequence[TargetPlan], evaluation: EvaluationState, *, show: bool
+) -> tuple[dict[str, list[Sign]], Collectors]:
+    """The audit of each target, before any run, and what will collect its runs."""
     signs: dict[str, list[Sign]] = {}
     collectors: dict[str, list[Collector]] = {}
     for plan in plans:
@@ -272,63 +265,59 @@ def _carried_out(
         first, *others = _runners(plan)
         shown = Collector(first, evaluation, guard, show=show and plan.name == "defense")
         collectors[plan.name] = [shown, *(Collector(runner, evaluation, guard) for runner in others)]
-    every = [collector for each in collectors.values() for collector in each]
-    engine.make(every, evaluation)
+    return signs, collectors
+
+
+def _records(
+    plans: Sequence[TargetPlan], evaluation: EvaluationState, signs: dict[str, list[Sign]], collectors: Collectors
+) -> list[TargetRecord]:
+    """What the runs came to; what they say of the targets joins the signs, and what failed the failures."""
     records: list[TargetRecord] = []
     for plan in plans:
-        records += carry_over([collector.record() for collector in collectors[plan.name]])
-        evaluation.failures += [failure for one in collectors[plan.name] for failure in one.failures]
+        made = collectors[plan.name]
+        records += carry_over([collector.record() for collector in made])
+        evaluation.failures += [failure for one in made for failure in one.failures]
         # A target that ignores its companions answers the same in all contexts.
-        same = plan.protocol.contexts[len(collectors[plan.name]) :]
+        same = plan.protocol.contexts[len(made) :]
         records += [dataclasses.replace(records[-1], context=context) for context in same]
         _check_any(plan, evaluation)
         if not plan.clean.batch_dependent:
-            signs[plan.name].append(batch_dependence_found(max(one.drift for one in collectors[plan.name])))
+            signs[plan.name].append(batch_dependence_found(max(one.drift for one in made)))
         try:
-            signs[plan.name].append(collectors[plan.name][0].guard.sign())
+            signs[plan.name].append(made[0].guard.sign())
         except Exception as error:
             evaluation.fail(plan.name, "the state guard", error)
-    more = _remarks_on(plans, rounds=about["search"]["precision"] == "bf16")
-    more["begun_elsewhere"] = evaluation.store.environments
-    run = {**about, "taken_back": taken_back(records, about["draws"])}
-    run |= {name: value for name, value in more.items() if value}
-    results = tabulate(records, run | {"verdict": "not audited"})
-    if any(signs.values()) and plans[0].protocol.audited:
-        results = judged(results, signs)
-    results = incomplete(results, evaluation.failures)
-    results = dataclasses.replace(results, run=dict(results.run) | {"seconds": round(evaluation.store.seconds, 3)})
-    if out is None:
-        return results
+    return records
+
+
+def _written(
+    results: Results,
+    plans: Sequence[TargetPlan],
+    evaluation: EvaluationState,
+    records: Sequence[TargetRecord],
+    collectors: Collectors,
+    output: Output,
+) -> Results:
+    """The results, written to their folder."""
+    assert output.folder is not None
+    every = [one for each in collectors.values() for one in each]
     proofs = [proof for one in every for proof in one.proofs]
     clean = plans[0].clean
     carried = carried_proofs(proofs, records, [clean.chosen[places] for places in clean.batch_plan])
     best_points = not_carried([proof for one in every for proof in one.others], carried)
     write = functools.partial(
-        write_results, results=results, force=force, plans=plans,
-        proofs=[*proofs, *carried] if evaluation.keep else None,
-        others=best_points if evaluation.every else None,
+        write_results, results=results, force=output.force, plans=plans,
+        proofs=[*proofs, *carried] if output.keep else None, others=best_points if output.every else None,
         pictures=pictures([shown for one in every for shown in one.exhibits()]), progress=evaluation.progress,
     )  # fmt: skip
-    results = save(write, out)
-    if continued is not None:
-        best = {(one.runner.plan.name, one.runner.context): one.best for one in every if one.best is not None}
-        continued.leave(str(results.run["key"]), best)
-    if not evaluation.failures:
-        evaluation.store.finish()
-    return results
+    return save(write, output.folder)
 
 
-def _remarks_on(plans: Sequence[TargetPlan], *, rounds: bool) -> dict[str, Any]:
-    """What ``run.json`` says of how each target was passed, and what was found of it."""
-    found = {plan.name: plan.finding.about() for plan in plans if plan.finding is not None}
-    return {
-        "micro_batch": {plan.name: size for plan in plans if (size := parts_of(plan.defense)) is not None},
-        "channels_last": [plan.name for plan in plans if passed_last(plan.defense)],
-        "bf16_copy": [plan.name for plan in plans if plan.search.trunk is not None],
-        "fp32_search": [plan.name for plan in plans if rounds and not plan.search.rough],
-        "whole": why_whole({plan.name: plan.defense for plan in plans}),
-        "found_surrogates": {name: tried for name, tried in found.items() if tried},
-    }
+def _leave(continued: Continued, results: Results, collectors: Collectors) -> None:
+    """Leave the best points of an evaluation for one that goes on from there."""
+    every = [one for each in collectors.values() for one in each]
+    best = {(one.runner.plan.name, one.runner.context): one.best for one in every if one.best is not None}
+    continued.leave(str(results.run["key"]), best)
 
 
 def _runners(plan: TargetPlan) -> list[BatchRunner]:
@@ -353,14 +342,15 @@ def _finished(plans: Sequence[TargetPlan], store: ResumeStore) -> int:
     return sum(1 if "." in name else runner.get(name.rpartition("-")[0], 0) for name in names)
 
 
-def _stopped(plans: Sequence[TargetPlan], evaluation: EvaluationState, out: Path | None, *, force: bool) -> str:
+def _stopped(plans: Sequence[TargetPlan], evaluation: EvaluationState, output: Output) -> str:
     """What to say when a user stops an evaluation."""
     finished = _finished(plans, evaluation.store)
-    if out is None or not finished:
+    if output.folder is None or not finished:
         return ""
-    how = "the same call without force=True" if force else "the same call"
+    how = "the same call without force=True" if output.force else "the same call"
+    kept = output.folder / UNFINISHED
     return (
-        f"interrupted after {finished} of {_due(plans)} runs on a batch; they are kept in {out / UNFINISHED}, and "
+        f"interrupted after {finished} of {_due(plans)} runs on a batch; they are kept in {kept}, and "
         f"{how} goes on from there; no earlier results were changed"
     )
 

@@ -98,8 +98,10 @@ class Passes:
             with torch.no_grad():
                 return self.features(x)
         self.forwards += len(x)
-        z = self._search.features(self._state.target, x)
-        return self._watched(z.to(self._batch.z.dtype) if self._state.rough else z)
+        state = self._state
+        if not state.rough:
+            return self._watched(state.target.features(x))
+        return self._watched(self._search.features(state.target, x).to(self._batch.z.dtype))
 
     def rounded(self) -> Tensor | None:
         """The rows of the batch just passed that have rounded features ``(B,)``."""
