@@ -118,21 +118,15 @@ class BreakRecord:
         self.committed = torch.where(left < self._left, right, self.committed)
         self._left = torch.minimum(left, self._left)
 
-    def enter_apart(self, iterate: int, point: AdversarialBatch, logits: Tensor, companions: Tensor) -> None:
-        """Enter the verdicts on batches that differ in one row: nobody commits to all of these at once.
+    def enter_companions(self, iterate: int, point: AdversarialBatch, logits: Tensor, own: Tensor) -> None:
+        """Enter the verdicts on batches of companions that moved: nobody commits to all of these at once.
 
         Args:
             iterate: their number.
-            point: row i is the row of the i-th that is its own.
-            logits: the hard target's, row i on the i-th ``(B, k)``.
-            companions: what the i-th has in all rows but i ``(B, C, H, W)``.
+            point: the companions of all rows.
+            logits: the hard target's, row i on the batch in which row i stays ``(B, k)``.
+            own: row i of the i-th batch ``(B, C, H, W)``.
         """
-        margin = self._read(logits)[1]
-        self._enter(iterate, logits, AdversarialBatch(companions, point.z), point.x)
-        self._prefer(point, margin, margin < self.best_margin, None)
-
-    def enter_companions(self, iterate: int, point: AdversarialBatch, logits: Tensor, own: Tensor) -> None:
-        """The same where it is the companions that moved, to ``point``, and the rows of their own that stay."""
         self._enter(iterate, logits, point, own)
 
     def prefer(self, point: AdversarialBatch | PartialBatch, logits: Tensor, companions: Tensor | None = None) -> None:

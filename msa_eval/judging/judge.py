@@ -92,7 +92,7 @@ class Judge:
         return Answered(point, logits)
 
     def iterate(self, point: AdversarialBatch, logits: Tensor) -> None:
-        """Judge an iterate of a gradient attack in its batch and, where rows are seen apart, each in its own.
+        """Judge an iterate of a gradient attack in its batch and, where companions move, beside each row that stays.
 
         Args:
             point: the batch.
@@ -112,7 +112,7 @@ class Judge:
             return
         self.enter(point, verdict)
         if state.view is not None:
-            self.enter_apart(point, self.decide(state.view, point.z))
+            self.enter_companions(point, self.decide(state.view, point.z))
         self._judged(point)
 
     def rough(self, point: AdversarialBatch) -> None:
@@ -137,7 +137,7 @@ class Judge:
             if view is None:
                 self._judged(point)
             else:
-                self._rough_apart(point, view, iterate)
+                self._rough_companions(point, view, iterate)
 
         self._later.when(self._record.claims(logits), confirm, prefer)
 
@@ -148,13 +148,10 @@ class Judge:
         number = self.state.iterate if iterate is None else iterate
         self._record.enter(number, point, logits, companions_of(self.state.target), claims=claims)
 
-    def enter_apart(self, point: AdversarialBatch, logits: Tensor, *, iterate: int | None = None) -> None:
-        """Enter the verdicts on batches that differ in one row."""
+    def enter_companions(self, point: AdversarialBatch, logits: Tensor, *, iterate: int | None = None) -> None:
+        """Enter the verdicts on batches of companions that moved, each beside one row that stays."""
         number = self.state.iterate if iterate is None else iterate
-        if self.state.among_others:
-            self._record.enter_companions(number, point, logits, self.state.start.x)
-        else:
-            self._record.enter_apart(number, point, logits, self.state.start.x)
+        self._record.enter_companions(number, point, logits, self.state.start.x)
 
     def _decide_some(self, z: Tensor, rows: Tensor, others: Tensor) -> Tensor:
         """Decide some rows of a target that decides each by itself."""
@@ -182,8 +179,8 @@ class Judge:
 
         self._later.when(self._record.claims(verdict), confirm, enter)
 
-    def _rough_apart(self, point: AdversarialBatch, view: OneAtATime | AmongOthers, iterate: int) -> None:
-        """As `rough`, on batches that differ in one row."""
+    def _rough_companions(self, point: AdversarialBatch, view: AmongOthers, iterate: int) -> None:
+        """As `rough`, on batches of companions that moved."""
         state = self.state
         logits = self.decide(view, point.z)
 
@@ -191,13 +188,9 @@ class Judge:
             exact = self._passes.exact(point)
             if state.start.rounded is not None:
                 state.start = self._passes.exact(state.start)
-            self.enter_apart(exact, self.decide(view.beside(state.start.z), exact.z), iterate=iterate)
+            self.enter_companions(exact, self.decide(view.beside(state.start.z), exact.z), iterate=iterate)
 
-        def prefer() -> None:
-            if not state.among_others:
-                self._record.prefer(point, logits)
-
-        self._later.when(self._record.newly_broken(logits).any(), confirm, prefer)
+        self._later.when(self._record.newly_broken(logits).any(), confirm)
 
     def _rough_each(self, point: AdversarialBatch, logits: Tensor) -> None:
         """As `rough`, where rows are decided apart: only what seems broken is passed again."""

@@ -27,7 +27,8 @@ class Setting:
         stays: whether the rest stay where they are also where rows are decided together, and so cost no pass.
         early_stop: whether a sample stays where it broke from there on; for rows decided apart, or with ``stays``.
         known: the samples broken before ``(B,)``, of which no finding is due.
-        view: in ``joint``, the target seen one row at a time: what the surrogate attacks, judged beside the batch.
+        view: in ``joint``, the target seen by each row that stays while its companions move: what the surrogate
+            attacks, judged beside the batch.
         draws: verdicts of a stochastic target are by the majority of so many, an odd number, and a break by a clear one
             of `CONFIRM` times as many more.
         eot: the attack asks for each point so many times, for an expectation over a stochastic target's draws.
@@ -45,7 +46,7 @@ class Setting:
     stays: bool = False
     early_stop: bool = False
     known: Tensor | None = None
-    view: OneAtATime | AmongOthers | None = None
+    view: AmongOthers | None = None
     draws: int = 1
     eot: int = 1
     keep: bool = False
@@ -77,7 +78,7 @@ class SearchState:
 
     Attributes:
         target: the hard target, among the companions that the attacker chose last.
-        view: in ``joint``, the target seen one row at a time, judged beside the batch.
+        view: in ``joint``, the target seen by each row that stays while its companions move, judged beside the batch.
         attacked: what the surrogate stands for: the view, or the target.
         apart: whether rows are decided apart from each other.
         rough: whether points come with features of the search's own, which no verdict may rest on.

@@ -71,8 +71,8 @@ def _searched(
     batch = make_batch(hpm, 16, seed=1)
     hpm.asked.clear()
     target = OneAtATime(hpm, batch.z) if kind == "solo" else hpm
-    views = {"image": OneAtATime(hpm, batch.z), "companions": AmongOthers(hpm, batch.z)}
-    setting = Setting(view=views.get(kind), keep=True, search=search, stays=early, early_stop=early)
+    view = AmongOthers(hpm, batch.z) if kind == "companions" else None
+    setting = Setting(view=view, keep=True, search=search, stays=early, early_stop=early)
     judged = JudgedBatch(target, get(surrogate), batch, ball, setting=setting)
     outcome, asked = attacked(judged)
     return hpm, batch, asked, outcome, judged
@@ -85,13 +85,13 @@ def _margins(hpm: HPM, batch: Batch, x: Tensor, kind: str) -> Tensor:
         together = hpm.logits(z)
         apart = OneAtATime(hpm, batch.z).logits(z)
         among = AmongOthers(hpm, batch.z).logits(z)
-    shown = {"joint": [together], "solo": [apart], "image": [together, apart], "companions": [together, among]}[kind]
+    shown = {"joint": [together], "solo": [apart], "companions": [together, among]}[kind]
     return torch.stack([-margin_loss(logits, batch.y) for logits in shown]).amin(dim=0)
 
 
 @pytest.mark.parametrize(
     ("kind", "early"),
-    [("joint", False), ("solo", False), ("image", False), ("companions", False), ("joint", True), ("solo", True)],
+    [("joint", False), ("solo", False), ("companions", False), ("joint", True), ("solo", True)],
 )
 @pytest.mark.parametrize("surrogate", ["soft-hybrid", "ste"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 3.0])
@@ -329,7 +329,7 @@ def test_a_start_that_another_run_rounded_is_passed_again_where_points_are_not()
     hpm = make_hpm().requires_grad_(False)
     batch = make_batch(hpm, 16, seed=1)
     start = AdversarialBatch(batch.x + 0.05, torch.randn_like(batch.z), batch.correct)
-    setting = Setting(start=start, view=OneAtATime(hpm, start.z))
+    setting = Setting(start=start, view=AmongOthers(hpm, start.z))
     judged = JudgedBatch(hpm, get("ste"), batch, BALL, setting=setting)
     assert judged.forwards == 16
     assert judged.start.rounded is None

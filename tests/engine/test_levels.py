@@ -46,7 +46,7 @@ def _small(**overrides: Any) -> Protocol:
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How far from the grid each batch was that a verdict was entered on."""
     seen: list[float] = []
-    for name in ("enter", "enter_apart", "enter_companions", "prefer"):
+    for name in ("enter", "enter_companions", "prefer"):
         enter = getattr(BreakRecord, name)
 
         def watched(self: BreakRecord, *given: Any, _enter: Any = enter, **more: Any) -> None:

@@ -29,7 +29,7 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.off = 0, 0.0
-        enter, enter_apart, finish = Judge.enter, Judge.enter_apart, JudgedBatch.finish
+        enter, enter_companions, finish = Judge.enter, Judge.enter_companions, JudgedBatch.finish
         lowest: dict[Judge, Tensor] = {}
 
         def entered(judge: Judge, point: AdversarialBatch, logits: Tensor, **iterate: Any) -> None:
@@ -39,13 +39,13 @@ class Answers:
             lowest[judge] = torch.minimum(lowest[judge], margin) if judge in lowest else margin
             enter(judge, point, logits, **iterate)
 
-        def entered_apart(judge: Judge, point: AdversarialBatch, logits: Tensor, **iterate: Any) -> None:
+        def entered_companions(judge: Judge, point: AdversarialBatch, logits: Tensor, **iterate: Any) -> None:
             view: Any = judge.setting.view
             with torch.no_grad():
                 beside = view.beside(judge.state.target.features(judge.state.start.x))
             self._compare(judge.batch, logits, exact := self._exact(judge, beside, point.x))
             lowest[judge] = torch.minimum(lowest[judge], -margin_loss(exact, judge.batch.y))
-            enter_apart(judge, point, logits, **iterate)
+            enter_companions(judge, point, logits, **iterate)
 
         def finished(judged: JudgedBatch, x: Tensor) -> RunResult:
             outcome = finish(judged, x)
@@ -55,7 +55,7 @@ class Answers:
             return outcome
 
         monkeypatch.setattr(Judge, "enter", entered)
-        monkeypatch.setattr(Judge, "enter_apart", entered_apart)
+        monkeypatch.setattr(Judge, "enter_companions", entered_companions)
         monkeypatch.setattr(JudgedBatch, "finish", finished)
 
     @staticmethod

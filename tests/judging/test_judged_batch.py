@@ -434,13 +434,12 @@ def test_a_hidden_batch_dependence_can_not_fake_one_in_a_cascade_either() -> Non
     assert not (outcome.any_broken & batch.correct).any()
 
 
-@pytest.mark.parametrize("moves", ["image", "companions"])
-def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside_them(moves: str) -> None:
+def test_rows_that_stay_are_judged_among_companions_that_move_and_the_batch_beside_them() -> None:
     hpm = make_hpm().requires_grad_(False)
     batch = _batch(hpm, hpm)
     start = _start(hpm, batch)
-    view: Any = OneAtATime(hpm, start.z) if moves == "image" else AmongOthers(hpm, start.z)
-    judged = JudgedBatch(hpm, get("ste"), batch, BALL, setting=Setting(start=start, view=view, keep=True))
+    setting = Setting(start=start, view=AmongOthers(hpm, start.z), keep=True)
+    judged = JudgedBatch(hpm, get("ste"), batch, BALL, setting=setting)
     asked: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
@@ -456,8 +455,8 @@ def test_rows_seen_apart_are_judged_in_batches_of_their_own_and_the_batch_beside
     broken, margin = whole["any_broken"], whole["min_margin"]
     for x in asked:
         for i in range(24):
-            mixed = (start.x if moves == "image" else x).clone()
-            mixed[i] = (x if moves == "image" else start.x)[i]
+            mixed = x.clone()
+            mixed[i] = start.x[i]
             logits = hpm(mixed)
             broken[i] |= bool(logits[i].argmax() != batch.y[i])
             margin[i] = torch.minimum(margin[i], -margin_loss(logits, batch.y)[i])
