@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
@@ -113,6 +114,19 @@ def make_protocol(
     kinds = {key.part: key.kind for key in KEYS.values()}
     sections = {part: kinds[part](**given) for part, given in parts.items() if part}
     return Protocol(**parts[""], **sections, overrides=changed, values=values)
+
+
+def varied(protocol: Protocol, overrides: Mapping[str, Any]) -> Protocol:
+    """A protocol with values in place of its own, by dotted key, besides those that were changed before.
+
+    Raises:
+        ValueError: when they don't fit.
+
+    >>> varied(load_protocol("quick", overrides={"samples.limit": 8}), {"batches.size": 4}).overrides
+    {'samples.limit': 8, 'batches.size': 4}
+    """
+    made = make_protocol(protocol.values, overrides=overrides, source=protocol.name)
+    return dataclasses.replace(made, overrides={**protocol.overrides, **made.overrides})
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,19 +8,7 @@ from typing import Any
 import click
 
 from msa_eval.cli import messages, options
-
-
-class _Sizes(click.ParamType[tuple[int, ...]]):
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Read ``1,8,64``."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,8,64", param, ctx)
+from msa_eval.cli.lists import ListOf
 
 
 @click.command("batch-sizes")
@@ -28,7 +16,13 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @options.data()
 @options.protocol
 @options.out
-@click.option("--sizes", type=_Sizes(), default="1,8,64,256", show_default=True, help="Batch sizes to evaluate at.")
+@click.option(
+    "--sizes",
+    type=ListOf(int, "sizes", "whole numbers such as 1,8,64"),
+    default="1,8,64,256",
+    show_default=True,
+    help="Batch sizes to evaluate at.",
+)
 @options.limit
 @options.context
 @options.assignments

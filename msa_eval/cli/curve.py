@@ -8,20 +8,8 @@ from typing import Any
 import click
 
 from msa_eval.cli import messages, options
+from msa_eval.cli.lists import ListOf
 from msa_eval.quantity import as_number
-
-
-class _Radii(click.ParamType[tuple[float, ...]]):
-    name = "radii"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Read ``0,1/255,2/255``."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(as_number(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of radii such as 0,1/255,2/255", param, ctx)
 
 
 @click.command()
@@ -29,7 +17,12 @@ class _Radii(click.ParamType[tuple[float, ...]]):
 @options.data()
 @options.protocol
 @options.out
-@click.option("--eps", type=_Radii(), required=True, help="Radii to evaluate at, such as 0,1/255,2/255.")
+@click.option(
+    "--eps",
+    type=ListOf(as_number, "radii", "radii such as 0,1/255,2/255"),
+    required=True,
+    help="Radii to evaluate at, such as 0,1/255,2/255.",
+)
 @options.limit
 @options.context
 @click.option("--norm", help="Of the perturbations: Linf, L2 or L1.")

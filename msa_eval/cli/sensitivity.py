@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msa_eval.cli import messages, options
+from msa_eval.cli.lists import ListOf
+from msa_eval.quantity import as_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,16 +22,6 @@ if TYPE_CHECKING:
     from msa_eval.sensitivity.analysis import Analysis
 
 PAPER, RESNET18 = "paper", "autoattack-resnet18"
-
-
-class _Numbers(click.ParamType[tuple[float, ...]]):
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Read ``1/255,2/255``."""
-        if isinstance(value, tuple):
-            return value
-        return tuple(options.NUMBER.convert(part.strip(), param, ctx) for part in str(value).split(","))
 
 
 @click.command()
@@ -53,8 +45,8 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most this many training images.")
 @click.option("--attack", type=click.IntRange(min=1), metavar="N",
               help="Attack the FC head and a plain ℓ2 head over --eps too, on N samples (Figure 1).")  # fmt: skip
-@click.option("--eps", type=_Numbers(), default="1/510,1/255,2/255,4/255,8/255", show_default=True,
-              help="Radii of --attack, in [0, 1] pixel units.")  # fmt: skip
+@click.option("--eps", type=ListOf(as_number, "numbers", "numbers such as 1/255,2/255"), show_default=True,
+              default="1/510,1/255,2/255,4/255,8/255", help="Radii of --attack, in [0, 1] pixel units.")  # fmt: skip
 @click.option(
     "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="APGD steps of --attack and --change."
 )

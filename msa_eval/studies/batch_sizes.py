@@ -14,7 +14,7 @@ from msa_eval.engine.evaluate import evaluate
 from msa_eval.evidence.results import WITHOUT_AUDIT, Results
 from msa_eval.judging.batch_plan import select
 from msa_eval.progress import warn
-from msa_eval.protocols.loading import load_protocol, make_protocol
+from msa_eval.protocols.loading import load_protocol, varied
 from msa_eval.protocols.schema import Protocol
 from msa_eval.targets.loading import named
 
@@ -81,8 +81,7 @@ def batch_size_report(
     target = named(target, samples)
     results: dict[int, Results] = {}
     for size in sizes:
-        sized = make_protocol(protocol.values, overrides={"batches.size": size}, source=protocol.name)
-        sized = dataclasses.replace(sized, overrides={**protocol.overrides, **sized.overrides})
+        sized = varied(protocol, {"batches.size": size})
         folder = None if out is None else Path(out) / f"batch-{size}"
         results[size] = evaluate(target, samples, protocol=sized, fc=False, out=folder, **options)
     table = pd.concat(

@@ -29,7 +29,7 @@ from msa_eval.evidence.results import INCOMPLETE, Results
 from msa_eval.files import write_whole
 from msa_eval.judging.batch_plan import select
 from msa_eval.progress import warn
-from msa_eval.protocols.loading import load_protocol, make_protocol
+from msa_eval.protocols.loading import load_protocol, varied
 from msa_eval.protocols.schema import Protocol
 from msa_eval.quantity import as_number
 from msa_eval.targets.loading import named
@@ -88,7 +88,7 @@ def curve(
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol, overrides=overrides)
     samples = Samples.of(x, y)
-    levels = {radius: _at(protocol, radius) for radius in radii if radius > 0}
+    levels = {radius: varied(protocol, {"threat.eps": radius}) for radius in radii if radius > 0}
     for level in levels.values():
         Ball(level.ball.norm, level.ball.eps).check_radius(math.prod(samples.shape))
     samples = samples.decoded(select(samples.y, protocol))
@@ -125,12 +125,6 @@ def _radii(eps: Sequence[float | str]) -> list[float]:
             f"expected different radii from 0, and one above it, such as 0,1/255,2/255, but got {list(eps)}"
         )
     return radii
-
-
-def _at(protocol: Protocol, radius: float) -> Protocol:
-    """The protocol at a radius, with what was changed of it before."""
-    level = make_protocol(protocol.values, overrides={"threat.eps": radius}, source=protocol.name)
-    return dataclasses.replace(level, overrides={**protocol.overrides, **level.overrides})
 
 
 @contextmanager
