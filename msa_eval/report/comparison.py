@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from msa_eval.evidence.metrics import METRICS, Z_95
 from msa_eval.evidence.results import Results
 from msa_eval.report import frames
-from msa_eval.report.charts.axes import percent
+from msa_eval.report.plots.axes import percent
 from msa_eval.report.style import NAMES
 
 KEYS = ("target", "context", "metric", "index")

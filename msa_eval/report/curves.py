@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from msa_eval.report.charts.axes import label, percent, percent_axis
+from msa_eval.report.plots.axes import label, percent, percent_axis
 from msa_eval.report.style import COLUMN, DASHES, GRID, NAMES, PALETTE, paper_style, save
 from msa_eval.studies.curve import CURVE, SMALLEST
 from msa_eval.untrusted import check_inside

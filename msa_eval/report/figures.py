@@ -8,8 +8,8 @@ from pathlib import Path
 from msa_eval.evidence import gallery
 from msa_eval.evidence.folder import FIGURES
 from msa_eval.evidence.results import Results
-from msa_eval.report.charts.catalog import charts
-from msa_eval.report.charts.gallery import draw_gallery
+from msa_eval.report.plots.catalog import charts
+from msa_eval.report.plots.gallery import draw_gallery
 from msa_eval.report.style import save
 
 

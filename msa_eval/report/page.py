@@ -23,11 +23,11 @@ from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
 from msa_eval.report import frames
-from msa_eval.report.charts.axes import percent
-from msa_eval.report.charts.catalog import KINDS, Kind
 from msa_eval.report.comparison import points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits, pictures_of
 from msa_eval.report.inline import csv_link, inline_svg, script_json
+from msa_eval.report.plots.axes import percent
+from msa_eval.report.plots.catalog import KINDS, Kind
 from msa_eval.report.samples import sample_table
 from msa_eval.report.statements import NOT_AUDITED, VERDICTS, statements
 from msa_eval.report.style import NAMES

@@ -12,11 +12,11 @@ from msa_eval.evidence.metrics import METRICS
 from msa_eval.evidence.results import Results
 from msa_eval.files import write_whole
 from msa_eval.report import frames
-from msa_eval.report.charts.differences import draw_differences
 from msa_eval.report.comparison import Comparison, only_one, points, told_p
 from msa_eval.report.exhibits import NONE, Pictures, exhibits
 from msa_eval.report.inline import csv_link, inline_svg
 from msa_eval.report.page import SECTIONS, describe, evaluation, listed, render, together
+from msa_eval.report.plots.differences import draw_differences
 from msa_eval.report.style import NAMES
 
 EXHIBITS = 16

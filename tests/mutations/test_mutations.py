@@ -26,7 +26,7 @@ def test_every_mutation_changes_one_place_of_the_source_and_names_tests_that_are
 def test_all_folders_of_the_source_have_one() -> None:
     changed = {mutation.file().relative_to(ROOT).parts[:-1] for mutation in listed()}
     held = {path.relative_to(ROOT).parts[:-1] for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
-    assert held - changed == {("msa_eval", "references"), ("msa_eval", "report", "charts")}  # weights, and drawings
+    assert held - changed == {("msa_eval", "references"), ("msa_eval", "report", "plots")}  # weights, and drawings
 
 
 def test_only_a_failure_of_each_test_counts() -> None:

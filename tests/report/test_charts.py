@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from msa_eval import Results
 from msa_eval.report import draw_curves, frames, spending, to_svg
-from msa_eval.report.charts.catalog import Chart, charts
+from msa_eval.report.plots.catalog import Chart, charts
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from msa_eval.report.charts.axes import label
+from msa_eval.report.plots.axes import label
 from msa_eval.report.style import COLUMN, INK, PALETTE, paper_style
 
 

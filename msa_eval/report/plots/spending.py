@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from msa_eval.report.charts.axes import label, percent
+from msa_eval.report.plots.axes import label, percent
 from msa_eval.report.style import COLOURS, COLUMN, DASHES, NAMES, PAGE, PALETTE, paper_style
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msa_eval.report.charts.axes import label, stacked_panels
+from msa_eval.report.plots.axes import label, stacked_panels
 from msa_eval.report.style import COLOURS, NAMES, paper_style
 
 

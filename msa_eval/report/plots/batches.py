@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msa_eval.report.charts.axes import draw_ranked, percent, percent_axis
+from msa_eval.report.plots.axes import draw_ranked, percent, percent_axis
 from msa_eval.report.style import COLOURS, COLUMN, NAMES, paper_style
 
 FEW_BATCHES = 200

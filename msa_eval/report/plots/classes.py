@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from msa_eval.report.charts.axes import draw_ranked, label, percent, percent_axis
+from msa_eval.report.plots.axes import draw_ranked, label, percent, percent_axis
 from msa_eval.report.style import COLOURS, COLUMN, NAMES, paper_style
 
 FEW_CLASSES = 20

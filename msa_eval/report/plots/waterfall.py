@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from msa_eval.report.charts.axes import label, or_zero, percent, percent_axis, stacked_panels
+from msa_eval.report.plots.axes import label, or_zero, percent, percent_axis, stacked_panels
 from msa_eval.report.style import COLOURS, INK, NAMES, paper_style
 
 

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from msa_eval.evidence.results import Results
 from msa_eval.report import frames
-from msa_eval.report.charts.agreement import draw_agreement, tell_agreement
-from msa_eval.report.charts.batches import draw_batches, tell_batches
-from msa_eval.report.charts.classes import draw_classes, tell_classes
-from msa_eval.report.charts.spending import draw_spending, tell_spending
-from msa_eval.report.charts.transfer import draw_transfer, tell_transfer
-from msa_eval.report.charts.waterfall import draw_waterfall, tell_waterfall
+from msa_eval.report.plots.agreement import draw_agreement, tell_agreement
+from msa_eval.report.plots.batches import draw_batches, tell_batches
+from msa_eval.report.plots.classes import draw_classes, tell_classes
+from msa_eval.report.plots.spending import draw_spending, tell_spending
+from msa_eval.report.plots.transfer import draw_transfer, tell_transfer
+from msa_eval.report.plots.waterfall import draw_waterfall, tell_waterfall
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from msa_eval.evidence.gallery import Exhibit
-from msa_eval.report.charts.axes import label
+from msa_eval.report.plots.axes import label
 from msa_eval.report.style import COLUMN, paper_style
 
 
