@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
@@ -83,7 +83,7 @@ def choice(*choices: str) -> Callable[[Any], str]:
     return check
 
 
-def texts(choices: tuple[str, ...] | None = None) -> Callable[[Any], tuple[str, ...]]:
+def texts(choices: Collection[str] = ()) -> Callable[[Any], tuple[str, ...]]:
     """A list of different texts, of a few if these are given."""
 
     def check(value: Any) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class ApgdBudget:
     """
 
     surrogates: Annotated[tuple[str, ...], checks.texts()] = ("fc-oracle", "soft-hybrid")
-    losses: Annotated[tuple[str, ...], checks.texts(tuple(MIN_CLASSES))] = ("ce", "dlr")
+    losses: Annotated[tuple[str, ...], checks.texts(MIN_CLASSES)] = ("ce", "dlr")
     steps: Annotated[int, checks.whole(1)] = 40
     restarts: Annotated[int, checks.whole(1)] = 1
     targets: Annotated[int, checks.whole(1)] = 9
@@ -197,7 +197,7 @@ class Protocol:
     version: Annotated[int, checks.whole(1)]
     description: Annotated[str, checks.text]
     ball: Annotated[Ball, "threat", {"norm": checks.norm, "eps": checks.number(0, 1000), "levels": checks.levels}]
-    contexts: Annotated[tuple[str, ...], "threat.contexts", checks.texts(tuple(CONTEXTS))] = ("joint",)
+    contexts: Annotated[tuple[str, ...], "threat.contexts", checks.texts(CONTEXTS)] = ("joint",)
     fraction: Annotated[float | None, "samples.fraction", checks.number(0, 1)] = None
     per_class: Annotated[int | None, "samples.per_class", checks.whole(1)] = None
     limit: Annotated[int | None, "samples.limit", checks.whole(1)] = None

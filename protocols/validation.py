@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from msa_eval.protocols import checks
+from msa_eval.protocols.keys import KEYS
 
 SCHEMA = 1
 """The version of the format of protocols."""
+
+BESIDE = ("attack.recombination", "attack.composition")
+"""What goes along with attacks, and is none by itself."""
+
+ATTACKS = tuple(dict.fromkeys(
+    ".".join(key.split(".")[:2]) for key in KEYS if key.startswith("attack.") and not key.startswith(BESIDE)
+))  # fmt: skip
+"""The sections that name an attack."""
 
 
 def contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -18,8 +27,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"schema: this release reads schema {SCHEMA}, but got {values['schema']!r}")
     if "samples.fraction" in values and "samples.per_class" in values:
         found.append("samples.fraction and samples.per_class exclude each other")
-    if not any(key.startswith(("attack.apgd.", "attack.square.", "attack.spsa.", "attack.peers")) for key in values):
-        found.append("no attack: give attack.apgd, attack.square, attack.spsa or attack.peers")
+    if not any(key.startswith(ATTACKS) for key in values):
+        found.append(f"no attack: give {', '.join(ATTACKS[:-1])} or {ATTACKS[-1]}")
     found += _too_coarse(values)
     moves = [*_listed(values, "moves"), *(str(run).rpartition(":")[2] for run in _listed(values, "runs"))]
     if "attack.apgd.victim" in values and "companions" not in moves:

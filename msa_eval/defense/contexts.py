@@ -283,6 +283,28 @@ class Context:
         """The kinds of `msa_eval.evidence.proof.Proof` that move no more than the attacker controls."""
         return ("rows",) if self.one_batch_per_sample else ("batch", "rows", "victims")
 
+    @property
+    def in_clean_batch(self) -> bool:
+        """Whether images that nobody moved are decided in the clean batch, so that its verdicts are theirs."""
+        return self.has_companions and type(self).decided_in is Context.decided_in
+
+    def decided_in(self, clean: Tensor, row: Tensor, at: int) -> tuple[Tensor, int]:
+        """The real batch in which one image is decided, by which proofs are replayed: `view` must decide the same.
+
+        Args:
+            clean: features of the clean batch ``(B, ...)``.
+            row: those of the image.
+            at: its place in the clean batch.
+
+        Returns:
+            features of the batch, and the image's place in it.
+        """
+        if not self.has_companions:
+            return row.unsqueeze(0), 0
+        z = clean.clone()
+        z[at] = row
+        return z, at
+
     def view(self, defense: Defense, z: Tensor, companions: Companions | None = None) -> Defense:
         """A batch-dependent target as the attacker meets it; to any other target all contexts are one.
 

@@ -129,7 +129,7 @@ class CleanBatches:
         with seeded(0):
             seen._logits = {
                 batch.number: batch.logits
-                if CONTEXTS[context].has_companions
+                if CONTEXTS[context].in_clean_batch
                 else self._decide(batch.number, self.view(context, batch), batch.z)
                 for batch in self
             }

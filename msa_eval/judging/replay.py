@@ -73,11 +73,12 @@ class Replay:
         return self.samples.y[self.batches[proof.batch][proof.positions]].to(self._device)
 
     def clean_logits(self, number: int, context: str) -> Tensor:
-        """The target's answer to a clean batch ``(B, k)``; in ``alone``, to each of its images in a batch of one."""
+        """The target's answer to a clean batch ``(B, k)``, or to each of its images in the batch of its own."""
         z = self._clean_features(self.batches[number])
-        if not CONTEXTS[context].has_companions and self.batch_dependent:
-            return torch.cat([decide(self._defense, row.unsqueeze(0)) for row in z])
-        return decide(self._defense, z)
+        if CONTEXTS[context].in_clean_batch or not self.batch_dependent:
+            return decide(self._defense, z)
+        own = (CONTEXTS[context].decided_in(z, row, at) for at, row in enumerate(z))
+        return torch.stack([decide(self._defense, batch)[at] for batch, at in own])
 
     def logits(self, proof: Proof) -> Tensor:
         """The target's answer to the rows that a proof is about ``(n, k)``, each in its batch.
@@ -116,17 +117,15 @@ class Replay:
 
     def _batches(self, proof: Proof, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The features of each real batch, and where the row in question sits in it."""
-        if not CONTEXTS[proof.context].has_companions:
-            yield from ((row.unsqueeze(0), 0) for row in rows)
-            return
-        if proof.companions is not None:
+        context = CONTEXTS[proof.context]
+        if proof.companions is not None and context.has_companions:
             yield from self._composed(proof, rows, proof.companions)
             return
-        others = x if proof.kind == "victims" else self._clean_features(self.batches[proof.batch])
+        others = x
+        if proof.kind != "victims" and context.has_companions:
+            others = self._clean_features(self.batches[proof.batch])
         for row, at in zip(rows, proof.positions.tolist(), strict=True):
-            z = others.clone()
-            z[at] = row
-            yield z, at
+            yield context.decided_in(others, row, at)
 
     def _composed(self, proof: Proof, rows: Tensor, companions: Tensor) -> Iterator[tuple[Tensor, int]]:
         samples = self.batches[proof.batch][proof.positions].tolist()

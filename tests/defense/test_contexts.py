@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ import torch
 from torch import Tensor, nn
 from toys import make_classifier, make_hpm, make_samples
 
-from msa_eval import HPM, Samples, Variant, WholeModel, evaluate
-from msa_eval.defense.contexts import CONTEXTS, AmongOthers, Companions, OneAtATime, decide_each, decide_offers
+from msa_eval import HPM, Samples, Variant, WholeModel, evaluate, verify
+from msa_eval.defense.contexts import (
+    CONTEXTS,
+    AmongOthers,
+    Companions,
+    Context,
+    OneAtATime,
+    decide_each,
+    decide_offers,
+)
 from msa_eval.defense.contract import as_defense
 from msa_eval.evidence.proof import Proof
 from msa_eval.judging.clean_batches import CleanBatches
@@ -300,6 +309,48 @@ def test_a_verdict_in_solo_is_that_of_the_batch_with_one_row_replaced(running: l
         logits = _by_hand(WholeModel(model), final, x, lambda defense, batch: defense.logits(batch))
     rows = results.outcomes[results.outcomes["run"] == "spy:apgd-dlr:0"].set_index("index")
     assert rows.loc[order, "final_broken"].tolist() == (logits.argmax(dim=1) != y).tolist()
+
+
+@dataclass(frozen=True)
+class Twin(Context):
+    """The image sits beside the first of its clean batch."""
+
+    def view(self, defense: Any, z: Tensor, companions: Companions | None = None) -> Any:
+        first = torch.zeros(len(z), 1, dtype=torch.long)
+        return OneAtATime(defense, Companions(z, first, seats=1 - first.flatten()))
+
+    def decided_in(self, clean: Tensor, row: Tensor, at: int) -> tuple[Tensor, int]:
+        return torch.stack([clean[0], row]), 1
+
+
+class Astray(Twin):
+    """Its proofs are replayed in other batches than it was searched in."""
+
+    def decided_in(self, clean: Tensor, row: Tensor, at: int) -> tuple[Tensor, int]:
+        return torch.stack([clean[-1], row, clean[-1]]), 1
+
+
+@pytest.mark.parametrize("kind", [Twin, Astray])
+def test_a_context_of_ones_own_is_one_object(kind: type[Twin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the protocol's key to the replay of its proofs; and `verify` finds two batches that are not the same."""
+    monkeypatch.setitem(CONTEXTS, "twin", kind("twin", "the one image, beside the first", "the target is wrong on it"))
+    hpm = make_hpm().requires_grad_(False)
+    samples = make_samples(hpm, 16)
+    protocol = make_protocol({
+        "schema": 1, "name": "twin", "version": 1, "description": "A test.", "threat.norm": "Linf", "threat.eps": 0.05,
+        "threat.contexts": ["joint", "twin"], "batches.size": 8, "attack.apgd.surrogates": ["ste"],
+        "attack.apgd.losses": ["margin"], "attack.apgd.steps": 5, "audit.samples": 0,
+    })  # fmt: skip
+    results = evaluate(
+        hpm, samples, protocol=protocol, fc=False, precision="fp32", out=tmp_path, save_adversarial=True
+    )  # fmt: skip
+    rows = results.samples[results.samples["context"] == "twin"].sort_values(["batch", "position"])
+    z = hpm.features(samples.x)
+    firsts = rows.groupby("batch")["index"].transform("first")
+    clean = [int(hpm.logits(z[[one, own]])[1].argmax()) for one, own in zip(firsts, rows["index"], strict=True)]
+    assert rows["clean_correct"].tolist() == [one == own for one, own in zip(clean, rows["label"], strict=True)]
+    assert 0 < int(rows["robust"].sum()) < int(rows["clean_correct"].sum())
+    assert verify(tmp_path, hpm, samples, fc=False).passed == (kind is Twin)
 
 
 def test_the_cost_without_a_trunk_is_named() -> None:
