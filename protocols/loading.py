@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from msa_eval.protocols.checks import norm_named
-from msa_eval.protocols.keys import FILE, KEYS
 from msa_eval.protocols.schema import Protocol
-from msa_eval.protocols.validation import contradictions
+from msa_eval.protocols.validation import FILE, KEYS, contradictions
 from msa_eval.untrusted import printable
 
 CLOSE = 0.75

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,19 +12,47 @@ from typing import Any
 import pandas as pd
 
 from msa_eval._version import __version__
-from msa_eval.auditing.audit import Sign, signs_from, verdict_of
+from msa_eval.auditing.audit import Sign, probe, signs_from, verdict_of
 from msa_eval.auditing.weighing import weighed, without_advice
-from msa_eval.defense.micro_batches import parts_of, passed_last, unwrap
+from msa_eval.defense.micro_batches import in_smaller_parts, parts_of, passed_last, unwrap
 from msa_eval.engine.continued import digest_of
-from msa_eval.engine.messages import Failure
-from msa_eval.engine.state import EvaluationState
+from msa_eval.engine.messages import EvaluationState, Failure
 from msa_eval.engine.target_plan import TargetPlan
+from msa_eval.errors import AttackError
 from msa_eval.evidence.records import TargetRecord
 from msa_eval.evidence.results import INCOMPLETE, SCHEMA_VERSION, Results
 from msa_eval.evidence.tables import tabulate
 from msa_eval.hashing import bytes_of
 from msa_eval.protocols.schema import Protocol
 from msa_eval.targets.pair import why_whole
+
+
+def probe_target(plan: TargetPlan, evaluation: EvaluationState) -> list[Sign]:
+    """Measure the signs of the audit on a few clean batches; none where it fails, which is noted."""
+    name = f"{plan.name}-audit"
+    held: tuple[Sign, ...] | None = evaluation.store.read(name, tuple)
+    if held is not None:
+        return list(held)
+    clean = plan.clean
+    sizes = itertools.accumulate(len(indices) for indices in clean.batch_plan)
+    count = max(1, sum(size <= plan.protocol.audited for size in sizes))
+    batches = list(itertools.islice(clean, count))
+
+    try:
+        for attempt in in_smaller_parts(plan.defense, max(len(batch.x) for batch in batches)):
+            with attempt:
+                found = probe(
+                    plan.defense, plan.surrogates.usable, batches, plan.protocol.ball,
+                    batch_dependent=clean.batch_dependent, num_classes=clean.num_classes, seed=plan.seed,
+                    followed=plan.protocol.follows_gradients, progress=evaluation.progress,
+                )  # fmt: skip
+    except (AttackError, MemoryError) as error:
+        evaluation.fail(plan.name, "the audit", error)
+        return []
+    if plan.finding is not None:
+        found.append(plan.finding.sign())
+    evaluation.store.write(name, tuple(found))
+    return found
 
 
 def incomplete(results: Results, failures: Sequence[Failure]) -> Results:

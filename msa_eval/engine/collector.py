@@ -15,9 +15,8 @@ from msa_eval.attacks.external.faults import describe_faults
 from msa_eval.attacks.losses import margin_loss
 from msa_eval.auditing.state_guard import StateGuard
 from msa_eval.engine.batch_runner import BatchRunner
-from msa_eval.engine.messages import BatchJob, BatchResult, Failure, Made
+from msa_eval.engine.messages import BatchJob, BatchResult, EvaluationState, Failure, Made
 from msa_eval.engine.schedule import OWN, Run
-from msa_eval.engine.state import EvaluationState
 from msa_eval.evidence.gallery import Exhibit
 from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.records import TargetRecord

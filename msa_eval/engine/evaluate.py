@@ -21,17 +21,15 @@ from msa_eval.defense.contract import Defense, own_surrogates
 from msa_eval.defense.precision import SearchPrecision, choose
 from msa_eval.defense.weight_gradients import without_weight_gradients
 from msa_eval.device import device_for
-from msa_eval.engine.assembly import assembled, identity
-from msa_eval.engine.audit_step import probe_target
+from msa_eval.engine.assembly import assembled, identity, probe_target
 from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.engine.collector import Collector
 from msa_eval.engine.continued import Continued
-from msa_eval.engine.executors import Executor, executor_of
+from msa_eval.engine.executors import Execution, Executor, executor_of
 from msa_eval.engine.inclusion import carried_proofs, carry_over, not_carried
-from msa_eval.engine.options import Execution, Output
-from msa_eval.engine.output import pictures, save, write_results
+from msa_eval.engine.messages import EvaluationState
+from msa_eval.engine.output import Output, pictures, save, write_results
 from msa_eval.engine.resume import ResumeStore, opened
-from msa_eval.engine.state import EvaluationState
 from msa_eval.engine.target_plan import TargetPlan
 from msa_eval.errors import AttackError
 from msa_eval.evidence.folder import UNFINISHED

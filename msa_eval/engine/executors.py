@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, runtime_checkable
 from typing import Protocol as Interface
-from typing import runtime_checkable
 
 from msa_eval.engine.collector import Collector
-from msa_eval.engine.state import EvaluationState
+from msa_eval.engine.messages import EvaluationState
 from msa_eval.progress import ticking
 
 ENGINES = ("local", "ray")
@@ -80,3 +81,28 @@ def executor_of(engine: str | Executor, device: str) -> Executor:
         raise ValueError(f"there is no engine {engine!r}; expected {' or '.join(ENGINES)}, or an engine")
     engine.check(device)
     return engine
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an evaluation is carried out; `evaluate` describes each.
+
+    Attributes:
+        device: where to compute.
+        micro_batch: how many images go through the trunk at once; ``None``: as many as fit.
+        precision: that a search passes its points in.
+        deterministic: whether only deterministic algorithms are used.
+        executor: makes the runs.
+    """
+
+    device: str
+    micro_batch: int | None
+    precision: str
+    deterministic: bool
+    executor: Executor
+
+    def about(self) -> dict[str, Any]:
+        """What an unfinished evaluation has to share with the one that goes on from it."""
+        return {
+            "micro_batch": self.micro_batch, "precision": self.precision, "deterministic": self.deterministic,
+        }  # fmt: skip

@@ -6,7 +6,9 @@ import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -21,6 +23,51 @@ from msa_eval.evidence.proof import Proof
 from msa_eval.evidence.results import INCOMPLETE, Results
 from msa_eval.judging.replay import Replay
 from msa_eval.progress import Progress
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go, and what is kept beside the tables; `evaluate` describes each.
+
+    Attributes:
+        folder: of the results; ``None``: they are returned alone.
+        force: whether to start anew there.
+        save_adversarial: whether adversarial batches are kept; with ``"all"``, every other sample's best point too.
+        gallery: whether pictures are kept.
+
+    Raises:
+        ValueError: when adversarial batches are to be kept, and there is no folder.
+    """
+
+    folder: Path | None
+    force: bool
+    save_adversarial: bool | str
+    gallery: bool
+
+    def __post_init__(self) -> None:
+        if self.save_adversarial not in (False, True, "all"):
+            raise ValueError(f'expected save_adversarial to be True, False or "all", but got {self.save_adversarial!r}')
+        if self.save_adversarial and self.folder is None:
+            raise ValueError("save_adversarial keeps adversarial batches beside the tables; give a folder as out")
+
+    @property
+    def keep(self) -> bool:
+        """Whether an adversarial batch is kept for every broken sample."""
+        return bool(self.save_adversarial)
+
+    @property
+    def every(self) -> bool:
+        """Whether every other sample's best point is kept too."""
+        return self.save_adversarial == "all"
+
+    @property
+    def show(self) -> bool:
+        """Whether pictures are kept."""
+        return self.gallery and self.folder is not None
+
+    def about(self) -> dict[str, Any]:
+        """What an unfinished evaluation has to share with the one that goes on from it."""
+        return {"save_adversarial": self.save_adversarial, "gallery": self.show}
 
 
 def _confirmed(results: Results, written: archive.Written) -> Results:

@@ -32,9 +32,8 @@ from msa_eval.data import Samples
 from msa_eval.defense.micro_batches import MicroBatched, parts_of
 from msa_eval.engine.batch_runner import BatchRunner
 from msa_eval.engine.collector import Collector, Tick
-from msa_eval.engine.messages import BatchJob, BatchResult
+from msa_eval.engine.messages import BatchJob, BatchResult, EvaluationState
 from msa_eval.engine.serialization import pack, unpack
-from msa_eval.engine.state import EvaluationState
 from msa_eval.evidence.provenance import place
 from msa_eval.numerics import full_precision
 from msa_eval.progress import ticking

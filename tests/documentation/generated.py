@@ -12,8 +12,8 @@ from dataclasses import MISSING
 from pathlib import Path
 
 from msa_eval.evidence.schema import columns_markdown
-from msa_eval.protocols.keys import KEYS, Key
 from msa_eval.protocols.loading import load_protocol, shipped
+from msa_eval.protocols.validation import KEYS, Key
 
 DOCS = Path(__file__).parents[2] / "docs"
 OF_THE_FILE = {

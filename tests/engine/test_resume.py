@@ -404,7 +404,7 @@ def test_a_failed_audit_makes_the_results_incomplete(tmp_path: Path, monkeypatch
         raise AttackError("the audit could not be finished: out of luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr("msa_eval.engine.audit_step.probe", fail)
+        patched.setattr("msa_eval.engine.assembly.probe", fail)
         results = _evaluate(tmp_path, protocol=_protocol(threat__contexts=["joint"]))
     assert results.run["verdict"] == "incomplete"
     assert [(one["target"], one["run"], one["batch"]) for one in results.run["failed"]] == [

@@ -177,7 +177,7 @@ def test_points_that_the_search_found_are_asked_about_in_other_company(monkeypat
         model.looking = True  # the audit is over, and the runs begin
         return []
 
-    monkeypatch.setattr("msa_eval.engine.audit_step.probe", measure)
+    monkeypatch.setattr("msa_eval.engine.assembly.probe", measure)
     overrides = {"attack.apgd.steps": 3, "attack.square.queries": 3, "threat.eps": 0.1}
     results = evaluate(model, _samples(), protocol="quick", overrides=overrides)
     row = results.audit.set_index("sign").loc["batch_dependence"]
