@@ -1,23 +1,25 @@
 """Many batches decided in one call of the target's code, by `torch.vmap`, where that gives the same answers.
 
 Nothing is assumed of the code: before it is called so, two batches are decided one after the other and at once, under
-the same seed. Code whose answers differ then, or that can't be called so (it looks at values, writes in place, leaves
-torch, draws from generators other than torch's own), is called once a batch, always. So is all code where gradients are
-followed: under `torch.vmap` some come out wrong where a norm or a distance is near zero, though the values are right.
+the same seed. Code whose answers differ then, that keeps something of a call, or that can't be called so (it looks at
+values, writes in place, leaves torch, draws from generators other than torch's own), is called once a batch, always. So
+is all code where gradients are followed: under `torch.vmap` some come out wrong where a norm or a distance is near
+zero, though the values are right.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from msa_eval.defense.contract import Defense
-from msa_eval.defense.micro_batches import is_out_of_memory
+from msa_eval.defense.contract import Defense, modules_of
+from msa_eval.defense.micro_batches import is_out_of_memory, unwrap
 from msa_eval.randomness import seeded
 
 ROOM = 2**20
@@ -83,10 +85,12 @@ def vectorizes(defense: Defense, batches: Tensor, settings: Mapping[str, Any]) -
 
 
 def _gives_the_same(defense: Defense, batches: Tensor, settings: Mapping[str, Any]) -> bool:
-    expected = []
+    expected, before = [], _held(defense)
     for batch in batches:
         with seeded(0):
             expected.append(defense.logits(batch, **settings))
+    if not _same(before, _held(defense)):
+        return False  # what a target keeps of a call would be a tensor of torch.vmap's own, of no use after it
     try:
         with seeded(0):
             found = _at_once(defense, batches, settings, randomness="same")
@@ -94,6 +98,32 @@ def _gives_the_same(defense: Defense, batches: Tensor, settings: Mapping[str, An
         return False
     due = torch.stack(expected)
     return found.shape == due.shape and bool(((found - due).abs() <= SAME * due.abs().max()).all())
+
+
+def _held(defense: Defense) -> list[tuple[Tensor, int]]:
+    """The tensors that a target holds, each with the count of writes into it."""
+    things = [unwrap(defense), *(part for module in modules_of(defense) for part in module.modules())]
+    found: list[tuple[Tensor, int]] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, Tensor):
+            found.append((value, -1 if value.is_inference() else value._version))
+        elif isinstance(value, Mapping):
+            for entry in list(value.values()):
+                walk(entry)
+        elif isinstance(value, list | tuple | deque):
+            for entry in value:
+                walk(entry)
+
+    for thing in things:
+        walk(getattr(thing, "__dict__", {}))
+    return found
+
+
+def _same(before: Sequence[tuple[Tensor, int]], after: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether the same tensors are held, and none was written into."""
+    pairs = zip(before, after, strict=False)
+    return len(before) == len(after) and all(one is other and a == b for (one, a), (other, b) in pairs)
 
 
 def _key(batches: Tensor, settings: Mapping[str, Any]) -> Key:

@@ -200,3 +200,37 @@ def test_an_object_that_cant_be_remembered_is_called_once_a_batch() -> None:
     with torch.no_grad():
         assert not vectorizes(target, batches, {})
     torch.testing.assert_close(decide_many(target, batches), _one_by_one(centred, batches))
+
+
+class Keeping(torch.nn.Module):
+    """A decision that keeps something of the batch before, in one of several places."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        self.last: Any = torch.zeros(DIM)
+        self.all: list[Tensor] = [torch.zeros(DIM)]
+        self.register_buffer("mean", torch.zeros(DIM))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
+
+    def logits(self, z: Tensor) -> Tensor:
+        now = z.mean(dim=0)
+        if self.place == "attribute":
+            self.last = now
+        elif self.place == "list":
+            self.all = [*self.all, now][-3:]
+        else:
+            self.mean = now
+        return z - 1e-9 * (self.last + self.all[-1] + self.mean)
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "buffer"])
+def test_what_a_target_keeps_of_a_call_is_never_of_vmap(place: str) -> None:
+    target = Keeping(place)
+    batches = torch.stack([_features(seed) for seed in range(3)])
+    with torch.no_grad():
+        assert not vectorizes(target, batches, {})
+        assert torch.allclose(decide_many(target, batches), batches, atol=1e-6)
+        assert float((target.last + target.all[-1] + target.mean).abs().sum()) > 0  # it can still be computed with
