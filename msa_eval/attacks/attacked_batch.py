@@ -124,8 +124,17 @@ class AttackedBatch(Interface):
         """The surrogate's logits ``(B, k)`` of points ``(B, C, H, W)``, with a gradient; the hard target sees them."""
         ...
 
-    def of_rows(self) -> Callable[[Tensor], Tensor]:
-        """The same for those rows alone that are searched for now, where rows are decided apart."""
+    @property
+    def has_copies(self) -> bool:
+        """Whether several points of one row can be asked about at once."""
+        ...
+
+    def of_rows(self, places: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """The same for those rows alone that are searched for now, where rows are decided apart.
+
+        Args:
+            places: those of the points ``(n,)``, where a row has several; the hard target sees all of them.
+        """
         ...
 
     def clean_logits(self) -> Tensor:

@@ -155,3 +155,15 @@ def capacity(x: Tensor) -> int:
     55
     """
     return max(POOL_BYTES // max(x.nbytes, 1), 2)
+
+
+def lowest_of_each(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """Where each place has its lowest value ``(count,)``, the first of equal ones; their number where it has none.
+
+    >>> lowest_of_each(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([0, 2, 0, 0]), 3)
+    tensor([2, 4, 1])
+    """
+    lowest = values.new_full((count,), torch.inf).scatter_reduce(0, places, values, "amin")
+    order = torch.arange(len(values), device=values.device)
+    order = torch.where(values <= lowest[places], order, len(values))
+    return order.new_full((count,), len(values)).scatter_reduce(0, places, order, "amin")

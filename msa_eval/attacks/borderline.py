@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from msa_eval.attacks.apgd import apgd
 from msa_eval.attacks.attacked_batch import Attack, AttackedBatch
 from msa_eval.attacks.gradient import ApgdAttack
 from msa_eval.attacks.losses import (
@@ -22,6 +23,7 @@ from msa_eval.attacks.losses import (
     margin_loss,
     most_likely_others,
     probability_margin,
+    side_by_side,
     targeted_dlr,
 )
 from msa_eval.defense.contexts import OneAtATime
@@ -32,6 +34,9 @@ NEAREST = 8
 
 NEAREST_OF_THESE = 4
 """Every other start is for one in so many of them alone."""
+
+SIDE_BY_SIDE = 6
+"""So many starts are climbed from at a time, where a row can have several points."""
 
 TARGETS = 4
 """Towards so many classes in turn: by the ranking of earlier runs, else the likeliest at a sample's best point."""
@@ -56,7 +61,7 @@ ROUNDS = (("margin", True), ("probability-margin", True), ("margin", False))
 class BorderlineAttack(Attack):
     """APGD from one random start after another, against the few samples that are nearest to falling.
 
-    Which they are is looked up before each start, by the lowest margin that the label ever had. Each loss is raised
+    Which they are is looked up before the starts, by the lowest margin that the label ever had. Each loss is raised
     from two starts, of which the second is for the very nearest.
 
     Attributes:
@@ -72,22 +77,52 @@ class BorderlineAttack(Attack):
 
     def __call__(self, attacked: AttackedBatch, generator: torch.Generator) -> Tensor:
         """Return the starting points; every point found is in the batch's record."""
-        batch, sought = attacked.batch, attacked.counted
+        batch = attacked.batch
         with torch.no_grad():
             at_best = decide(attacked.target, attacked.start.z).float()
         before = -margin_loss(at_best, batch.y)
-        allowed, turn = self.passes * len(batch.y) + attacked.forwards, 0
+        self._climb_all(attacked, generator, at_best, before)
+        return attacked.start.x
+
+    def _climb_all(self, attacked: AttackedBatch, generator: torch.Generator, at_best: Tensor, before: Tensor) -> None:
+        """Climb from as many starts as the passes allow, side by side where a row can have several points."""
+        sought, together = attacked.counted, SIDE_BY_SIDE if attacked.has_copies else 1
+        allowed, turn = self.passes * len(sought) + attacked.forwards, 0
         while bool((unbroken := sought & ~attacked.broken).any()):
             margin = torch.minimum(before, attacked.margin).masked_fill(~unbroken, torch.inf)
-            share = NEAREST * (NEAREST_OF_THESE if turn % 2 else 1)
-            nearest = margin.argsort(stable=True)[: -(-int(unbroken.sum()) // share)]
-            if attacked.forwards + len(nearest) * (self.steps + 1) * attacked.eot > allowed:
+            ranked, count = margin.argsort(stable=True), int(unbroken.sum())
+            starts: list[Tensor] = []
+            left = allowed - attacked.forwards
+            for number in range(turn, turn + together):
+                share = NEAREST * (NEAREST_OF_THESE if number % 2 else 1)
+                nearest = ranked[: -(-count // share)]
+                left -= len(nearest) * (self.steps + 1) * attacked.eot
+                if left < 0:
+                    break
+                starts.append(nearest)
+            if not starts:
                 break
-            attacked.search_for(torch.zeros_like(sought).index_fill(0, nearest, True))
-            drawn = attacked.ball.random(batch.x, generator)
-            ApgdAttack(partial(_loss, at_best, turn // 2), self.steps)(attacked, generator, points=drawn)
-            turn += 1
-        return attacked.start.x
+            self._climb(attacked, generator, at_best, starts, turn)
+            turn += len(starts)
+
+    def _climb(
+        self, attacked: AttackedBatch, generator: torch.Generator, at_best: Tensor, starts: list[Tensor], turn: int
+    ) -> None:
+        """Climb once from each start: some rows each ``(n,)``, with the loss of its number, the first's given."""
+        batch, ball = attacked.batch, attacked.ball
+        attacked.search_for(torch.zeros_like(attacked.counted).index_fill(0, torch.cat(starts), True))
+        drawn = [ball.random(batch.x, generator) for _ in starts]
+        if len(starts) == 1:
+            ApgdAttack(partial(_loss, at_best, turn // 2), self.steps)(attacked, generator, points=drawn[0])
+            return
+        places = torch.cat(starts)
+        losses = [_loss(at_best, (turn + i) // 2, attacked, rows) for i, rows in enumerate(starts)]
+        apgd(
+            attacked.of_rows(places), batch.x[places], batch.y[places],
+            loss=side_by_side(losses, [len(rows) for rows in starts]), ball=ball, steps=self.steps,
+            generator=generator, start=torch.cat([x[rows] for x, rows in zip(drawn, starts, strict=True)]),
+            going=lambda: attacked.searching,
+        )  # fmt: skip
 
 
 def _loss(at_best: Tensor, number: int, attacked: AttackedBatch, rows: Tensor) -> Loss:

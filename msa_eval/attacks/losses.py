@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +98,21 @@ def averaged(loss: Loss) -> Loss:
         return torch.stack([loss(member, y) for member in logits]).mean(dim=0)
 
     return mean
+
+
+def side_by_side(losses: Sequence[Loss], counts: Sequence[int]) -> Loss:
+    """Several losses, each of the next so many rows.
+
+    >>> both = side_by_side([margin_loss, lambda logits, y: logits[:, 1]], [1, 1])
+    >>> both(torch.tensor([[3.0, 1.0], [9.0, 5.0]]), torch.tensor([0, 0]))
+    tensor([-2.,  5.])
+    """
+
+    def joined(logits: Tensor, y: Tensor) -> Tensor:
+        parts = zip(losses, logits.split(list(counts)), y.split(list(counts)), strict=True)
+        return torch.cat([loss(rows, labels) for loss, rows, labels in parts])
+
+    return joined
 
 
 def focused(loss: Loss, rows: Callable[[], Tensor]) -> Loss:

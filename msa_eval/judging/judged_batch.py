@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from msa_eval.attacks.ball import Ball, per_image
-from msa_eval.attacks.batch import AdversarialBatch, Batch
+from msa_eval.attacks.batch import AdversarialBatch, Batch, lowest_of_each
 from msa_eval.attacks.external.faults import Fault
 from msa_eval.attacks.grid import Grid
+from msa_eval.attacks.losses import margin_loss
 from msa_eval.defense.contexts import NEAR_TIE, Companions, OneAtATime
-from msa_eval.defense.contract import Defense
+from msa_eval.defense.contract import Defense, decide
 from msa_eval.device import asynchronous
 from msa_eval.errors import AttackError
 from msa_eval.judging.break_record import BreakRecord
@@ -156,22 +157,31 @@ class JudgedBatch:
             x = torch.where(per_image(self.counted, x), x, self.start.x)
         return self._answer(self._held_to(x))
 
-    def of_rows(self) -> Callable[[Tensor], Tensor]:
+    @property
+    def has_copies(self) -> bool:
+        """Whether several points of one row can be asked about at once: where nothing else decides about a row."""
+        return self._state.stays and not self._state.mixes_rows and self.eot == self._setting.draws == 1
+
+    def of_rows(self, places: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """The batch as a model of those rows alone that are searched for now, where rows are decided apart.
 
-        It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start.
+        It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start. Where a
+        row has several points, ``places`` are theirs ``(n,)``.
         """
-        first = known = self.rows
-        left: Tensor | None = None
+        first = self.rows if places is None else places
+        searched, left, known = self.rows, torch.arange(len(first), device=first.device), first
         on_images = self._surrogate is not None and self._surrogate.on_images
 
         def logits(points: Tensor) -> Tensor:
-            nonlocal known, left
-            if self.rows is not known:
-                known = self.rows
-                left = torch.isin(first, known).nonzero().flatten()
-            moved = points if left is None else points[left]
-            moved = self._held_to(moved, known)
+            nonlocal searched, left, known
+            if self.rows is not searched:
+                searched = self.rows
+                left = torch.isin(first, searched).nonzero().flatten()
+                known = first[left]
+            moved = self._held_to(points if len(left) == len(first) else points[left], known)
+            if places is not None:
+                found = self._answer_copies(moved, known)
+                return found.new_zeros((len(first), found.shape[-1])).index_copy(0, left, found)
             x = self.start.x.index_copy(0, known, moved if on_images else moved.detach())
             return self._answer(x, moved)[..., first, :]
 
@@ -195,12 +205,34 @@ class JudgedBatch:
         self.attached = z
         self._calls += 1
         if self._calls % self.eot == 0:
-            self._state.iterate += 1
-            self.latest = AdversarialBatch(x.detach(), z.detach(), self._passes.rounded())
-            if self._setting.trail:
-                self._trail.append(self.latest)
-            self._judge.iterate(self.latest, logits.detach())
+            self._show(x, z, logits)
         return logits
+
+    def _answer_copies(self, points: Tensor, places: Tensor) -> Tensor:
+        """Pass points of rows ``(n,)``, of which a row may have several; of each row the nearest to falling is judged.
+
+        A row is decided by itself, so where one of its points breaks it, the one of the lowest margin does.
+        """
+        state = self._state
+        state.passed = state.counted
+        z = self._passes.trunk(points)
+        logits = self._passes.surrogate_logits(points, z)
+        self._later.settle()
+        with torch.no_grad():
+            margin = -margin_loss(decide(state.target, z), self.batch.y[places]).nan_to_num(-torch.inf)
+        best = lowest_of_each(margin, places, len(self.batch.y))[state.rows]
+        x = state.start.x.index_copy(0, state.rows, points.detach()[best])
+        self.attached = state.start.z.index_put((state.rows,), z[best])
+        self._show(x, self.attached, logits)
+        return logits
+
+    def _show(self, x: Tensor, z: Tensor, logits: Tensor) -> None:
+        """Have an iterate judged."""
+        self._state.iterate += 1
+        self.latest = AdversarialBatch(x.detach(), z.detach(), self._passes.rounded())
+        if self._setting.trail:
+            self._trail.append(self.latest)
+        self._judge.iterate(self.latest, logits.detach())
 
     def ask(self, x: Tensor, rows: Tensor) -> Tensor:
         """Logits ``(B, k)`` as in a call, for third-party attacks, whose points may lie anywhere.

@@ -21,7 +21,7 @@ from msa_eval.attacks.losses import LOSSES, margin_loss
 from msa_eval.attacks.query import SquareAttack
 from msa_eval.defense.contexts import AmongOthers, OneAtATime
 from msa_eval.defense.contract import decide
-from msa_eval.defense.precision import SearchPrecision
+from msa_eval.defense.precision import EXACT, SearchPrecision, choose
 from msa_eval.errors import AttackError
 from msa_eval.judging.break_record import BreakRecord
 from msa_eval.judging.judged_batch import JudgedBatch
@@ -563,6 +563,61 @@ def test_rows_that_are_searched_for_alone_are_answered_and_judged_as_in_their_ba
             continue
         assert bool(torch.as_tensor(getattr(outcomes[0], field.name) == getattr(outcomes[1], field.name)).all()), field
     assert torch.equal(whole.trace().best.x, part.trace().best.x)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_several_points_of_a_row_are_judged_as_one_after_the_other(early: bool, precision: str) -> None:
+    """A row is broken where one of its points breaks it, its lowest margin is the lowest of all of them."""
+    model = make_classifier().requires_grad_(False)
+    batch = _batch(model, model)
+    search = EXACT if precision == "fp32" else choose("bf16", model, batch.x)
+    setting = Setting(counted=batch.correct & (torch.arange(24) % 2 == 0), early_stop=early, keep=True, search=search)
+    judged = JudgedBatch(model, get("ste"), batch, BALL, mixes_rows=False, setting=setting)
+    assert judged.has_copies
+    rows = judged.rows
+    places = torch.cat([rows, rows[: len(rows) // 2], rows])
+    ask = judged.of_rows(places)
+    generator = torch.Generator().manual_seed(0)
+    broken, margin, passed = torch.zeros(24, dtype=torch.bool), -margin_loss(batch.logits, batch.y), 0
+    for _ in range(4):
+        drawn = [BALL.random(batch.x, generator)[at] for at in places.tolist()]
+        points = torch.stack(drawn).requires_grad_()
+        here = torch.isin(places, judged.rows)
+        logits = ask(points)
+        passed += int(here.sum())
+        due = model(points)
+        torch.testing.assert_close(logits[here], due[here], atol=0.05 if precision == "bf16" else 1e-6, rtol=1e-2)
+        assert not logits[~here].any()
+        (gradient,) = torch.autograd.grad(logits.sum(), points)
+        assert gradient[~here].abs().sum() == 0 < gradient[here].abs().sum()
+        for at, answer in zip(places[here].tolist(), due[here], strict=True):
+            found = -margin_loss(answer.unsqueeze(0), batch.y[at : at + 1])[0]
+            broken[at] |= bool(found < 0)
+            margin[at] = torch.minimum(margin[at], found)
+    assert torch.equal(judged.broken & batch.correct, broken & batch.correct)
+    assert 0 < int((broken & batch.correct).sum()) < len(rows)
+    if precision == "fp32":
+        searched = setting.counted if setting.counted is not None else batch.correct
+        torch.testing.assert_close(judged.margin[searched], margin[searched])
+        assert judged.forwards == passed
+    else:
+        assert judged.forwards >= passed  # what seemed broken was passed again
+    outcome = judged.finish(judged.start.x)
+    best = judged.trace().best.x
+    assert (model(best).argmax(dim=1) != batch.y)[outcome.any_broken].all()
+
+
+def test_rows_that_others_decide_about_have_one_point_each() -> None:
+    hpm = make_hpm().requires_grad_(False)
+    batch = _batch(hpm, hpm)
+    for target, mixes, setting in (
+        (hpm, True, Setting()),
+        (OneAtATime(hpm, batch.z), True, Setting()),
+        (hpm, False, Setting(draws=3)),
+    ):
+        judged: Any = JudgedBatch(target, get("ste"), batch, BALL, mixes_rows=mixes, setting=setting)
+        assert not judged.has_copies
 
 
 def test_points_of_rows_searched_for_alone_are_held_to_the_ball() -> None:
