@@ -165,8 +165,8 @@ class JudgedBatch:
     def of_rows(self, places: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """The batch as a model of those rows alone that are searched for now, where rows are decided apart.
 
-        It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start. Where a
-        row has several points, ``places`` are theirs ``(n,)``.
+        It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start.
+        Where a row has several points, ``places`` are theirs ``(n,)``.
         """
         first = self.rows if places is None else places
         searched, left, known = self.rows, torch.arange(len(first), device=first.device), first
