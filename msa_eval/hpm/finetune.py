@@ -16,6 +16,7 @@ from msa_eval.device import device_for
 from msa_eval.hpm.ikl import ClassMeanSoftmax, ikl, soft_ce
 from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Progress, silent, warn
+from msa_eval.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def _features(model: HPM, samples: Samples, batch_size: int, device: str, progre
         return torch.cat([model.features(samples.images(i).to(device)) for i in progress(index, "clean features")])
     except RuntimeError as error:
         shape = samples.shape
-        raise ValueError(f"the classifier can't take images of shape {shape} ({samples.name}): {error}") from error
+        raise ValueError(
+            f"the classifier can't take images of shape {shape} ({samples.name}): {printable(error)}"
+        ) from error
 
 
 def _most_divergent(model: HPM, x: Tensor, z: Tensor, settings: FinetuneSettings, generator: torch.Generator) -> Tensor:

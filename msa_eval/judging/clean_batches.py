@@ -25,6 +25,7 @@ from msa_eval.judging.majority import decide_by_majority
 from msa_eval.progress import Progress, silent
 from msa_eval.protocols.schema import CompositionBudget, StochasticBudget
 from msa_eval.randomness import seeded
+from msa_eval.untrusted import printable
 
 
 class Pool(NamedTuple):
@@ -204,7 +205,8 @@ class CleanBatches:
         except (RuntimeError, IndexError) as error:
             shape = tuple(x.shape)
             raise ValueError(
-                f"the model can't take a float32 batch of images of shape {shape}{self._other_dtype()}: {error}"
+                f"the model can't take a float32 batch of images of shape {shape}{self._other_dtype()}: "
+                f"{printable(error)}"
             ) from error
         if wrong := not_finite(logits):
             raise ValueError(f"the model's logits on clean batch {number} are not finite: {wrong}")

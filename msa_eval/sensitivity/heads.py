@@ -12,6 +12,7 @@ from msa_eval.data import Samples
 from msa_eval.defense.architectures import Classifier
 from msa_eval.hpm.model import HPM, Variant
 from msa_eval.progress import Progress, silent
+from msa_eval.untrusted import printable
 
 RESNET18 = "autoattack-resnet18"
 """How AutoAttack's ResNet-18 is called where a checkpoint is expected."""
@@ -53,7 +54,9 @@ def features(
         return torch.cat([model.features(samples.images(i)) for i in progress(batches, f"features of {samples.name}")])
     except RuntimeError as error:
         shape = samples.shape
-        raise ValueError(f"the trunk can't take images of shape {shape} ({samples.name}): {error}") from error
+        raise ValueError(
+            f"the trunk can't take images of shape {shape} ({samples.name}): {printable(error)}"
+        ) from error
 
 
 def autoattack_resnet18() -> Classifier:

@@ -35,6 +35,7 @@ from msa_eval.protocols.schema import Protocol
 from msa_eval.targets.checkpoint import Checkpoint, save_checkpoint
 from msa_eval.targets.target import Target
 from msa_eval.targets.weights import misfits, read_safetensors
+from msa_eval.untrusted import printable
 
 FULL = "full"
 VARIANTS: Mapping[str, Variant] = {
@@ -197,7 +198,9 @@ def _answers(classifier: Classifier, test: Samples) -> str:
     try:
         logits = classifier.eval()(x)
     except RuntimeError as error:
-        raise ValueError(f"the classifier can't take images of shape {tuple(x.shape[1:])}: {error}") from error
+        raise ValueError(
+            f"the classifier can't take images of shape {tuple(x.shape[1:])}: {printable(error)}"
+        ) from error
     return hashlib.sha256(bytes_of(logits.float())).hexdigest()
 
 

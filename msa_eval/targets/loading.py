@@ -32,6 +32,7 @@ from msa_eval.targets.splitting import split
 from msa_eval.targets.target import Target
 from msa_eval.targets.weights import describe_file, load_weights, read_weights
 from msa_eval.targets.zoos import ZOOS
+from msa_eval.untrusted import printable
 
 PACKAGES = {"hf": "transformers"}
 """The package of a family of targets by name, where that has another name."""
@@ -169,7 +170,7 @@ def _check_size(word: str, model: nn.Module, images: Tensor) -> None:
             model(images[:1].clone())
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = tuple(images.shape[1:])
-        raise ValueError(f"{word}: the model can't take images of shape {shape}: {error}") from error
+        raise ValueError(f"{word}: the model can't take images of shape {shape}: {printable(error)}") from error
 
 
 def _own(

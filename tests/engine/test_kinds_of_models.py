@@ -344,3 +344,13 @@ def test_a_model_that_takes_one_size_of_batches_is_evaluated_in_these() -> None:
     assert found.run["verdict"] != "incomplete"
     with pytest.raises(ValueError, match=r"can't take a float32 batch of images of shape \(4, 3, 2, 2\).*Guard"):
         evaluate(fixed, SAMPLES, protocol=make_protocol(PROTOCOL.values, overrides={"batches.size": 4}))
+
+
+def test_what_a_model_raises_is_quoted_in_short() -> None:
+    class Wordy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("shapes differ, and so on and on" + " and on" * 500)
+
+    with pytest.raises(ValueError, match=r"\(8, 3, 2, 2\): shapes differ") as raised:
+        _evaluated(Wordy().eval())
+    assert len(str(raised.value).split()) < 80
