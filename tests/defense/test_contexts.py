@@ -335,7 +335,7 @@ def test_a_context_of_ones_own_is_one_object(kind: type[Twin], tmp_path: Path, m
     """From the protocol's key to the replay of its proofs; and `verify` finds two batches that are not the same."""
     monkeypatch.setitem(CONTEXTS, "twin", kind("twin", "the one image, beside the first", "the target is wrong on it"))
     hpm = make_hpm().requires_grad_(False)
-    samples = make_samples(hpm, 16)
+    samples = make_samples(hpm, 32)
     protocol = make_protocol({
         "schema": 1, "name": "twin", "version": 1, "description": "A test.", "threat.norm": "Linf", "threat.eps": 0.05,
         "threat.contexts": ["joint", "twin"], "batches.size": 8, "attack.apgd.surrogates": ["ste"],
