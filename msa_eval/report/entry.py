@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msa_eval.evidence.results import Results
+from msa_eval.report.text import in_batches
 
 FIELDS = (
     "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
@@ -56,7 +57,7 @@ def robustbench_entry(
     footnote = (
         f"Evaluated with msa-eval {run.get('msa_eval', '')}, protocol {protocol['name']} v{protocol['version']}"
         f"{changed} ({values['threat']['norm']}, context {context}): worst case over all verified adversarial batches "
-        f"of {worst['n']} samples in {run['batches']['count']} batches, 95 % interval "
+        f"of {worst['n']} samples {in_batches(run)}, 95 % interval "
         f"[{_percent(worst['low'])}, {_percent(worst['high'])}]; lowest accuracy of a single run "
         f"{_percent(numbers['paper']['value'])}; verdict: {verdict}."
     )

@@ -31,7 +31,7 @@ from msa_eval.report.plots.catalog import KINDS, Kind
 from msa_eval.report.samples import sample_table
 from msa_eval.report.statements import NOT_AUDITED, VERDICTS, statements
 from msa_eval.report.style import NAMES
-from msa_eval.report.text import named_data
+from msa_eval.report.text import in_batches, named_data
 
 SECTIONS = (
     ("verdict", "Verdict"), ("waterfall", "Waterfall"), ("transfer", "Surrogates"), ("spending", "Passes"),
@@ -106,7 +106,7 @@ def evaluation(results: Results, contexts: Sequence[str]) -> dict[str, Any]:
         "name": "", "suffix": "", "protocol": run["protocol"], "provenance": _provenance(run), "files": _files(run),
         "command": shlex.join(run.get("command", [])),
         "verdicts": [_verdict(results, target) for target in reversed(frames.targets_of(results))],
-        "plan": f"{len(results.batches)} samples sit in {len(sizes)} batches of {_range(sizes)}, the same for every "
+        "plan": f"{len(results.batches)} samples sit {in_batches(run)} of {_range(sizes)}, the same for every "
         "run.",
         "batches_csv": csv_link(results.batches),
         "peers": _peers(results),
@@ -209,7 +209,7 @@ def describe(results: Results) -> str:
     changed = ", modified" if protocol["modified"] else ""
     return (
         f"{_kind(run)} under protocol {protocol['name']} v{protocol['version']}{changed}, {run['data']['n']} samples "
-        f"of {named_data(run)} in {run['batches']['count']} batches, seed {run['seed']}"
+        f"of {named_data(run)} {in_batches(run)}, seed {run['seed']}"
     )
 
 

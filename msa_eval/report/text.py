@@ -93,10 +93,15 @@ def _title(results: Results) -> str:
     changed = " (modified: " + ", ".join(f"{k}={v}" for k, v in protocol["overrides"].items()) + ")"
     title = (
         f"protocol {protocol['name']} v{protocol['version']}{changed if protocol['modified'] else ''}, "
-        f"{named_data(run)}: {run['data']['n']} samples in {run['batches']['count']} "
-        f"{'batch' if run['batches']['count'] == 1 else 'batches'}, seed {run['seed']}"
+        f"{named_data(run)}: {run['data']['n']} samples {in_batches(run)}, seed {run['seed']}"
     )
     return f"{textwrap.fill(title, WIDTH, subsequent_indent='  ')}{_untrained(run)}{_whole(run)}"
+
+
+def in_batches(run: Mapping[str, Any]) -> str:
+    """In how many batches the samples are."""
+    count = run["batches"]["count"]
+    return "in 1 batch" if count == 1 else f"in {count} batches"
 
 
 def named_data(run: Mapping[str, Any]) -> str:
