@@ -198,9 +198,8 @@ def _answers(classifier: Classifier, test: Samples) -> str:
     try:
         logits = classifier.eval()(x)
     except RuntimeError as error:
-        raise ValueError(
-            f"the classifier can't take images of shape {tuple(x.shape[1:])}: {printable(error)}"
-        ) from error
+        shape = tuple(x.shape[1:])
+        raise ValueError(f"the classifier can't take images of shape {shape}: {printable(error)}") from error
     return hashlib.sha256(bytes_of(logits.float())).hexdigest()
 
 
