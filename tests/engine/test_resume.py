@@ -104,11 +104,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stopped_after_every_few_units_the_evidence_is_the_same(whole: Path, tmp_path: Path) -> None:
-    """Each process writes three units and is stopped, until one comes to the end."""
+    """Each process writes five units and is stopped, until one comes to the end."""
     stops = 0
     while True:
         with pytest.MonkeyPatch.context() as patched:
-            _StopAfter(patched, 3)
+            _StopAfter(patched, 5)
             try:
                 _evaluate(tmp_path)
                 break
@@ -116,7 +116,7 @@ def test_stopped_after_every_few_units_the_evidence_is_the_same(whole: Path, tmp
                 stops += 1
         assert list(tmp_path.glob("unfinished/*.unit"))
         assert not (tmp_path / "run.json").exists()
-    assert stops > 15
+    assert stops > 5
     _check_same(whole, tmp_path)
 
 
