@@ -82,7 +82,7 @@ def test_no_file_or_folder_is_called_as_what_users_import() -> None:
 
 def test_every_file_of_the_command_line_is_a_command() -> None:
     files = {path.stem.replace("_", "-") for path in (ROOT / "msa_eval/cli").rglob("*.py")}
-    assert [*COMMANDS] == sorted(files - {"--init--", "messages", "options"})
+    assert [*COMMANDS] == sorted(files - {"--init--", "lists", "messages", "options"})
     assert (*VARIANTS,) == NAMES
 
 

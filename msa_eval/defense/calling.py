@@ -54,7 +54,8 @@ def call(code: Callable[..., Any], given: Tensor, *more: Any, **settings: Any) -
     (tensor(0.), tensor(6.))
     """
     if not len(given):
-        answer = logits_in(call(code, given.new_zeros(1, *given.shape[1:]), *more, **settings)).value
+        row = torch.cat([given, given.new_zeros(1, *given.shape[1:])])  # to which a gradient finds its way
+        answer = logits_in(call(code, row, *more, **settings)).value
         return answer[:0] if isinstance(answer, Tensor) else answer
     copy = given.clone()
     if copy.requires_grad:

@@ -41,7 +41,12 @@ def locked(folder: Path, notify: Notify) -> Iterator[None]:
         if owner:
             notify(f"took over the lock of {owner}, which has ended")
         held.callback((folder / LOCK).unlink, missing_ok=True)  # while it is held
+        release = held.pop_all()
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):  # on a disk that can't be written any more; the system's own lock ends
+            release.close()
 
 
 def _owner(path: Path) -> str | None:

@@ -586,7 +586,7 @@ def test_large_eps_that_can_not_be_answered() -> None:
         assert make_classifier()(samples.x).abs().max() < 3.4
     sign = _signs(Picky(), samples, overrides={"threat.eps": 0.01})["large_eps"]
     assert sign.fired
-    assert "not finite" in sign.reason
+    assert "NaN or infinite" in sign.reason
     with pytest.raises(AttackError, match="NaN or infinite"):
         _signs(Picky(), samples, overrides={"threat.eps": 0.49})
 
@@ -759,7 +759,7 @@ def _results(broken: dict[str, list[int]], right: list[int] | None = None, text:
     parts = {run: (run.split(":")[0], *run.split(":")[1].split("-"), int(run.split(":")[2])) for run in broken}
     same = {"target": "defense", "context": "joint"}
     attacks = [
-        {**same, "run": run, "surrogate": s, "attack": a, "loss": loss, "restart": r}
+        {**same, "run": run, "surrogate": s, "attack": a, "loss": loss, "restart": r, "backwards": 40 * (s != "target")}
         for run, (s, a, loss, r) in parts.items()
     ]
     outcomes = [

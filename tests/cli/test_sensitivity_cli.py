@@ -119,7 +119,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: tuple[object, ...], me
 def test_eps_that_is_no_list_of_numbers(tmp_path: Path) -> None:
     result = _run(DIGITS, "--data", "digits", "--eps", "1/255,x", "--out", tmp_path)
     assert result.exit_code == 2
-    assert "'x' is not a number" in result.stderr
+    assert "'1/255,x' is not a list of numbers such as 1/255,2/255" in result.stderr
 
 
 def test_a_plain_classifier_needs_training_data(tmp_path: Path) -> None:

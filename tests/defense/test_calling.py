@@ -148,3 +148,10 @@ def test_a_default_device_of_the_callers_is_set_while_the_code_runs(monkeypatch:
     assert call(made, LOGITS).device.type == "cpu"
     monkeypatch.setattr("msa_eval.defense.calling.callers_device", lambda: torch.device("meta"))
     assert call(made, LOGITS).device.type == "meta"
+
+
+def test_a_gradient_finds_its_way_through_the_answer_to_an_empty_batch() -> None:
+    empty = torch.zeros(0, 3, requires_grad=True)
+    answer = call(lambda x: 2 * x, empty)
+    (gradient,) = torch.autograd.grad(answer.sum(), empty)
+    assert answer.shape == gradient.shape == (0, 3)
