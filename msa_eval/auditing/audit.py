@@ -72,7 +72,7 @@ class AuditReport:
         return verdict_of(self.signs)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a sign: target, sign, fired, severity, value, threshold, reason."""
+        """One row per sign: target, sign, fired, severity, value, threshold, reason."""
         rows = [{"target": self.target, **asdict(sign)} for sign in self.signs]
         own = pd.DataFrame(rows).rename(columns={"name": "sign"})
         return own if self.fc is None else pd.concat([own, self.fc.to_frame()], ignore_index=True)

@@ -19,7 +19,7 @@ SAME = 1e-5
 
 
 ALONE = 1e-3
-"""Likewise, where the shape of the batch differs: other kernels add up in another order, in TF32 on some GPUs."""
+"""The same, where the shape of the batch differs: other kernels add up in another order, in TF32 on some GPUs."""
 
 
 def clean_at_chance(labels: Classes, predictions: Classes, num_classes: int) -> Sign:

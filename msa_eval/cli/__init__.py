@@ -96,7 +96,7 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command of the first word; one that is not there is told what it is like."""
+        """The command of the first word; for one that does not exist, the nearest names."""
         close = [] if args[0] in COMMANDS else difflib.get_close_matches(args[0], COMMANDS, n=1)
         if close:
             ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]!r}?")

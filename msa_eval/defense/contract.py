@@ -254,7 +254,7 @@ def is_training(module: nn.Module) -> bool:
 def left_training(defense: object) -> list[str]:
     """What is in training mode within models in evaluation mode, such as ``layer3.dropout (Dropout)``.
 
-    Of torch's own layers only those that answer differently in it; of others all, for they may.
+    Of torch's own layers only those that answer differently in it; of other classes all, since they may.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
     >>> model[0].training = model[1].training = True

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     """What is kept of every sample.
 
     Attributes:
-        table: the manifest, a row a sample, target and context in which runs were made.
+        table: the manifest, one row per sample, target and context in which runs were made.
         written: what became of the file.
         image: the shape of an image.
     """
@@ -129,9 +129,9 @@ class Adversarial:
     Attributes:
         x: the points ``(N, C, H, W)``, float32 in [0, 1].
         y: their labels ``(N,)``.
-        manifest: a row a point, in the same order: ``index`` in the data set, ``label``, ``prediction`` of the target,
-            whether it is ``broken`` there, the ``margin`` by which its label leads, the ``run`` that found it, its
-            ``batch`` and ``position`` in the plan, its ``companions`` and the ``group``, which points of one
+        manifest: one row per point, in the same order: ``index`` in the data set, ``label``, ``prediction`` of the
+            target, whether it is ``broken`` there, the ``margin`` by which its label leads, the ``run`` that found it,
+            its ``batch`` and ``position`` in the plan, its ``companions`` and the ``group``, which points of one
             adversarial batch share.
         levels: the number of levels of the grid that the points lie on; ``None``: they lie on none.
     """

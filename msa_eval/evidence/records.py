@@ -28,7 +28,7 @@ class TargetRecord:
         clean_prediction: the target's answer on the clean batch.
         clean_margin: its logit margin there.
         committed: in ``joint``, right on the one adversarial batch that leaves the fewest of its batch right.
-        runs: a row a run, in the order they were made: ``run`` (its name), ``surrogate``, ``attack``, ``loss``,
+        runs: one row per run, in the order they were made: ``run`` (its name), ``surrogate``, ``attack``, ``loss``,
             ``restart``, ``forwards``, ``backwards``, ``decisions``, ``seconds`` and, of a third-party attack, ``notes``
             on its faults.
         surrogate_fooled: what each run did to each sample ``(R, N)``, as in `msa_eval.judging.outcomes.RunResult`;

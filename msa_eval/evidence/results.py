@@ -57,17 +57,17 @@ WITHOUT_AUDIT = {"verdict": "not audited", "reasons": ""}
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found, as pandas tables (their columns are described in the README).
+    """What an evaluation found, as pandas tables (docs/files.md describes their columns).
 
     Attributes:
-        summary: a row a target, context and number.
-        attacks: a row a run.
-        samples: a row a sample, target and context.
-        outcomes: a row a sample and run.
-        batches: a row a sample's place.
+        summary: one row per target, context and number.
+        attacks: one row per run.
+        samples: one row per sample, target and context.
+        outcomes: one row per sample and run.
+        batches: one row per sample's place.
         run: protocol, seed, hashes, versions and all else that says how the tables were made.
-        audit: a row a target and sign, where the results were audited.
-        folder: where they stand on disk, if they do.
+        audit: one row per target and sign, where the results were audited.
+        folder: where they are on disk, if they are.
     """
 
     summary: pd.DataFrame

@@ -75,10 +75,10 @@ class Comparison:
 
     Attributes:
         results: by name; the first is what the others are compared with.
-        table: a row a name, target, context and metric: ``value``, ``low``, ``high``, ``n``, and for all but the first
-            name the fields of `Paired` (the interval's ends as ``difference_low`` and ``difference_high``).
-        right: a row a sample, target, context and metric, a column a name: whether it counts as right; missing where
-            the evidence does not say.
+        table: one row per name, target, context and metric: ``value``, ``low``, ``high``, ``n``, and for all but the
+            first name the fields of `Paired` (the interval's ends as ``difference_low`` and ``difference_high``).
+        right: one row per sample, target, context and metric, one column per name: whether it counts as right; missing
+            where the evidence does not say.
         notes: in what the evaluations differ, in sentences.
     """
 

@@ -109,7 +109,7 @@ def compare_curves(folders: Sequence[str | Path]) -> tuple[dict[str, pd.DataFram
 
 
 def render_curves(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Curves as a table of text: a row a radius and context, a column a target, in percent."""
+    """Curves as a table of text: one row per radius and context, one column per target, in percent."""
     columns: dict[str, dict[tuple[str, float], str]] = {}
     for name, table in tables.items():
         for row in table.sort_values(["target", "context", "eps"]).to_dict(orient="records"):

@@ -210,7 +210,7 @@ def chained(results: Results, target: str, context: str) -> set[str]:
 
 
 def breakers(results: Results, target: str, context: str) -> pd.DataFrame:
-    """Which runs broke which of the samples that are right on their clean batch: a row a sample, a column a run.
+    """Which runs broke which of the samples right on their clean batch: one row per sample, one column per run.
 
     A chained run finds what fell before wrong at its start already, at iterate 0: that break is not its own.
     """

@@ -154,7 +154,7 @@ def _section(kind: Kind, named: Mapping[str, Results], contexts: Sequence[str]) 
 
 
 def _audit(named: Mapping[str, Results]) -> dict[str, Any]:
-    """What the audits looked for: a row a target and sign, a cell an evaluation, which is None where it did not."""
+    """What the audits looked for: one row per target and sign, one cell per evaluation, None where it did not."""
     found: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
     for place, results in enumerate(named.values()):
         for row in results.audit.to_dict(orient="records"):

@@ -1,4 +1,4 @@
-"""The sample table of a page: a row a sample, target and context, and what became of it in each evaluation."""
+"""The sample table of a page: one row per sample, target and context, and what became of it in each evaluation."""
 
 from __future__ import annotations
 

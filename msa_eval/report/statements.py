@@ -27,10 +27,10 @@ def statements(results: Results) -> list[str]:
     Returns:
         Four sentences or so; the one about the FC head is left out where there is none.
     """
-    told = [_worst_case(results)]
+    sentences = [_worst_case(results)]
     if "fc" in frames.targets_of(results):
-        told.append(_compared(results))
-    return [*told, _rests_on(results), _believed(results)]
+        sentences.append(_compared(results))
+    return [*sentences, _rests_on(results), _believed(results)]
 
 
 def _worst_case(results: Results) -> str:

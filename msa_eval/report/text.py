@@ -221,7 +221,7 @@ def render_sample(results: Results, index: int) -> str:
 
 
 def render_crosscheck(found: Crosscheck) -> str:
-    """What peers broke of what results call robust: a row a target, context, peer and surrogate, and the list."""
+    """What peers broke of what results call robust: one row per target, context, peer and surrogate, and the list."""
     shown = found.table[["target", "context", "peer", "surrogate", "samples", "broken", "passes", "seconds"]]
     lines = [shown.rename(columns={"samples": "called robust", "broken": "only by peer"}).to_string(index=False)]
     for row in found.table.to_dict(orient="records"):
@@ -242,7 +242,7 @@ def render_crosscheck(found: Crosscheck) -> str:
 
 
 def render_sizes(table: pd.DataFrame) -> str:
-    """Batch-size dependence as text: a row a batch size, in percent with 95 % intervals.
+    """Batch-size dependence as text: one row per batch size, in percent with 95 % intervals.
 
     Args:
         table: of a `msa_eval.studies.batch_sizes.SizeReport`.
@@ -259,7 +259,7 @@ def render_sizes(table: pd.DataFrame) -> str:
 
 
 def render_ablation(ablation: Ablation) -> str:
-    """The table of an ablation as text: a row a variant with its parts, in percent, with differences to ``full``.
+    """The table of an ablation as text: one row per variant with its parts, in percent, with differences to ``full``.
 
     Only the worst case shows its 95 % interval; the others' are in ``ablation.csv``.
     """

@@ -62,7 +62,7 @@ class Analysis:
         return self.labels.unsqueeze(1) == torch.arange(self.sensitivity.s_c.shape[1])
 
     def samples(self) -> pd.DataFrame:
-        """A row a sample: angles in degrees and sensitivities to its own class, and how the other classes compare.
+        """One row per sample: angles in degrees and sensitivities to its own class, and how the other classes compare.
 
         ``condition_others`` and ``more_sensitive_others`` are shares of the other classes with defined angles,
         ``s_c_others`` and ``s_d_others`` medians over them; NaN where there are none.

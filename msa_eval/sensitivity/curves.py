@@ -61,7 +61,7 @@ def accuracy_curves(
         progress: shows how far each run has come.
 
     Returns:
-        a row a head, radius and run: ``head`` (``fc``, ``l2``), ``eps``, ``run``, ``value`` with its Wilson 95 %
+        one row per head, radius and run: ``head`` (``fc``, ``l2``), ``eps``, ``run``, ``value`` with its Wilson 95 %
         interval ``low`` and ``high``, ``n``. ``value`` of a run is the accuracy on the points of its highest loss, on
         samples that were right on clean images; ``any`` the accuracy over all its iterates. The runs ``own``
         (the paper's: the head's own gradient and cross-entropy) and ``worst_case`` (every iterate of every run)

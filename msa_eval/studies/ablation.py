@@ -58,7 +58,7 @@ class Ablation:
     """What an ablation found.
 
     Attributes:
-        table: a row a variant, context and number, with its Wilson interval, its ``difference`` to ``full`` and the
+        table: one row per variant, context and number, with its Wilson interval, its ``difference`` to ``full`` and the
             verdict on it; the variant ``fc`` is the classifier that all were built on.
         about: the settings that all have in common, and each variant's switches, weights and times.
     """

@@ -26,7 +26,7 @@ class SizeReport:
     """How accuracy depends on the batch size.
 
     Attributes:
-        table: a row a size, context and number: ``batch_size``, then the columns of ``summary``.
+        table: one row per size, context and number: ``batch_size``, then the columns of ``summary``.
         results: of each size.
     """
 

@@ -65,10 +65,11 @@ class Crosscheck:
     """What peers broke of what results call robust.
 
     Attributes:
-        table: a row a target, context, peer and surrogate: ``samples`` called robust, ``broken`` among them,
+        table: one row per target, context, peer and surrogate: ``samples`` called robust, ``broken`` among them,
             ``unconfirmed`` (broken, but not when replayed), ``passes`` a sample, ``runs``, ``seconds``, ``which``
             (indices), ``notes`` (what the peer did and should not have) and ``error`` (why it failed).
-        found: a row a sample that a peer broke: ``target``, ``context``, ``index``, ``label``, ``peer``, ``surrogate``.
+        found: one row per sample that a peer broke: ``target``, ``context``, ``index``, ``label``, ``peer``,
+            ``surrogate``.
         left_out: default peers whose library is not installed.
     """
 

@@ -45,10 +45,10 @@ class Curve:
     """Worst case against the radius.
 
     Attributes:
-        table: a row a target, context and ``eps``: ``value`` (the share of samples that nothing broke at any radius up
-            to this one), ``low``, ``high`` and ``n`` as in ``summary``, ``alone`` (what the runs at this radius left by
-            themselves), ``newly_broken`` and the ``verdict`` at this radius. At 0 stands the clean accuracy.
-        smallest: a row a target, context and sample: ``index``, ``label`` and ``smallest_eps``, the smallest of the
+        table: one row per target, context and ``eps``: ``value`` (the share of samples that nothing broke at any radius
+            up to this one), ``low``, ``high`` and ``n`` as in ``summary``, ``alone`` (what the runs at this radius left
+            by themselves), ``newly_broken`` and the ``verdict`` at this radius. At 0 stands the clean accuracy.
+        smallest: one row per target, context and sample: ``index``, ``label`` and ``smallest_eps``, the smallest of the
             radii that broke it; 0 where it is wrong on its clean batch, empty where none did.
         results: of each radius above 0.
     """

@@ -104,9 +104,10 @@ def paper_table(
         notify: as for `msa_eval.evaluate`.
 
     Returns:
-        a row a model and head (``fc``, ``hpm``): ``reported_clean``, ``reported_robust`` and the measured ``clean``,
-        ``paper`` and ``worst_case`` with their 95 % intervals, all in percent, ``n``, ``verdict`` and a ``note`` that
-        says why a row could not run. The verdict is ``incomplete`` where something failed, which the note names.
+        one row per model and head (``fc``, ``hpm``): ``reported_clean``, ``reported_robust`` and the measured
+        ``clean``, ``paper`` and ``worst_case`` with their 95 % intervals, all in percent, ``n``, ``verdict`` and a
+        ``note`` that says why a row could not run. The verdict is ``incomplete`` where something failed, which the
+        note names.
 
     Raises:
         ValueError: when there is no such table, or the protocol's overrides are wrong.

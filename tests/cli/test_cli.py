@@ -61,7 +61,7 @@ def test_evaluate_shows_a_table_and_writes_the_evidence(tmp_path: Path) -> None:
     result = _evaluate(tmp_path / "r")
     assert result.exit_code == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
-    assert lines["protocol"].startswith("protocol digits v9 (modified: ")
+    assert lines["protocol"].startswith("protocol digits v10 (modified: ")
     summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index(["target", "metric"])
     for metric in ("clean", "paper", "realised", "worst_case"):
         shown = re.findall(r"(\d+\.\d) \[", lines[metric])

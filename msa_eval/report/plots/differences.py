@@ -10,7 +10,7 @@ from msa_eval.report.style import COLUMN, INK, PALETTE, paper_style
 
 
 def draw_differences(data: pd.DataFrame) -> Figure:
-    """Paired differences of accuracy with their 95 % intervals, a row a number and evaluation.
+    """Paired differences of accuracy with their 95 % intervals, one row per number and evaluation.
 
     Args:
         data: ``metric``, ``name``, ``difference``, ``difference_low`` and ``difference_high``.
