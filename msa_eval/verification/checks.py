@@ -159,7 +159,8 @@ def check_batches(
     digest = hashlib.sha256(b"".join(bytes_of(indices) + b"|" for indices in batch_plan)).hexdigest()
     if digest != run["batches"]["sha256"] or run["data"]["n"] != len(chosen):
         raise ValueError("run.json states another batch plan than the protocol makes")
-    return f"{len(chosen)} samples in {len(batch_plan)} batches, as the protocol plans them", batch_plan
+    batches = "1 batch" if len(batch_plan) == 1 else f"{len(batch_plan)} batches"
+    return f"{len(chosen)} samples in {batches}, as the protocol plans them", batch_plan
 
 
 def check_samples(tables: Tables, batch_plan: Sequence[Tensor], samples: Samples) -> tuple[str, None]:
