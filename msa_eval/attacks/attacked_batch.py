@@ -130,7 +130,7 @@ class AttackedBatch(Interface):
         ...
 
     def of_rows(self, places: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """The same for those rows alone that are searched for now, where rows are decided apart.
+        """The same for only the rows that are searched for, where each row is decided by itself.
 
         Args:
             places: those of the points ``(n,)``, where a row has several; the hard target sees all of them.

@@ -163,7 +163,7 @@ class JudgedBatch:
         return self._state.stays and not self._state.mixes_rows and self.eot == self._setting.draws == 1
 
     def of_rows(self, places: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """The batch as a model of those rows alone that are searched for now, where rows are decided apart.
+        """The batch as a model of only the rows that are searched for, where each row is decided by itself.
 
         It takes their points ``(n, C, H, W)`` and returns their logits ``(n, k)``; the others stay at the start.
         Where a row has several points, ``places`` are theirs ``(n,)``.

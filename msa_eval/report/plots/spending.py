@@ -51,7 +51,7 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
 def _draw_curves(
     axes: Axes, curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str], *, least: float = 1
 ) -> None:
-    """Step curves on a logarithmic axis of passes, which starts at the least."""
+    """Step curves on a logarithmic axis of forward passes, from the smallest number to the largest."""
     for number, (name, curve) in enumerate(curves.items()):
         dash = DASHES[number // len(PALETTE) % len(DASHES)] if len(curves) > 2 else DASHES[number]
         axes.step(
